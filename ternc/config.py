@@ -1,0 +1,115 @@
+"""`Config`: what a network becomes. Frozen, checked on construction, saved with the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ternc.errors import ConfigError, UnknownOptionError
+
+MAX_MULTIPLIED_CODE = 127
+"""Bound of multiplier * |code|: the product is an int8 weight."""
+
+CODE_MAX = {1: 1, 2: 4, 3: 13}
+"""Largest |code| of 1, 2, 3 tied trit planes: (3**planes - 1) / 2."""
+
+MAX_IN_FEATURES = 131_072
+"""Largest K: 131,072 * 127 * 127 is the last sum that fits int32."""
+
+DEFAULT_EXCLUDE = ("lm_head", "*.lm_head", "*embed*", "*router*", "*.gate", "gate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How weights and activations are quantised. Every field changes behaviour.
+
+    Raises:
+        ConfigError: a value is not allowed; the message names the field, the value and the choices.
+    """
+
+    planes: int | Literal["auto"] = "auto"
+    """Trit planes per weight: 1, 2, 3, or "auto" (the fewest within `error_budget`)."""
+    error_budget: float = 0.10
+    """For "auto": relative weight error ||W - Q|| / ||W||, or output error when calibration is given."""
+    bits_budget: float | None = None
+    """For "auto" with calibration: mean bits per quantised weight, scales included."""
+    group_size: int | Literal["tensor"] | None = 128
+    """Input columns that share a multiplier; None = one scale per row, "tensor" = one per weight."""
+    tie_scales: bool = True
+    """Plane scales in ratio 9:3:1 (balanced ternary); False = free scales."""
+    activation_bits: int | None = 8
+    """Per-token integer activations: 8 or 4; None keeps them in floating point."""
+    rotation: Literal["auto", "hadamard", "none"] = "auto"
+    """Block Hadamard rotation of the inputs; "auto" is "none" without calibration data."""
+    method: Literal["auto", "rtn", "als", "gptq"] = "auto"
+    """Fit of the codes; "auto" is "gptq" with calibration data, else "als"."""
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    """Name globs left in floating point."""
+    include: tuple[str, ...] = ()
+    """Name globs that override `exclude`."""
+    int8: tuple[str, ...] = ()
+    """Name globs (embeddings, heads) stored as int8 with a scale per row."""
+    seed: int = 0
+    """Seed of rotation signs and of search order."""
+
+    def __post_init__(self) -> None:
+        for name in ("exclude", "include", "int8"):
+            globs = getattr(self, name)
+            if isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
+                raise ConfigError(f"{name}={globs!r} is not a sequence of name globs")
+            object.__setattr__(self, name, tuple(globs))
+        self._require("planes", (1, 2, 3, "auto"))
+        self._require("activation_bits", (8, 4, None))
+        self._require("rotation", ("auto", "hadamard", "none"))
+        self._require("method", ("auto", "rtn", "als", "gptq"))
+        if not 0.0 < float(self.error_budget) < 1.0:
+            raise ConfigError(f"error_budget={self.error_budget!r} is not between 0 and 1")
+        if self.bits_budget is not None and not 1.0 <= float(self.bits_budget) <= 16.0:
+            raise ConfigError(f"bits_budget={self.bits_budget!r} is not between 1 and 16 bits")
+        if self.group_size not in (None, "tensor"):
+            size = self.group_size
+            if not isinstance(size, int) or isinstance(size, bool) or size < 4 or size % 4:
+                raise ConfigError(
+                    f"group_size={size!r} is not a positive multiple of 4, None (row) or 'tensor'"
+                )
+        if not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r} is not an int")
+
+    def _require(self, name: str, choices: tuple[object, ...]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or value not in choices:
+            listed = ", ".join(repr(choice) for choice in choices)
+            raise ConfigError(f"{name}={value!r} is not one of {listed}")
+
+    @property
+    def fit_group(self) -> int:
+        """Group argument of `ternc::fit`: columns, 0 = row, -1 = tensor."""
+        if self.group_size == "tensor":
+            return -1
+        return self.group_size or 0
+
+    @property
+    def op_activation_bits(self) -> int:
+        """Activation argument of `ternc::linear`: 8, 4, or 0 for floating point."""
+        return self.activation_bits or 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` is the inverse."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """Raises UnknownOptionError for a key that is no field, ConfigError for a bad value."""
+        fields = field_names()
+        if unknown := [key for key in values if key not in fields]:
+            raise UnknownOptionError(unknown, fields)
+        return cls(**values)
+
+
+def field_names() -> list[str]:
+    """Names of the fields of `Config`."""
+    return [field.name for field in dataclasses.fields(Config)]
