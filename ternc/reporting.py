@@ -1,4 +1,4 @@
-"""`Report`: what was done to every layer, and why. Data first; table, JSON and graph are views of it."""
+"""`Report`: what was done to every layer, and why. Data first; table, JSON, graph are views."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Row:
     """Shape of the float weight, (N, K)."""
     bytes_before: int = 0
     bytes_after: int = 0
-    """Bytes of the resident buffers that replace the weight (equal to bytes_before when skipped)."""
+    """Bytes of the resident buffers that replace the weight (bytes_before when skipped)."""
     bytes_at_rest: int = 0
     """Bytes of the same weight in a state_dict or file."""
     bits_per_weight: float = 0.0
@@ -247,10 +247,8 @@ def _unique(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Identity of a tensor's storage; meta and fake tensors have no address, so they are their own."""
-    if tensor.device.type == "meta" or not tensor.untyped_storage().data_ptr():
-        return id(tensor)
-    return tensor.untyped_storage().data_ptr()
+    """Identity of the storage behind a tensor; works for meta and fake tensors too."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
