@@ -1,8 +1,8 @@
 """Multi-head attention over any four projections: out(softmax(q k^T / sqrt(d) + mask) v).
 
-The one place where this formula stands: `TernaryMultiheadAttention` runs it, the backend traces it. It agrees with
-`torch.nn.functional.multi_head_attention_forward` on every combination of its arguments, and reads no sizes that may be
-dynamic.
+The one place where this formula stands: `TernaryMultiheadAttention` runs it, the backend traces it.
+It agrees with `torch.nn.functional.multi_head_attention_forward` on every combination of its
+arguments, and reads no sizes that may be dynamic.
 """
 
 from __future__ import annotations
@@ -40,18 +40,20 @@ def multihead_attention(
     """Attends from `query` [B, T, E] to `key` [B, S, Ek] and `value` [B, S, Ev].
 
     Args:
-        project_q: [B, T, E] -> [B, T, H * D]; `project_k`, `project_v` likewise; `project_out` [B, T, H * D] -> [B, T, E].
+        project_q: [B, T, E] -> [B, T, H * D]; `project_k`, `project_v` likewise;
+            `project_out` [B, T, H * D] -> [B, T, E].
         bias_k: [1, 1, H * D], one more key after the last, and `bias_v` its value; both or neither.
         add_zero_attn: one more key and value of zeros.
         key_padding_mask: [B, S]; True hides a key, floating point is added to the scores.
-        attn_mask: [T, S], [B * H, T, S] or [B, H, T, S]; True hides a key, floating point is added to the scores.
+        attn_mask: [T, S], [B * H, T, S] or [B, H, T, S]; True hides a key, floating point is added.
         is_causal: says that `attn_mask` is the causal mask, which then need not be read.
 
     Returns:
-        Output [B, T, E]; and, where `need_weights`, the weights [B, T, S] averaged over heads or [B, H, T, S].
+        Output [B, T, E]; and, where `need_weights`, the weights: [B, T, S], averaged over heads,
+        or [B, H, T, S].
     """
     q, k, v = project_q(query), project_k(key), project_v(value)
-    # As torch does: the hint replaces the mask only where the mask is not needed for something else.
+    # As torch does: the hint replaces the mask only where nothing else needs the mask.
     causal = is_causal and key_padding_mask is None and not need_weights
     mask = None if causal else _merge(attn_mask, key_padding_mask, num_heads, query.dtype)
     if bias_k is not None and bias_v is not None:
