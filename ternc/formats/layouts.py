@@ -1,0 +1,26 @@
+"""Every resident layout by number, and the one a device reads. Adding a layout is a file and a line."""
+
+from __future__ import annotations
+
+from ternc.errors import KernelError
+from ternc.formats import lanes, rows
+from ternc.formats.layout import Layout
+
+ALL: dict[int, Layout] = {layout.number: layout for layout in (*rows.LAYOUTS, *lanes.LAYOUTS)}
+
+
+def get(number: int) -> Layout:
+    """The layout with this number; KernelError where there is none."""
+    if number not in ALL:
+        raise KernelError(f"layout {number} is not known; known are {sorted(ALL)}")
+    return ALL[number]
+
+
+def at_rest_layout(planes: int) -> int:
+    """Number of the layout of state_dict and files: rows."""
+    return planes
+
+
+def resident_layout(planes: int, device_type: str) -> int:
+    """Number of the layout that the kernels of a device type ("cpu", "cuda", ...) read."""
+    return 10 + planes if device_type == "cpu" else planes

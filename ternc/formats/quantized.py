@@ -1,0 +1,117 @@
+"""`Quantized`: a weight as numbers, W = scale * multiplier * codes. Any device, no byte layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ternc.config import CODE_MAX, MAX_MULTIPLIED_CODE
+from ternc.errors import WeightShapeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a weight stays floating point, in words a user understands."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+    """W[n, k] = scale[n] * multiplier[n, k // g] * codes[n, k], or scale[n, k // g] * codes[n, k].
+
+    Raises:
+        WeightShapeError: the tensors do not fit together.
+    """
+
+    codes: torch.Tensor
+    """int8 [N, K], |codes| <= 1, 4, 13 for 1, 2, 3 planes."""
+    scale: torch.Tensor
+    """fp32 [N] (rows), [1] (tensor) or [N, G] (free scales)."""
+    multiplier: torch.Tensor | None
+    """uint8 [N, G] with multiplier * max|codes| <= 127, or None where every multiplier is 1."""
+    group_size: int
+    """Columns of a group; 0 = none. The last group of a row may be short."""
+    planes: int
+    """Trit planes, 1 to 3: codes = sum over p of 3**(planes - 1 - p) * T_p, T_p in {-1, 0, 1}."""
+    exact: bool = False
+    """True where the weight already held these values, so that nothing was rounded."""
+
+    def __post_init__(self) -> None:
+        _require(self.codes.dim() == 2, f"codes have shape {tuple(self.codes.shape)}, not [N, K]")
+        _require(self.codes.dtype == torch.int8, f"codes are {self.codes.dtype}, not int8")
+        _require(self.scale.dtype == torch.float32, f"scale is {self.scale.dtype}, not float32")
+        _require(self.planes in CODE_MAX, f"planes={self.planes}, not 1, 2 or 3")
+        rows, columns = self.codes.shape
+        groups = group_count(columns, self.group_size)
+        shapes = [(rows,), (1,)] if self.multiplier is not None or not self.group_size else []
+        if self.group_size and self.multiplier is None:
+            shapes.append((rows, groups))
+        seen = tuple(self.scale.shape)
+        _require(seen in shapes, f"scale has shape {list(seen)}, not one of {shapes}")
+        if self.multiplier is not None:
+            seen = tuple(self.multiplier.shape)
+            _require(seen == (rows, groups), f"multiplier {list(seen)}, not {[rows, groups]}")
+            _require(self.multiplier.dtype == torch.uint8, "multiplier is not uint8")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def free_scales(self) -> bool:
+        """True where every group has a scale of its own instead of a multiplier."""
+        return self.scale.dim() == 2
+
+    def dequantize(self) -> torch.Tensor:
+        """W as fp32 [N, K]; one rounding, of scale * (multiplier * codes)."""
+        if self.free_scales:
+            return expand_groups(self.scale, self.group_size, self.shape[1]) * self.codes
+        values = self.codes.float()
+        if self.multiplier is not None:
+            values *= expand_groups(self.multiplier, self.group_size, self.shape[1])
+        return values.mul_(self.scale[:, None])
+
+    def relative_error(self, w: torch.Tensor) -> float:
+        """||w - W|| / ||w||, Frobenius, for w [N, K] of any float dtype; 0 for an all-zero w."""
+        difference = self.dequantize().sub_(w.detach())
+        norm = torch.linalg.vector_norm(w.detach(), dtype=torch.float32)
+        error = torch.linalg.vector_norm(difference)
+        return float(torch.where(error == 0, error, error / norm))
+
+    def describe(self) -> str:
+        """Format for reports: `ternary x3 g128`, `ternary x1 row`, `ternary x1 tensor`."""
+        if self.group_size:
+            unit = f"g{self.group_size}"
+        else:
+            unit = "tensor" if self.scale.shape == (1,) and self.shape[0] != 1 else "row"
+        return f"ternary x{self.planes} {unit}"
+
+
+def group_count(columns: int, group_size: int) -> int:
+    """Groups of a row of `columns`, the last one possibly short; 0 where group_size is 0."""
+    return -(-columns // group_size) if group_size else 0
+
+
+def expand_groups(values: torch.Tensor, group_size: int, columns: int) -> torch.Tensor:
+    """[N, G] -> [N, K], one value for every column of its group."""
+    return values.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def check_multiplier(quantized: Quantized) -> None:
+    """Raise WeightShapeError where multiplier * max|codes| could leave int8. Reads the data."""
+    if quantized.multiplier is None or not quantized.multiplier.numel():
+        return
+    bound = MAX_MULTIPLIED_CODE // CODE_MAX[quantized.planes]
+    _require(
+        int(quantized.multiplier.max()) <= bound,
+        f"multiplier {int(quantized.multiplier.max())} is over {bound}, the largest whose product "
+        f"with a code of {quantized.planes} planes is an int8",
+    )
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise WeightShapeError(f"quantised weight: {message}")
