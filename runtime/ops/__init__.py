@@ -1,0 +1,58 @@
+"""The ternc:: operators. `register()` defines them once per process; every entry point calls it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import threading
+
+import torch
+
+from ternc.runtime.ops.definition import OpDefinition
+from ternc.runtime.ops.dequantize import DEQUANTIZE
+from ternc.runtime.ops.fake_quantize import FAKE_QUANTIZE, FAKE_QUANTIZE_ACT
+from ternc.runtime.ops.fit import FIT
+from ternc.runtime.ops.linear import LINEAR
+from ternc.runtime.ops.quantize_act import QUANTIZE_ACT
+
+ALL = (LINEAR, QUANTIZE_ACT, DEQUANTIZE, FIT, FAKE_QUANTIZE, FAKE_QUANTIZE_ACT)
+
+_lock = threading.Lock()
+
+
+def register() -> None:
+    """Define every op, its fake, its gradient and its kernels for CPU and CUDA. Idempotent.
+
+    The CPU kernels are the C++ library's where it loads (it may compile once, under a lock), else
+    the references. The references serve CUDA.
+    """
+    with _lock:
+        _library()
+
+
+@functools.cache
+def _library() -> torch.library.Library:
+    """The definitions; they live as long as the returned object, which is never dropped."""
+    library = torch.library.Library("ternc", "DEF")
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
+    for op in ALL:
+        library.define(op.name + op.schema, tags=tags)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ternc.runtime.cpu").load()
+    for op in ALL:
+        _implement(library, op)
+    return library
+
+
+def _implement(library: torch.library.Library, op: OpDefinition) -> None:
+    name = f"ternc::{op.name}"
+    for device in ("CPU", "CUDA"):
+        # Whatever the C++ library brought is kept.
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, device):
+            library.impl(op.name, op.reference, device)
+    torch.library.register_fake(name, op.fake, lib=library)
+    torch.library.register_autograd(name, op.backward, setup_context=op.setup_context, lib=library)
+    if op.autocast:
+        for device in ("CPU", "CUDA"):
+            library.impl(op.name, op.autocast(device.lower()), f"Autocast{device}")
