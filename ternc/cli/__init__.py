@@ -1,0 +1,46 @@
+"""The `ternc` command: one file a subcommand; exit status 0 done, 1 error, 2 usage."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ternc.errors import TerncError
+
+COMMANDS = {
+    "demo": "train a small language model, rewrite it, compile it, measure it",
+    "explain": "say what the compiler would do to a model, and why",
+    "quantize": "write a Hugging Face model folder with packed ternary weights",
+    "info": "torch, processor, GPU and the kernels available here",
+}
+"""Subcommand -> its line of help; the code is in ternc/cli/<name>.py."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ternc <command> ...`; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="ternc", description="The ternary compiler for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"ternc {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    chosen = next((word for word in arguments if word in COMMANDS), None)
+    for name, line in COMMANDS.items():
+        command = commands.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        if name == chosen:
+            module = importlib.import_module(f"ternc.cli.{name}")
+            module.add_arguments(command)
+    namespace = parser.parse_args(arguments)
+    try:
+        return module.run(namespace)
+    except KeyboardInterrupt:
+        return 130
+    except (TerncError, OSError) as error:
+        print(f"ternc: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _version() -> str:
+    import ternc
+
+    return ternc.__version__

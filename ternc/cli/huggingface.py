@@ -1,0 +1,86 @@
+"""A Hugging Face folder on disk <-> model, example inputs, side files. Never asks the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ternc.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+
+SIDE_FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model")
+"""What a model folder holds beside the weights, as globs."""
+
+
+def load_model(folder: Path) -> torch.nn.Module:
+    """The model of the class that `config.json` names, in evaluation mode.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        CheckpointError: the folder holds no readable config.json or no weights.
+        UnsupportedModelError: the installed transformers does not know the class.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf", "reading a Hugging Face folder") from error
+    name = architecture(folder)
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise UnsupportedModelError(
+            f"{folder}: transformers {transformers.__version__} has no class {name!r}, which "
+            "config.json asks for; install a version that has it"
+        )
+    try:
+        model = model_class.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded as {name}: {error}") from error
+    return model.eval()
+
+
+def architecture(folder: Path) -> str:
+    """Class named by `config.json`, "AutoModel" when it names none."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no readable config.json ({error})") from error
+    return (config.get("architectures") or ["AutoModel"])[0]
+
+
+def example_inputs(model: torch.nn.Module) -> dict[str, Any]:
+    """Small inputs that the model's forward accepts, as it declares them itself.
+
+    Raises:
+        UnsupportedModelError: its main input is neither token ids nor an image.
+    """
+    config: Any = model.config
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "input_ids":
+        inputs = dict(model.dummy_inputs)
+        if getattr(config, "is_encoder_decoder", False):
+            inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+        return inputs
+    if main == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return {main: torch.zeros(1, config.num_channels, height, width)}
+    raise UnsupportedModelError(
+        f"{type(model).__name__} takes {main!r}; use ternc.explain(model, inputs) from Python"
+    )
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy configuration and tokenizer files that `target` does not have; returns their names."""
+    copied = []
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)
+                copied.append(path.name)
+    return copied

@@ -1,0 +1,1 @@
+"""The main job end to end: train a byte-level language model, rewrite, compile, measure."""
