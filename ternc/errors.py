@@ -51,3 +51,7 @@ class KernelError(TerncError, RuntimeError):
 
 class DifferentiationError(TerncError, RuntimeError):
     """A gradient was asked of an op that has none."""
+
+
+class InputError(TerncError, ValueError):
+    """An input of a module whose shape, dtype or layout the module does not take."""

@@ -1,0 +1,1 @@
+"""Modules that hold packed ternary weights instead of floating-point ones."""

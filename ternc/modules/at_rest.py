@@ -1,0 +1,138 @@
+"""Packed weight <-> tensors of a state_dict: base-3 trits, scales, multipliers, on any device.
+
+    trits           uint8 [P, N, ceil(K/5)]
+    scale           fp16 [N] or [1] with scale_exponent int32 [] (scale = stored * 2**exponent);
+                    fp32 [N], [1] or [N, G] without exponent where fp16 would lose bits
+    multiplier      uint8 [N, G], only where groups share a scale
+
+The group size is not stored: the layer that is loaded knows it; the number of groups is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ternc.config import CODE_MAX
+from ternc.errors import CheckpointError, WeightShapeError
+from ternc.formats import layouts, trits
+from ternc.formats.packed import Packed, to_layout
+from ternc.formats.quantized import Quantized, check_multiplier, group_count
+from ternc.formats.scales import scale_from_storage, scale_to_storage
+
+NAMES = ("trits", "scale", "scale_exponent", "multiplier")
+"""Every key of a packed weight, without the prefix of its module."""
+
+_EXPONENTS = range(-256, 129)
+"""Exponents that a finite fp32 scale can have; others come from a damaged file."""
+
+
+def to_state(packed: Packed) -> dict[str, torch.Tensor]:
+    """The tensors at rest, on the device of `packed`; they share no memory with it but the scale's.
+
+    Raises:
+        WeightShapeError: never for a weight that `pack` made.
+    """
+    rest = to_layout(packed, layouts.at_rest_layout(packed.planes))
+    scale, exponent = (rest.scale, 0) if rest.scale.is_meta else scale_to_storage(rest.scale)
+    state = {"trits": rest.weight, "scale": scale}
+    if scale.dtype == torch.float16:
+        state["scale_exponent"] = torch.tensor(exponent, dtype=torch.int32)
+    if rest.multiplier is not None:
+        state["multiplier"] = rest.multiplier
+    return state
+
+
+def from_state(
+    tensors: Mapping[str, torch.Tensor],
+    prefix: str,
+    shape: tuple[int, int],
+    group_sizes: Iterable[int],
+) -> Quantized:
+    """The weight that `to_state` wrote, checked: the tensors may come from anywhere.
+
+    Args:
+        tensors: by the names in `NAMES`.
+        prefix: of the module, for messages.
+        shape: (N, K) that the weight must have.
+        group_sizes: group sizes the weight may have, the likeliest first.
+
+    Raises:
+        CheckpointError: a tensor is missing, has a wrong shape or dtype, or holds impossible bytes.
+    """
+    try:
+        planes = _check_trits(_get(tensors, "trits", prefix), prefix, shape)
+        scale = _scale(tensors, prefix)
+        multiplier = tensors.get("multiplier")
+        quantized = Quantized(
+            codes=trits.unpack(tensors["trits"], shape[1]),
+            scale=scale,
+            multiplier=multiplier,
+            group_size=_group_size(scale, multiplier, shape[1], group_sizes, prefix),
+            planes=planes,
+        )
+        check_multiplier(quantized)
+    except WeightShapeError as error:
+        raise CheckpointError(f"{prefix}trits: {error}") from error
+    return quantized
+
+
+def _get(tensors: Mapping[str, torch.Tensor], name: str, prefix: str) -> torch.Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"{prefix}{name} is missing beside {sorted(tensors)}")
+    return tensors[name]
+
+
+def _check_trits(packed: torch.Tensor, prefix: str, shape: tuple[int, int]) -> int:
+    """Number of planes."""
+    wanted = (shape[0], trits.packed_width(shape[1]))
+    seen = tuple(packed.shape)
+    if packed.dtype != torch.uint8 or packed.dim() != 3 or seen[1:] != wanted:
+        raise CheckpointError(
+            f"{prefix}trits is {packed.dtype} {list(seen)}; a weight of {shape[0]} x {shape[1]} "
+            f"needs uint8 [planes, {wanted[0]}, {wanted[1]}]"
+        )
+    if seen[0] not in CODE_MAX:
+        raise CheckpointError(f"{prefix}trits has {seen[0]} planes; 1, 2 and 3 are known")
+    trits.check_bytes(packed, f"{prefix}trits")
+    return seen[0]
+
+
+def _scale(tensors: Mapping[str, torch.Tensor], prefix: str) -> torch.Tensor:
+    scale, exponent = _get(tensors, "scale", prefix), tensors.get("scale_exponent")
+    if exponent is None:
+        if scale.dtype != torch.float32:
+            raise CheckpointError(
+                f"{prefix}scale is {scale.dtype} without scale_exponent; float32 is wanted"
+            )
+        return scale
+    if scale.dtype != torch.float16:
+        raise CheckpointError(f"{prefix}scale is {scale.dtype} beside scale_exponent, not float16")
+    if exponent.dtype != torch.int32 or exponent.numel() != 1 or int(exponent) not in _EXPONENTS:
+        raise CheckpointError(
+            f"{prefix}scale_exponent is {exponent.dtype} {exponent.flatten()[:4].tolist()}; one "
+            f"int32 from {_EXPONENTS[0]} to {_EXPONENTS[-1]} is wanted"
+        )
+    return scale_from_storage(scale, int(exponent))
+
+
+def _group_size(
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    columns: int,
+    group_sizes: Iterable[int],
+    prefix: str,
+) -> int:
+    grouped = multiplier if multiplier is not None else scale
+    if grouped.dim() != 2:
+        return 0
+    known = [size for size in group_sizes if size > 0]
+    for size in known:
+        if group_count(columns, size) == grouped.shape[1]:
+            return size
+    raise CheckpointError(
+        f"{prefix}trits: the weight has {grouped.shape[1]} groups in a row of {columns} columns, "
+        f"which no group_size of this layer gives ({known or 'it has none'}); build the layer with "
+        "the configuration that it was saved with"
+    )
