@@ -1,4 +1,4 @@
-"""`OpDefinition`: one operator as data (schema, reference, fake, backward); `ops.register` reads it."""
+"""`OpDefinition`: one operator as data: schema, reference, fake, backward."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def check_packed(
     group_size: int,
     layout: int,
 ) -> None:
-    """Raise KernelError where the packed tensors do not hold a weight [out_features, in_features]."""
+    """Raise KernelError where the packed tensors do not hold a weight [N, K]."""
     order = layouts.get(layout)
     groups = group_count(in_features, group_size)
     if in_features > MAX_IN_FEATURES:
@@ -105,7 +105,7 @@ def reference(
     layout: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W [N, K] = scale * (multiplier * codes): the bracket exact, one fp32 rounding, one to dtype."""
+    """W [N, K] = scale * (multiplier * codes): one fp32 rounding (the bracket is exact), one to dtype."""
     check_dequantize(
         weight, scale, multiplier, out_features, in_features, group_size, layout, dtype
     )

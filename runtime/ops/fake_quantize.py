@@ -1,6 +1,6 @@
-"""fake_quantize(w), fake_quantize_act(x): quantised values in floating point, gradient straight through.
+"""fake_quantize(w), fake_quantize_act(x) -> quantised values as floats, gradient straight through.
 
-Both call the op that packs (ternc::fit, ternc::quantize_act): training and inference see equal codes.
+Both call the op that packs (ternc::fit, ternc::quantize_act): training sees inference's codes.
 """
 
 from __future__ import annotations

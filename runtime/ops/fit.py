@@ -142,7 +142,7 @@ def snap(w: torch.Tensor, step: torch.Tensor, cmax: int) -> torch.Tensor:
 
 
 def _least_squares(w: torch.Tensor, values: torch.Tensor, default: torch.Tensor) -> torch.Tensor:
-    """argmin over a of ||w - a * values|| along the last dimension; `default` where values are 0."""
+    """argmin over a of ||w - a * values||, last dimension; `default` where values are 0."""
     square = values.square().sum(-1)
     return torch.where(square > 0, (w * values).sum(-1) / square, default)
 
@@ -150,7 +150,7 @@ def _least_squares(w: torch.Tensor, values: torch.Tensor, default: torch.Tensor)
 def _round_multiplier(
     units: torch.Tensor, scale: torch.Tensor, steps: torch.Tensor, cmax: int
 ) -> torch.Tensor:
-    """steps / scale [N, G] to the better of floor and ceil in [1, 127 // cmax]; 0 where steps is 0."""
+    """steps / scale [N, G] -> the better of floor and ceil, from 1 to 127 // cmax; 0 for step 0."""
     quotient = torch.where(steps > 0, steps / scale[:, None], 0.0)
     most = MAX_MULTIPLIED_CODE // cmax
     choices = [quotient.floor().clamp(1, most), quotient.ceil().clamp(1, most)]

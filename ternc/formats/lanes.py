@@ -90,7 +90,7 @@ def _unpack_two(vectors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
 
 
 def _pack_three(fields: torch.Tensor) -> list[torch.Tensor]:
-    """Fields int32 [B, 8, 16, S] of bytes below 32 -> four vectors of nibbles, one of fifth bits."""
+    """Fields int32 [B, 8, 16, S] of bytes below 32 -> four vectors of nibbles, fifth bits."""
     low = (fields & 0x0F0F0F0F).unbind(1)
     fifth = torch.zeros_like(low[0])
     for f, high in enumerate((fields >> 4 & 0x01010101).unbind(1)):

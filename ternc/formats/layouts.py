@@ -1,4 +1,4 @@
-"""Every resident layout by number, and the one a device reads. Adding a layout is a file and a line."""
+"""Every layout by number, and the one a device reads. Adding a layout is a file and a line here."""
 
 from __future__ import annotations
 

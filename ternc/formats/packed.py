@@ -44,7 +44,7 @@ class Packed:
 
     @property
     def nbytes_at_rest(self) -> int:
-        """Bytes in a state_dict or file: base-3 rows, multipliers, and fp16 scales where lossless."""
+        """Bytes in a state_dict or file: base-3 rows, multipliers, fp16 scales where lossless."""
         rows, columns = self.shape
         rest = layouts.get(layouts.at_rest_layout(self.planes))
         stored, _ = scale_to_storage(self.scale)

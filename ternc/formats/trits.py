@@ -40,7 +40,7 @@ def pack(codes: torch.Tensor, planes: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """Bytes uint8 [P, N, ceil(K/5)] -> codes int8 [N, columns]. An invalid byte gives zeros."""
-    planes, rows, width = packed.shape
+    _, rows, width = packed.shape
     table = _trit_table().to(packed.device)
     codes = packed.new_zeros((rows, width * TRITS_PER_BYTE), dtype=torch.int8)
     for plane in packed:
