@@ -17,6 +17,8 @@ LAYERS = {
     "ternc.decision": "vocabulary",
     "ternc.errors": "vocabulary",
     "ternc.formats": "vocabulary",
+    "ternc.policy": "vocabulary",
+    "ternc.progress": "vocabulary",
     "ternc.reporting": "vocabulary",
     "ternc.site": "vocabulary",
     "ternc.runtime": "runtime",
