@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ternc.backend import explain, repack, report
     from ternc.checkpoint import load, save
     from ternc.config import Config
+    from ternc.inspection import explain, repack, report
     from ternc.modules.attention import TernaryMultiheadAttention
     from ternc.modules.linear import TernaryLinear
     from ternc.quantization import quantize
@@ -25,11 +25,11 @@ _HOME = {
     "Report": "ternc.reporting",
     "TernaryLinear": "ternc.modules.linear",
     "TernaryMultiheadAttention": "ternc.modules.attention",
-    "explain": "ternc.backend",
+    "explain": "ternc.inspection",
     "load": "ternc.checkpoint",
     "quantize": "ternc.quantization",
-    "repack": "ternc.backend",
-    "report": "ternc.backend",
+    "repack": "ternc.inspection",
+    "report": "ternc.inspection",
     "save": "ternc.checkpoint",
 }
 

@@ -1,0 +1,70 @@
+"""What the rules know about one compilation, and where they leave what they found."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from ternc.config import Config
+from ternc.passes.graph import module_path, source_of
+from ternc.passes.rule import Skip
+from ternc.reporting import Row
+from ternc.site import WeightSite
+
+
+@dataclasses.dataclass
+class Context:
+    """Attributes:
+    config: the user's settings.
+    inputs: example inputs of the original graph, by position.
+    grad_enabled: gradients were enabled when the graph was traced.
+    abstract: the inputs are fake tensors (DDP buckets); no value may be read.
+    """
+
+    config: Config
+    inputs: list[Any]
+    grad_enabled: bool
+    abstract: bool
+    sites: list[WeightSite] = dataclasses.field(default_factory=list)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    packed_inputs: list[tuple[WeightSite, str]] = dataclasses.field(default_factory=list)
+    """Inputs appended to the graph: which site, which field of its packed tensors."""
+    row_positions: list[tuple[Row, int]] = dataclasses.field(default_factory=list)
+    """Rows of weights that were packed before compilation, and the position of their bytes."""
+
+    def skip(self, name: str, pattern: str, why: Skip, weight: torch.Tensor | None) -> None:
+        """Adds the row of a weight that stays floating point."""
+        self.rows.append(skipped_row(name, pattern, why.reason, weight))
+
+    def unique_name(self, name: str) -> str:
+        """`name`, numbered where a row has it already."""
+        taken = {row.name for row in self.rows}
+        if name not in taken:
+            return name
+        return next(f"{name}#{i}" for i in range(2, len(taken) + 3) if f"{name}#{i}" not in taken)
+
+
+def skipped_row(name: str, pattern: str, reason: str, weight: torch.Tensor | None) -> Row:
+    """Row of a weight that stays what it is."""
+    nbytes = 0 if weight is None else weight.numel() * weight.element_size()
+    return Row(
+        name=name,
+        pattern=pattern,
+        action="skipped",
+        reason=reason,
+        shape=() if weight is None else tuple(int(size) for size in weight.shape),
+        bytes_before=nbytes,
+        bytes_after=nbytes,
+        bytes_at_rest=nbytes,
+        bits_per_weight=0.0 if weight is None else 8.0 * weight.element_size(),
+    )
+
+
+def weight_name(weight: fx.Node, inputs: list[fx.Node]) -> str:
+    """Module path of a weight: from its first static input, with the name of its slice."""
+    path = module_path(source_of(inputs[0])) if inputs else str(weight)
+    suffix = weight.meta.get("ternc_suffix")
+    return f"{path}.{suffix}" if suffix else path

@@ -1,0 +1,93 @@
+"""Reading and copying a Dynamo graph: example values, names of inputs, which inputs are weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+_PATH_STEP = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
+_STATIC = "_dynamo_static_input_type"
+
+
+def example_value(node: fx.Node) -> Any:
+    """Fake tensor (or number) that the node computed while it was traced; None if unknown."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(example_value(node), torch.Tensor)
+
+
+def source_of(placeholder: fx.Node) -> str:
+    """Python expression of a graph input, `L['self']._modules['a']._parameters['weight']`; "" if unknown."""
+    argument = placeholder.meta.get("grapharg")
+    source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return name() if callable(name) else name
+
+
+def dotted_path(source: str) -> str:
+    """`L['self']._modules['a']._parameters['weight']` -> `a.weight`; other expressions unchanged."""
+    return ".".join(_PATH_STEP.findall(source)) or source
+
+
+def module_path(source: str) -> str:
+    """Path of the module that owns a parameter: `a.weight` -> `a`, `a.in_proj_weight` -> `a.in_proj`.
+
+    A parametrised weight, `a.parametrizations.weight.original`, belongs to `a`.
+    """
+    path = dotted_path(source)
+    owner, found, _ = path.partition(".parametrizations.")
+    if found:
+        return owner
+    if path.startswith("parametrizations."):
+        return ""
+    owner, _, leaf = path.rpartition(".")
+    stem = leaf.removesuffix("_weight") if leaf.endswith("_weight") else ""
+    return ".".join(part for part in (owner, stem) if part) or path
+
+
+def mark_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Writes to every placeholder's meta its position and whether it is static (parameter, buffer)."""
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        example = example_inputs[position]
+        static = isinstance(example, torch.nn.Parameter) or _STATIC in node.meta.get(
+            "tensor_dict", {}
+        )
+        node.meta["ternc_position"] = position
+        node.meta["ternc_static"] = static and isinstance(example, torch.Tensor)
+
+
+def is_static_input(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.meta.get("ternc_static", False)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A shallow copy that may be edited; Dynamo reads the original again after the backend returns.
+
+    Sources of the placeholders are carried over: ahead-of-time autograd asks for them.
+    """
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+    for old in gm.graph.find_nodes(op="placeholder"):
+        if hasattr(old, "_dynamo_source"):
+            mapping[old]._dynamo_source = old._dynamo_source
+    return copied
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Argument of a call by position or keyword."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)

@@ -1,0 +1,127 @@
+"""The ordered list of passes: normal forms first, then rules. Order is meaning, so it stands here and nowhere else."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ternc.passes.attention_fast_paths import decompose_attention
+from ternc.passes.context import Context, weight_name
+from ternc.passes.graph import (
+    dotted_path,
+    example_value,
+    is_static_input,
+    mark_inputs,
+    module_path,
+    source_of,
+)
+from ternc.passes.rule import Rule, Skip
+from ternc.passes.rules.linear import LinearRule
+from ternc.passes.spellings import spell_linears
+from ternc.passes.verify import verify
+from ternc.passes.weight_expression import WeightExpression
+from ternc.reporting import Row
+
+RULES: tuple[Rule, ...] = (LinearRule(),)
+
+
+def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Rewrites `gm` in place; sites, rows and new inputs are left in `context`."""
+    mark_inputs(gm, context.inputs)
+    for skip in decompose_attention(gm):
+        context.skip(str(skip.node), "attention", skip, None)
+    verify(gm, "decompose_attention")
+    spell_linears(gm)
+    verify(gm, "spell_linears")
+    for rule in RULES:
+        apply(rule, gm, context)
+        verify(gm, rule.name)
+    _find_packed_modules(gm, context)
+    _drop_unused(gm)
+    gm.recompile()
+    return gm
+
+
+def apply(rule: Rule, gm: fx.GraphModule, context: Context) -> None:
+    """One sweep of one rule; a refusal becomes a report row where the rule looks at a weight."""
+    for node in list(gm.graph.nodes):
+        match = rule.match(node)
+        if match is None:
+            continue
+        skip = rule.check(match, context) or rule.rewrite(match, context)
+        if isinstance(skip, Skip) and "weight" in match.parts:
+            _record_skip(match.parts["weight"], match.parts["expression"], skip, context)
+
+
+def _record_skip(
+    weight: fx.Node, expression: WeightExpression | Skip, skip: Skip, context: Context
+) -> None:
+    inputs = [] if isinstance(expression, Skip) else expression.inputs
+    value = example_value(weight)
+    if inputs:
+        name = weight_name(weight, inputs)
+    else:
+        name = _owner(weight)
+    context.skip(context.unique_name(name), "linear", skip, value)
+
+
+def _owner(node: fx.Node) -> str:
+    """Path of the innermost module that made a node, from Dynamo's module stack."""
+    stack = node.meta.get("nn_module_stack") or next(
+        (user.meta["nn_module_stack"] for user in node.users if "nn_module_stack" in user.meta), {}
+    )
+    if not stack:
+        return str(node)
+    path = list(stack.values())[-1][0]
+    return module_path(path) if "_modules" in path else path.removeprefix("L['self'].")
+
+
+def _find_packed_modules(gm: fx.GraphModule, context: Context) -> None:
+    """Rows for `ternc::linear` nodes that were in the graph already: modules packed by `quantize`."""
+    for node in gm.graph.nodes:
+        if node.target not in (torch.ops.ternc.linear, torch.ops.ternc.linear.default):
+            continue
+        weight = node.args[1]
+        if "ternc_site" in node.meta or not is_static_input(weight):
+            continue
+        x, rows = example_value(node.args[0]), int(node.args[5])
+        name = context.unique_name(dotted_path(source_of(weight)).rpartition(".")[0])
+        columns = int(x.shape[-1])
+        tensors = [arg for arg in node.args[1:4] if isinstance(arg, fx.Node)]
+        nbytes = sum(example_value(t).numel() * example_value(t).element_size() for t in tensors)
+        row = Row(
+            name=name,
+            pattern="packed linear",
+            action="rewritten",
+            reason="packed before compilation; its buffers are the weights",
+            format=f"ternary layout {node.args[8]}",
+            shape=(rows, columns),
+            bytes_before=rows * columns * x.element_size(),
+            bytes_after=nbytes,
+            bits_per_weight=8.0 * nbytes / max(1, rows * columns),
+        )
+        context.rows.append(row)
+        context.row_positions.append((row, weight.meta["ternc_position"]))
+
+
+def _drop_unused(gm: fx.GraphModule) -> None:
+    """Removes what computed the float weights; inputs stay until lowering decides which to pass."""
+    for node in reversed(list(gm.graph.nodes)):
+        dead = node.op in ("call_function", "call_method", "get_attr") and not node.users
+        if dead and not node.is_impure() and not _mutates(node):
+            gm.graph.erase_node(node)
+
+
+def _mutates(node: fx.Node) -> bool:
+    """In-place writes to anything but a value that only dead nodes read."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if not (name.endswith("_") and not name.endswith("__")):
+        return node.op == "call_function" and name in (
+            "setitem",
+            "_set_grad_enabled",
+            "_enter_autocast",
+        )
+    target = node.args[0] if node.args else None
+    return isinstance(target, fx.Node) and (
+        target.op == "placeholder" or any(user is not node for user in target.users)
+    )

@@ -1,0 +1,176 @@
+"""The part of a graph that computes a weight from parameters and buffers alone.
+
+`w + (q(w) - w).detach()` is read as `q(w)`: that is the forward value of the straight-through idiom, which floating
+point would otherwise blur by one rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ternc.passes.graph import is_static_input, is_tensor
+from ternc.passes.rule import Skip
+
+_ADD = {operator.add, torch.add, "add"}
+_SUB = {operator.sub, torch.sub, torch.subtract, "sub", "subtract"}
+_DETACH = {torch.detach, "detach", torch.Tensor.detach}
+_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal_", "uniform_")
+
+
+class WeightExpression:
+    """A weight as a function of static inputs.
+
+    Attributes:
+        inputs: placeholders it reads, in graph order.
+        positions: their positions among the graph's inputs.
+        key: text that identifies the computation; "" where the weight is an input itself.
+    """
+
+    def __init__(self, inputs: list[fx.Node], body: fx.GraphModule | None) -> None:
+        self.inputs = inputs
+        self.positions = tuple(node.meta["ternc_position"] for node in inputs)
+        self._body = body
+        self.key = "" if body is None else _key_of(body)
+
+    @property
+    def is_identity(self) -> bool:
+        return self._body is None
+
+    def evaluate(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Value of the weight for `tensors` in the order of `inputs`."""
+        if self._body is None:
+            return tensors[0].detach()
+        with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+            return self._body(*tensors)
+
+
+def weight_expression(weight: fx.Node) -> WeightExpression | Skip:
+    """The expression that computes `weight`, or why it is not one of static inputs alone."""
+    if is_static_input(weight):
+        return WeightExpression([weight], None)
+    collected = _collect(weight)
+    if isinstance(collected, Skip):
+        return collected
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    inputs: list[fx.Node] = []
+    for node in weight.graph.nodes:
+        if node not in collected:
+            continue
+        if node.op == "placeholder":
+            inputs.append(node)
+            mapping[node] = graph.placeholder(f"input_{len(inputs) - 1}")
+        else:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    graph.output(mapping[weight])
+    _fold_straight_through(graph)
+    graph.eliminate_dead_code(is_impure_node=_writes_in_place)
+    owner = weight.graph.owning_module
+    return WeightExpression(inputs, fx.GraphModule(owner, graph))
+
+
+def _collect(weight: fx.Node) -> set[fx.Node] | Skip:
+    """Every node that `weight` depends on, in-place writes to those included."""
+    collected: set[fx.Node] = set()
+    pending = [weight]
+    while pending:
+        node = pending.pop()
+        if node in collected:
+            continue
+        if reason := _why_not_static(node):
+            return Skip(reason, node)
+        collected.add(node)
+        pending.extend(node.all_input_nodes)
+        pending.extend(
+            user
+            for user in node.users
+            if _writes_in_place(user) and user.args and user.args[0] is node
+        )
+    if not any(node.op == "placeholder" for node in collected):
+        return Skip(
+            "the weight is a constant of the traced code, not a parameter or buffer", weight
+        )
+    return collected
+
+
+def _why_not_static(node: fx.Node) -> str | None:
+    if node.op == "placeholder":
+        if is_static_input(node):
+            return None
+        return "the weight is computed from an input of the model, not from parameters alone"
+    if node.op == "get_attr":
+        return None
+    name = _name_of(node)
+    if any(word in name for word in _RANDOM):
+        return f"the weight is computed with the random operation {name!r}"
+    if _writes_in_place(node) and any(is_static_input(source) for source in node.args[:1]):
+        return f"the weight is computed with {name!r}, which writes to a parameter in place"
+    return None
+
+
+def _name_of(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    name = _name_of(node)
+    return node.op in ("call_method", "call_function") and (
+        (name.endswith("_") and not name.endswith("__")) or node.target in (operator.setitem,)
+    )
+
+
+def _fold_straight_through(graph: fx.Graph) -> None:
+    """a + (b - a).detach() -> b and a - (a - b).detach() -> b."""
+    for node in list(graph.nodes):
+        value = _straight_through_value(node)
+        if value is not None:
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+
+
+def _straight_through_value(node: fx.Node) -> fx.Node | None:
+    if len(node.args) != 2 or node.kwargs or node.op not in ("call_function", "call_method"):
+        return None
+    left, right = node.args
+    if node.target in _ADD:
+        for base, correction in ((left, right), (right, left)):
+            difference = _detached_difference(correction)
+            if difference is not None and difference[1] is base:
+                return difference[0]
+    if node.target in _SUB:
+        difference = _detached_difference(right)
+        if difference is not None and difference[0] is left:
+            return difference[1]
+    return None
+
+
+def _detached_difference(node: object) -> tuple[fx.Node, fx.Node] | None:
+    """(a, b) where `node` is (a - b).detach()."""
+    if not isinstance(node, fx.Node) or node.target not in _DETACH or not node.args:
+        return None
+    inner = node.args[0]
+    if not isinstance(inner, fx.Node) or inner.target not in _SUB or len(inner.args) != 2:
+        return None
+    a, b = inner.args
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        return a, b
+    return None
+
+
+def _key_of(body: fx.GraphModule) -> str:
+    constants = "".join(
+        f"{node.target}:{getattr(body, str(node.target), None)!r}"
+        for node in body.graph.nodes
+        if node.op == "get_attr"
+    )
+    return hashlib.sha256((body.code + constants).encode()).hexdigest()[:32]
+
+
+def is_weight_like(node: object) -> bool:
+    """A tensor node of two dimensions: what the weight of a linear looks like."""
+    return isinstance(node, fx.Node) and is_tensor(node) and node.meta["example_value"].dim() == 2

@@ -1,0 +1,85 @@
+"""Everything that touches Inductor's and Dynamo's half-private interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from ternc.errors import ConfigError, UnknownOptionError
+
+Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+INNER_COMPILERS = ("inductor", "aot_eager", "eager")
+
+
+def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inner:
+    """What compiles the rewritten graph.
+
+    Raises:
+        ConfigError: `mode` is none of Inductor's, or settings are given to another compiler than Inductor.
+        UnknownOptionError: a setting that Inductor does not have.
+    """
+    if name != "inductor":
+        if settings or mode:
+            raise ConfigError(f"inner={name!r} takes no mode and no Inductor settings")
+        return _compile_eager if name == "eager" else _compile_aot_eager
+    patches = {**_mode_patches(mode), **_checked(settings)}
+
+    def compile_inductor(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        if not _keeps_static_addresses(inputs):
+            _forget_dynamo(gm)
+        return compile_fx(gm, inputs, config_patches=patches)
+
+    return compile_inductor
+
+
+def _compile_eager(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    return gm.forward
+
+
+def _compile_aot_eager(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    from torch._dynamo.backends.registry import lookup_backend
+
+    _forget_dynamo(gm)
+    return lookup_backend("aot_eager")(gm, inputs)
+
+
+def _mode_patches(mode: str | None) -> dict[str, Any]:
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise ConfigError(f"mode={mode!r} is not one of {', '.join(sorted(known))}")
+    return dict(known[mode])
+
+
+def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    patches = {key.replace("-", "_"): value for key, value in settings.items()}
+    if unknown := [key for key in patches if key not in known]:
+        raise UnknownOptionError(
+            unknown, [f"inductor setting such as {key}" for key in list(known)[:3]]
+        )
+    return patches
+
+
+def _keeps_static_addresses(inputs: list[Any]) -> bool:
+    """CUDA graphs need to know which inputs keep their address: Dynamo's metadata says so."""
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
+
+
+def _forget_dynamo(gm: fx.GraphModule) -> None:
+    """Without Dynamo's metadata the graph takes AOTAutograd's plain path, which changes less between versions."""
+    gm.meta.clear()
+    gm.__dict__.pop("_param_name_to_source", None)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.__dict__.pop("_dynamo_source", None)

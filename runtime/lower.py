@@ -1,0 +1,223 @@
+"""Rewritten graph -> callable: Inductor compiles it once, packed weights are handed in at every call.
+
+The compiled code never holds a weight. Each call finds the packed form of the weights it was given; where one needs
+another variant than the graph was compiled for, that call runs the graph op by op, with one warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from ternc.formats import layouts
+from ternc.formats.packed import Packed
+from ternc.formats.quantized import group_count
+from ternc.reporting import Row
+from ternc.runtime.pack import PackCache, PackedWeight
+from ternc.site import WeightSite
+
+CACHE = PackCache()
+GRAPHS: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
+_ORDER = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """Where one input of the rewritten graph comes from: an original input, or a field of a site."""
+
+    position: int = -1
+    site: int = -1
+    field: str = ""
+
+
+class CompiledGraph:
+    """One compiled graph, shared by every instance that Dynamo runs it for.
+
+    Attributes:
+        rows: report rows at compile time.
+        sites: weights that are packed, in the order of the rows.
+        order: rises with every graph compiled in this process.
+        notes: what happened at run time that a report should say.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        sites: list[WeightSite],
+        rows: list[Row],
+        row_positions: list[tuple[Row, int]],
+        inputs: Sequence[Any],
+        inner: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
+        abstract: bool,
+    ) -> None:
+        self.sites = sites
+        self.rows = rows
+        self.row_positions = row_positions
+        self.notes: list[str] = []
+        self._warned: set[str] = set()
+        self._instances: list[dict[int, weakref.ref[torch.Tensor]]] = []
+        self.graph_module = gm
+        self._arguments = _plan(gm, sites)
+        entries = [
+            _abstract_entry(s, inputs) if abstract else self._entry(s, inputs) for s in sites
+        ]
+        if not abstract:
+            self._remember(inputs)
+        self._inner = inner(gm, self._gather(inputs, entries))
+        self.order = next(_ORDER)
+        GRAPHS.add(self)
+
+    def __call__(self, *args: Any) -> Any:
+        entries = [self._entry(site, args) for site in self.sites]
+        for site, entry in zip(self.sites, entries, strict=True):
+            if entry.variant != site.variant:
+                return self._run_op_by_op(args, entries)
+        return self._inner(*self._gather(args, entries))
+
+    def instance_tensors(self) -> list[dict[int, torch.Tensor]]:
+        """Static tensors of every live instance seen, by their position among the inputs."""
+        found = []
+        for instance in self._instances:
+            alive = {position: ref() for position, ref in instance.items()}
+            found.append({p: tensor for p, tensor in alive.items() if tensor is not None})
+        return found
+
+    def _entry(self, site: WeightSite, args: Sequence[Any]) -> PackedWeight:
+        sources = [args[position] for position in site.inputs]
+        known = CACHE.find(site, sources)
+        if known is not None:
+            return known
+        entry = CACHE.pack(site, sources, site.first)
+        site.first = None
+        self._remember(args)
+        return entry
+
+    def _remember(self, args: Sequence[Any]) -> None:
+        static = {
+            position: args[position]
+            for position in self._static_positions()
+            if isinstance(args[position], torch.Tensor)
+        }
+        identities = {id(tensor) for tensor in static.values()}
+        for seen in self.instance_tensors():
+            if {id(tensor) for tensor in seen.values()} == identities:
+                return
+        self._instances.append({p: weakref.ref(tensor) for p, tensor in static.items()})
+
+    def _static_positions(self) -> list[int]:
+        sites = {position for site in self.sites for position in site.inputs}
+        return sorted(
+            sites
+            | {position for _, position in self.row_positions}
+            | set(self.graph_module.meta.get("ternc_static_positions", ()))
+        )
+
+    def _gather(self, args: Sequence[Any], entries: Sequence[PackedWeight]) -> list[Any]:
+        gathered = []
+        for argument in self._arguments:
+            if argument.site < 0:
+                gathered.append(args[argument.position])
+            else:
+                gathered.append(getattr(entries[argument.site].packed, argument.field, None))
+        return gathered
+
+    def _run_op_by_op(self, args: Sequence[Any], entries: Sequence[PackedWeight]) -> Any:
+        for site, entry in zip(self.sites, entries, strict=True):
+            if entry.variant != site.variant and site.name not in self._warned:
+                self._warned.add(site.name)
+                note = (
+                    f"{site.name}: the weight no longer fits the compiled form ({site.row.format}); "
+                    f"now: {entry.reason}. It runs op by op, right but unfused; "
+                    "ternc.repack(model, recompile=True) compiles it anew"
+                )
+                self.notes.append(note)
+                warnings.warn(f"ternc: {note}", RuntimeWarning, stacklevel=3)
+        by_site = {id(s): (s, e) for s, e in zip(self.sites, entries, strict=True)}
+        return _OpByOp(self.graph_module, by_site, args).run(*self._gather(args, entries))
+
+
+class _OpByOp(fx.Interpreter):
+    """Runs the rewritten graph with every weight in the variant it has now."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        entries: dict[int, tuple[WeightSite, PackedWeight]],
+        originals: Sequence[Any],
+    ) -> None:
+        super().__init__(gm)
+        self.entries = entries
+        self.originals = originals
+
+    def run_node(self, n: fx.Node) -> Any:
+        if "ternc_site" not in n.meta:
+            return super().run_node(n)
+        site, entry = self.entries[id(n.meta["ternc_site"])]
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x, bias, activation_bits = args[0], args[4], args[7]
+        packed = entry.packed
+        if packed is None:
+            weight = site.evaluate([self.originals[position] for position in site.inputs])
+            if site.own_quantizer:
+                x = torch.ops.ternc.fake_quantize_act.default(x, activation_bits)
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return torch.ops.ternc.linear.default(
+            x,
+            packed.weight,
+            packed.scale,
+            packed.multiplier,
+            bias,
+            packed.shape[0],
+            packed.group_size,
+            activation_bits,
+            packed.layout,
+        )
+
+
+def _plan(gm: fx.GraphModule, sites: list[WeightSite]) -> list[Argument]:
+    """Drops static inputs that nothing reads any more; says where the remaining ones come from."""
+    order = {id(site): i for i, site in enumerate(sites)}
+    plan = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if "ternc_packed" in node.meta:
+            site, field = node.meta["ternc_packed"]
+            plan.append(Argument(site=order[id(site)], field=field))
+        elif node.meta["ternc_static"] and not node.users:
+            gm.graph.erase_node(node)
+        else:
+            plan.append(Argument(position=node.meta["ternc_position"]))
+    gm.recompile()
+    return plan
+
+
+def _abstract_entry(site: WeightSite, inputs: Sequence[Any]) -> PackedWeight:
+    """Packed tensors without values, for a graph that is compiled from fake tensors."""
+    rows, columns = site.row.shape
+    variant, like = site.variant, inputs[site.inputs[0]]
+    layout = layouts.get(variant.layout)
+    groups = group_count(columns, variant.group_size)
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return like.new_empty(shape, dtype=dtype, requires_grad=False)
+
+    packed = Packed(
+        weight=empty(layout.weight_shape(rows, columns), torch.uint8),
+        scale=empty(variant.scale_shape, torch.float32),
+        multiplier=(
+            empty(layout.multiplier_shape(rows, groups), torch.uint8)
+            if variant.has_multiplier
+            else None
+        ),
+        shape=(rows, columns),
+        group_size=variant.group_size,
+        layout=variant.layout,
+    )
+    return PackedWeight((), site.row.reason, None, packed, variant)

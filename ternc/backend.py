@@ -1,0 +1,91 @@
+"""The backend of `torch.compile(model, backend="ternc")`.
+
+graph -> copy -> normal forms and rules (passes) -> packed inputs (runtime) -> Inductor. docs/architecture.md has the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses import FakeTensor
+
+from ternc.config import Config, field_names
+from ternc.errors import ConfigError, UnknownOptionError
+from ternc.passes import pipeline
+from ternc.passes.context import Context
+from ternc.passes.graph import copy_graph
+from ternc.runtime import ops
+from ternc.runtime.inductor import INNER_COMPILERS, inner_compiler
+from ternc.runtime.lower import CompiledGraph
+
+_EXTRA_OPTIONS = ("inductor", "inner")
+
+
+def ternc_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles one Dynamo graph: weights become packed ternary inputs, the rest is Inductor's.
+
+    Args:
+        mode: one of Inductor's modes ("reduce-overhead", "max-autotune", ...).
+        options: fields of `ternc.Config`, plus `inductor` (dict of Inductor's settings) and `inner`
+            ("inductor", "aot_eager" or "eager": what compiles the rewritten graph).
+
+    Raises:
+        UnknownOptionError: an option that is none of these.
+        ConfigError: a value that is not allowed, or a setting that only `ternc.quantize` has.
+    """
+    config, inner, settings = parse_options(options)
+    compile_inner = inner_compiler(inner, mode, settings)
+    ops.register()
+    gm, context = rewrite(gm, example_inputs, config)
+    return CompiledGraph(
+        gm,
+        context.sites,
+        context.rows,
+        context.row_positions,
+        list(example_inputs),
+        compile_inner,
+        context.abstract,
+    )
+
+
+def parse_options(options: Mapping[str, Any] | None) -> tuple[Config, str, dict[str, Any]]:
+    """Backend options -> (Config, inner compiler, Inductor's settings)."""
+    values = dict(options or {})
+    known = [*field_names(), *_EXTRA_OPTIONS]
+    if unknown := [key for key in values if key not in known]:
+        raise UnknownOptionError(unknown, known)
+    settings = values.pop("inductor", None) or {}
+    inner = values.pop("inner", "inductor")
+    if inner not in INNER_COMPILERS:
+        raise ConfigError(f"inner={inner!r} is not one of {', '.join(INNER_COMPILERS)}")
+    config = Config(**values)
+    if config.method not in ("auto", "rtn"):
+        raise ConfigError(
+            f"method={config.method!r} belongs to ternc.quantize: the backend quantises live weights with one "
+            "closed-form fit"
+        )
+    if config.bits_budget is not None:
+        raise ConfigError("bits_budget needs calibration data: use ternc.quantize")
+    return config, inner, dict(settings)
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
+) -> tuple[fx.GraphModule, Context]:
+    """A rewritten copy of a Dynamo graph, and what was found in it."""
+    context = Context(
+        config=config,
+        inputs=list(example_inputs),
+        grad_enabled=torch.is_grad_enabled(),
+        abstract=any(isinstance(value, FakeTensor) for value in example_inputs),
+    )
+    return pipeline.run(copy_graph(gm), context), context

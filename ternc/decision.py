@@ -1,0 +1,41 @@
+"""What one float weight becomes: exactly ternary, ternary within the error budget, or what it was."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ternc.config import Config
+from ternc.formats.detect import detect_ternary
+from ternc.formats.fit import choose
+from ternc.formats.quantized import Refusal
+from ternc.site import Decision
+
+
+def decide(weight: torch.Tensor, planes: int | None, config: Config, refine: int = 0) -> Decision:
+    """Decision for a weight [N, K].
+
+    Args:
+        planes: plane count of a graph that is compiled already; a weight that needs fewer is fitted with these.
+        refine: rounds of alternating least squares after the closed form.
+    """
+    found = detect_ternary(
+        weight, config.group_size if isinstance(config.group_size, int) else None
+    )
+    if not isinstance(found, Refusal):
+        return Decision(found, "ternary by value: lowered exactly", 0.0)
+    chosen = choose(weight, config, refine=refine)
+    if isinstance(chosen, Refusal):
+        return Decision(None, chosen.reason)
+    if planes is not None and chosen.planes < planes:
+        fixed = choose(weight, dataclasses.replace(config, planes=planes), refine=refine)
+        if not isinstance(fixed, Refusal):
+            chosen = fixed
+    return Decision(chosen, _rule(config, chosen.planes), chosen.relative_error(weight))
+
+
+def _rule(config: Config, planes: int) -> str:
+    if config.planes == "auto":
+        return f"{planes} planes are the fewest within error_budget {config.error_budget:g}"
+    return f"planes={config.planes} as configured"

@@ -1,0 +1,193 @@
+"""Questions about a model: `explain` (what would be done), `report` (what was done), `repack` (do it again)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ternc.backend import rewrite
+from ternc.config import Config
+from ternc.reporting import Report, Row, Totals, describe_graph
+from ternc.runtime import dispatch, ops
+from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
+from ternc.site import WeightSite
+
+_TWICE = (
+    "the float weights stay in memory beside the packed ones ({total}): the compiled model may be trained or "
+    "loaded again; ternc.quantize(model) keeps the packed ones alone"
+)
+_TRAINING = (
+    "gradients are enabled, so weights that require grad run the quantisation-aware training op; call the model "
+    "under torch.no_grad() or torch.inference_mode() for the packed kernels"
+)
+
+
+def explain(
+    model: torch.nn.Module, *args: Any, config: Config | None = None, **kwargs: Any
+) -> Report:
+    """What `torch.compile(model, backend="ternc")` would do with `model(*args, **kwargs)`.
+
+    Runs the model once, uncompiled, in the caller's gradient mode; neither the model nor its weights are changed.
+
+    Args:
+        config: the settings to explain; default `Config()`.
+    """
+    ops.register()
+    rows: list[Row] = []
+    nodes = []
+    replaced: list[torch.Tensor] = []
+    graphs = 0
+
+    def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        rewritten, context = rewrite(gm, inputs, config or Config())
+        rows.extend(context.rows)
+        nodes.extend(describe_graph(rewritten.graph, f"{graphs}:" if graphs else ""))
+        replaced.extend(_replaced(rewritten, context.sites, inputs))
+        graphs += 1
+        return gm.forward
+
+    torch.compile(model, backend=record)(*args, **kwargs)
+    return Report(
+        rows=rows,
+        totals=Totals.of(model, rows, replaced),
+        notes=_notes(rows, graphs),
+        nodes=nodes,
+    )
+
+
+def report(model: torch.nn.Module) -> Report:
+    """What was done to `model`: by `ternc.quantize`, and by the backend once the compiled model has run."""
+    model = getattr(model, "_orig_mod", model)
+    packed = getattr(model, "_ternc_rows", None)
+    graphs = sorted(_graphs_of(model), key=lambda found: found[0].order)
+    if packed is None and not graphs:
+        return Report(
+            status="not compiled yet: call the compiled model once, or ask ternc.explain(model, inputs)"
+        )
+    rows: dict[str, Row] = {}
+    replaced: list[torch.Tensor] = []
+    notes: list[str] = []
+    nodes = []
+    for index, (graph, instance) in enumerate(graphs):
+        rows.update((row.name, row) for row in _rows_of(graph, instance))
+        replaced.extend(_replaced(graph.graph_module, graph.sites, instance))
+        notes.extend(note for note in graph.notes if note not in notes)
+        nodes.extend(describe_graph(graph.graph_module.graph, f"{index}:" if index else ""))
+    if packed is not None:
+        for row in packed:
+            rows[row.name] = _with_kernel(row, model)
+        replaced.extend(_packed_buffers(model, packed))
+    found = list(rows.values())
+    return Report(
+        rows=found,
+        totals=Totals.of(model, found, replaced),
+        notes=_notes(found, 1) + notes,
+        nodes=nodes,
+    )
+
+
+def repack(model: torch.nn.Module, recompile: bool = False) -> int:
+    """Packs the weights of `model` anew at its next call: for writes that leave no trace, `p.data.copy_()`.
+
+    Args:
+        recompile: also drop compiled code (of every model in the process), so that decisions are made anew.
+
+    Returns:
+        Number of packed weights that were marked.
+    """
+    count = CACHE.forget([*model.parameters(), *model.buffers()])
+    if recompile:
+        torch._dynamo.reset()
+    return count
+
+
+def _notes(rows: list[Row], graphs: int) -> list[str]:
+    notes = []
+    live = [row for row in rows if row.action == "rewritten" and row.pattern != "packed linear"]
+    if any("training" in row.pattern for row in live):
+        notes.append(_TRAINING)
+    elif live:
+        total = sum(row.bytes_before for row in live) + sum(row.bytes_after for row in live)
+        notes.append(_TWICE.format(total=f"{total / 1e6:.1f} MB"))
+    if graphs > 1:
+        notes.append(f"Dynamo split the model into {graphs} graphs")
+    return notes
+
+
+def _graphs_of(
+    model: torch.nn.Module,
+) -> Iterator[tuple[CompiledGraph, dict[int, torch.Tensor]]]:
+    """Compiled graphs that have run with tensors of this model, and those tensors by position."""
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for graph in GRAPHS:
+        for instance in graph.instance_tensors():
+            if any(id(tensor) in own for tensor in instance.values()):
+                yield graph, instance
+
+
+def _rows_of(graph: CompiledGraph, instance: dict[int, torch.Tensor]) -> Iterator[Row]:
+    """Rows of one graph for one instance, with what its weights are and run as now."""
+    sites = {id(site.row): site for site in graph.sites}
+    packed_before = {id(row): position for row, position in graph.row_positions}
+    for row in graph.rows:
+        current = copy.copy(row)
+        if id(row) in packed_before:
+            current.kernel = dispatch.last_kernel(instance[packed_before[id(row)]])
+        elif id(row) in sites:
+            _update(current, sites[id(row)], instance)
+        yield current
+
+
+def _update(row: Row, site: WeightSite, instance: dict[int, torch.Tensor]) -> None:
+    entry = CACHE.peek(site, [instance[position] for position in site.inputs])
+    if entry is None:
+        return
+    if entry.packed is None:
+        row.action, row.reason, row.format = "skipped", entry.reason, "float"
+        row.bytes_after = row.bytes_at_rest = row.bytes_before
+        row.bits_per_weight = 8.0 * row.bytes_before / max(1, row.shape[0] * row.shape[1])
+        row.weight_error = None
+        return
+    row.bytes_after, row.bytes_at_rest = entry.packed.nbytes, entry.packed.nbytes_at_rest
+    row.bits_per_weight = 8.0 * row.bytes_after / max(1, row.shape[0] * row.shape[1])
+    row.weight_error = entry.error
+    if entry.variant != site.variant:
+        row.reason = f"{entry.reason}; runs op by op: compiled as {site.row.format}"
+    row.kernel = dispatch.last_kernel(entry.packed.weight)
+
+
+def _replaced(
+    gm: fx.GraphModule, sites: Sequence[WeightSite], inputs: Any
+) -> Iterator[torch.Tensor]:
+    """Float weights that nothing but packed sites reads: what the packed bytes stand for."""
+    still_read = {
+        node.meta["ternc_position"]
+        for node in gm.graph.find_nodes(op="placeholder")
+        if node.users and "ternc_position" in node.meta
+    }
+    for site in sites:
+        for position in site.inputs:
+            if position not in still_read:
+                yield inputs[position]
+
+
+def _with_kernel(row: Row, model: torch.nn.Module) -> Row:
+    """The row of a packed module, with the kernel of its last call."""
+    current = copy.copy(row)
+    for tensor in _packed_buffers(model, [row]):
+        current.kernel = dispatch.last_kernel(tensor) or current.kernel
+    return current
+
+
+def _packed_buffers(model: torch.nn.Module, rows: Sequence[Row]) -> Iterator[torch.Tensor]:
+    """Packed tensors of the modules that rows of `quantize` name."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for row in rows:
+        module = modules.get(row.name)
+        if row.action == "rewritten" and hasattr(module, "packed_tensors"):
+            yield from module.packed_tensors()
