@@ -1,0 +1,261 @@
+"""The command line: help, usage errors, one-line errors, JSON, the flow of the demo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ternc.cli
+from ternc.cli import COMMANDS, main
+from ternc.cli.console import config_of
+from ternc.config import Config
+from ternc.demo.corpus import CorpusError, is_held_out, read_corpus
+from ternc.demo.measure import interleaved_medians
+from ternc.demo.run import Outcome, Settings, Variant
+from ternc.demo.train import bits_per_byte
+from ternc.errors import TerncError
+from ternc.reporting import Report, Row
+
+ROOT = Path(__file__).parent.parent
+
+
+def exit_status(arguments):
+    try:
+        return main(arguments)
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert exit_status([command, "--help"]) == 0
+    assert f"usage: ternc {command}" in capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys):
+    assert exit_status(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["quantize", "folder"],
+        ["explain"],
+        ["quantize", "f", "-o", "g", "--planes", "x"],
+    ],
+)
+def test_usage_errors_exit_with_2(arguments, capsys):
+    assert exit_status(arguments) == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["explain", "no-such-folder"], "no readable config.json"),
+        (["quantize", "no-such-folder", "-o", "out", "--planes", "5"], "planes=5"),
+        (["explain", "no-such-folder", "--error-budget", "3"], "error_budget=3.0"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_1(arguments, words, capsys):
+    assert exit_status(arguments) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1
+    assert error[0].startswith("ternc: error: ")
+    assert words in error[0]
+
+
+def test_options_reach_the_configuration(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("ternc.cli.explain.config_of", lambda n: seen.append(config_of(n)))
+    arguments = "explain missing --planes 2 --group-size row --activation-bits none --exclude a.*"
+    exit_status([*arguments.split(), "--exclude", "b"])
+    assert seen == [Config(planes=2, group_size=None, activation_bits=None, exclude=("a.*", "b"))]
+
+
+def test_default_options_are_the_default_configuration(monkeypatch):
+    seen = []
+    monkeypatch.setattr("ternc.cli.explain.config_of", lambda n: seen.append(config_of(n)))
+    exit_status(["explain", "missing"])
+    assert seen == [Config()]
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from ternc.cli import main; sys.exit(main())",
+            "--version",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, f"ternc {ternc.__version__}")
+
+
+def test_info_says_what_is_here(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    assert "scalar" in printed
+
+
+def test_info_json(capsys):
+    assert main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["torch"] == torch.__version__
+    assert info["gpu"]["available"] == torch.cuda.is_available()
+    assert {isa["name"] for isa in info["isas"]} >= {"scalar"}
+    for isa in info["isas"]:
+        assert isa["available"] == (isa["why_not"] is None)
+    assert [layout["number"] for layout in info["layouts"]] == [1, 2, 3, 11, 12, 13]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_explain_a_model_folder(model_folder, capsys):
+    assert main(["explain", str(model_folder), "--planes", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    linears = [row for row in report["rows"] if row["shape"]]
+    assert len(linears) == 7, "six in the layer, one pooler"
+    assert all(row["action"] == "rewritten" and "x1" in row["format"] for row in linears)
+
+
+def test_quantize_a_model_folder(model_folder, tmp_path, capsys):
+    output = tmp_path / "packed"
+    assert main(["quantize", str(model_folder), "-o", str(output), "--planes", "2"]) == 0
+    assert "7 of 7 rewritten" in capsys.readouterr().out
+    assert (output / "config.json").read_text() == (model_folder / "config.json").read_text()
+
+    from ternc.cli.huggingface import example_inputs, load_model
+
+    model = load_model(model_folder)
+    expected = ternc.quantize(model, Config(planes=2))
+    loaded = ternc.load(output, model=model)
+    with torch.inference_mode():
+        inputs = example_inputs(model)
+        left, right = loaded(**inputs), expected(**inputs)
+    assert torch.equal(left.last_hidden_state, right.last_hidden_state)
+
+
+def test_unknown_architecture_is_refused(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+    assert main(["explain", str(tmp_path)]) == 1
+    assert "no class 'NoSuchModel'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_quick_demo_runs_the_whole_flow(capsys):
+    status = main(["demo", "--quick", "--json"])
+    captured = capsys.readouterr()
+    outcome = json.loads(captured.out)
+    variants = {variant["name"]: variant for variant in outcome["variants"]}
+    assert set(variants) == {
+        "eager fp32",
+        "ternc planes=auto",
+        "ternc planes=1",
+        "ternc backend only",
+    }
+    assert outcome["steps"] > 0
+    assert variants["ternc planes=1"]["bytes"] < variants["ternc planes=auto"]["bytes"]
+    assert variants["ternc planes=auto"]["bytes"] < variants["eager fp32"]["bytes"]
+    near = variants["eager fp32"]["bits_per_byte"]
+    assert variants["ternc planes=auto"]["bits_per_byte"] == pytest.approx(near, rel=0.05)
+    kernels = [
+        row["kernel"]
+        for report in outcome["reports"].values()
+        for row in report["rows"]
+        if row["action"] == "rewritten" and row["shape"]
+    ]
+    assert len(kernels) == 3 * 7
+    on_reference = any(kernel in (None, "reference") for kernel in kernels)
+    assert status == (1 if on_reference else 0), captured.err
+
+
+def outcome(kernel):
+    row = Row("layer", "linear", "rewritten", "why", shape=(4, 4), kernel=kernel)
+    variant = Variant("eager fp32", 1.0, 100, 0.1, 0.1)
+    reports = {"ternc planes=auto": Report([row])}
+    return Outcome(Settings.quick(), 1, 1, 1, [variant], reports)
+
+
+@pytest.mark.parametrize("kernel, status", [("scalar", 0), ("reference", 1), (None, 1)])
+def test_demo_fails_where_no_kernel_ran(kernel, status, monkeypatch, capsys):
+    monkeypatch.setattr("ternc.cli.demo.run_demo", lambda settings, say: outcome(kernel))
+    assert main(["demo", "--quick"]) == status
+    assert ("no kernel ran layer" in capsys.readouterr().err) == bool(status)
+
+
+def test_corpus_parts_share_no_file(tmp_path):
+    names = [f"module_{i}.py" for i in range(60)]
+    for name in names:
+        (tmp_path / name).write_text(f"# {name}\n" * 20)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "test_module.py").write_text("# left out\n")
+    corpus = read_corpus(tmp_path, context=16)
+    train, held_out = bytes(corpus.train.tolist()), bytes(corpus.held_out.tolist())
+    assert corpus.files == 60
+    assert b"left out" not in train + held_out
+    for name in names:
+        line = f"# {name}\n".encode()
+        assert (line in held_out, line in train) == (is_held_out(name), not is_held_out(name))
+
+
+def test_empty_corpus_is_an_error(tmp_path):
+    with pytest.raises(CorpusError, match="0 source files"):
+        read_corpus(tmp_path)
+    assert issubclass(CorpusError, TerncError)
+
+
+def test_bits_per_byte_of_a_uniform_guess_is_8():
+    text = torch.arange(0, 200, dtype=torch.uint8)
+    uniform = lambda ids: torch.zeros(*ids.shape, 256)  # noqa: E731
+    assert bits_per_byte(uniform, text, length=16, windows=4) == pytest.approx(8.0)
+
+
+def test_bits_per_byte_scores_the_next_byte():
+    text = torch.arange(0, 200, dtype=torch.uint8)
+    oracle = lambda ids: 100.0 * torch.nn.functional.one_hot(ids + 1, 256)  # noqa: E731
+    assert bits_per_byte(oracle, text, length=16, windows=4) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_medians_take_turns():
+    order = []
+    medians = interleaved_medians(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warm_up=1
+    )
+    assert order == ["a", "b"] * 3
+    assert set(medians) == {"a", "b"}
+
+
+def test_folder_loading_stays_offline(model_folder):
+    from ternc.cli.huggingface import load_model
+
+    load_model(model_folder)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
