@@ -1,0 +1,60 @@
+// One field (16 rows x 4 columns) of a step as unsigned bytes code + bias, times 2^carry.
+//
+// A field is masked where it lies, not shifted down, as long as the carried byte is one that
+// dot() takes: the sum then carries 2^carry, and one exact shift at the end removes it.
+// Included inside an instruction set's namespace, after its simd.h.
+
+constexpr int PARTS = FIELD_ROWS / LANES;     // vectors that hold the rows of one field
+constexpr int PART_BYTES = STEP_COLUMNS * LANES;
+constexpr int64_t PREFETCH_AHEAD = 16384;     // into L2: 86 % of the stream against 79 % into L1
+
+constexpr int fields(int planes) { return block_rows(planes) / FIELD_ROWS; }
+constexpr int bias(int planes) { return code_max(planes); }
+
+// Bit at which field F starts in its byte (planes 1 and 2).
+constexpr int field_bit(int planes, int field) { return planes == 1 ? 2 * field : 4 * (field & 1); }
+
+constexpr int carry(int planes, int field) {
+  if (planes == 3) return 0;
+  const int bit = field_bit(planes, field);
+  return (2 * code_max(planes)) << bit <= MAX_FIELD ? bit : 0;
+}
+
+// 2^-carry, exact.
+constexpr float carry_inverse(int planes, int field) {
+  return 1.0f / float(1 << carry(planes, field));
+}
+
+template <int PLANES, int F>
+TERNC_INLINE bytes decode(const uint8_t* step, int part) {
+  const uint8_t* at = step + part * PART_BYTES;
+  if constexpr (PLANES == 3) {
+    const bytes nibbles = load_bytes(at + F / 2 * 64), fifth = load_bytes(at + 256);
+    bytes low = nibbles, high = fifth;
+    if constexpr (F % 2 == 1) low = shift_bytes_right<4>(low);
+    if constexpr (F < 4) high = shift_bytes_left<4 - F>(high);
+    if constexpr (F > 4) high = shift_bytes_right<F - 4>(high);
+    return or_bytes(and_bytes(low, splat_byte(0x0f)), and_bytes(high, splat_byte(0x10)));
+  } else {
+    constexpr int BIT = field_bit(PLANES, F), CARRY = carry(PLANES, F);
+    constexpr int MASK = PLANES == 1 ? 3 : 15;
+    bytes packed = load_bytes(at);
+    if constexpr (BIT != CARRY) packed = shift_bytes_right<BIT - CARRY>(packed);
+    return and_bytes(packed, splat_byte(uint8_t(MASK << CARRY)));
+  }
+}
+
+// The same as signed bytes code * 2^carry.
+template <int PLANES, int F>
+TERNC_INLINE bytes decode_signed(const uint8_t* step, int part) {
+  return sub_bytes(decode<PLANES, F>(step, part),
+                   splat_byte(uint8_t(bias(PLANES) << carry(PLANES, F))));
+}
+
+template <int PLANES>
+TERNC_INLINE void prefetch_step(const uint8_t* step) {
+  // An address past the end of the buffer is harmless to a prefetch, but not to pointer rules.
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(step) + PREFETCH_AHEAD;
+  for (int line = 0; line < step_bytes(PLANES); line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead + line), 0, 2);
+}

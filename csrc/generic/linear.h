@@ -1,0 +1,66 @@
+// The walk that both linear kernels share: blocks of rows, tokens four at a time, spans of columns.
+//
+//   for each block of weight rows            the packed bytes of a block are one stream
+//     for each 4 tokens                      the block comes from L2 from the second time on
+//       for each span of columns             a group, or a piece whose bytes stay in L1
+//         tile(fields, part): sums in registers, added to the totals of the block
+//       y = (total * sx) * s + b
+//
+// Included inside an instruction set's namespace, after decode.h and values.h.
+
+constexpr int TOKENS = 4;
+
+// Fields and parts of a field that one tile keeps in registers for T tokens, and how many
+// independent sums of each (successive steps) hide the latency of dot().
+constexpr int tile_parts(int tokens) {
+  return tokens == 1 && 2 * PARTS <= ACCUMULATORS ? PARTS : 1;
+}
+constexpr int tile_fields(int planes, int tokens) {
+  const int room = ACCUMULATORS / ((tokens > 1 ? TOKENS : 1) * tile_parts(tokens));
+  return room >= fields(planes) ? fields(planes) : room >= 4 ? 4 : room >= 2 ? 2 : 1;
+}
+constexpr int tile_sets(int planes, int tokens) {
+  const int sums = tokens * tile_parts(tokens) * tile_fields(planes, tokens);
+  return 2 * sums > 8 || 2 * sums > ACCUMULATORS ? 1 : 4 * sums > 8 ? 2 : 4;
+}
+// One tile covers all rows of a block: no byte is read twice.
+constexpr bool single_pass(int planes, int tokens) {
+  return tile_parts(tokens) == PARTS && tile_fields(planes, tokens) == fields(planes);
+}
+constexpr int64_t PIECE_COLUMNS = 512;  // a tile's span where a block takes several passes
+
+// Row factors of one block: scale (1 where scales are free) and bias.
+struct RowFactors {
+  float scale[MAX_BLOCK_ROWS], bias[MAX_BLOCK_ROWS];
+  int64_t first, count;  // rows of the weight that the block holds
+};
+
+inline void load_factors(const Weight& weight, const Output& out, int rows, int64_t block,
+                         RowFactors& factors) {
+  factors.first = block * rows;
+  const int64_t left = weight.rows - factors.first;
+  factors.count = left < rows ? left : rows;
+  for (int64_t r = 0; r < factors.count; ++r)
+    factors.scale[r] = weight.scale_kind == ScaleKind::row      ? weight.scale[factors.first + r]
+                       : weight.scale_kind == ScaleKind::tensor ? weight.scale[0]
+                                                                : 1.0f;
+  if (out.bias != nullptr)
+    widen_values(out.bias, out.bias_dtype, factors.first, factors.count, factors.bias);
+}
+
+// y[token, rows of the block] = (total * sx) * s + b; free scales are in the total already.
+inline void store_outputs(const float* total, float sx, const RowFactors& factors,
+                          const Weight& weight, const Output& out, int64_t token) {
+  float y[MAX_BLOCK_ROWS];
+  for (int64_t r = 0; r < factors.count; ++r) y[r] = (total[r] * sx) * factors.scale[r];
+  if (out.bias != nullptr)
+    for (int64_t r = 0; r < factors.count; ++r) y[r] += factors.bias[r];
+  store_values(y, factors.count, out.dtype, out.values, token * weight.rows + factors.first);
+}
+
+// total[r] += sum[r] * s[row, group] for the rows of one vector; free scales are [N, groups].
+inline void add_free(const float* sum, const Weight& weight, int64_t first, int64_t group,
+                     float* total) {
+  for (int r = 0; r < LANES && first + r < weight.rows; ++r)
+    total[r] += sum[r] * weight.scale[(first + r) * weight.groups + group];
+}

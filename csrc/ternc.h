@@ -1,0 +1,164 @@
+// ternc.h: the C++ interface of the CPU kernels. Plain pointers and sizes, no torch.
+//
+//   x [M, K] --quantize--> q int8 [M, stride], sx [M], sums [M, spans]
+//   q, packed weight [N, K] --linear_i8--> y [M, N]      y = (float(sum) * sx) * s[n] + b[n]
+//   x, packed weight [N, K] --linear_f32--> y [M, N]     y = sum(x * c) * s[n] + b[n]
+//   w [N, K] --fit--> codes, scale, multiplier
+//
+// M = tokens, N = weight rows (out_features), K = columns (in_features) in every kernel.
+//
+// Resident layouts ("lanes"). A field is 16 weight rows; a step is 4 columns. Byte 4 * i + j of a
+// 64-byte vector belongs to lane i (row i of its field) and column 4 * step + j:
+//
+//   planes 1, layout 11, 64 rows a block, 64 B a step: code + 1 in two bits
+//     byte 4i+j   bits 7 6 | 5 4 | 3 2 | 1 0
+//                 row 48+i | 32+i| 16+i| i
+//   planes 2, layout 12, 32 rows a block, 64 B a step: code + 4 in a nibble
+//     byte 4i+j   bits 7..4 | 3..0
+//                 row  16+i | i
+//   planes 3, layout 13, 128 rows a block, 320 B a step: low four bits of code + 13 in nibbles,
+//     vectors v = 0..3   bits 7..4      | 3..0
+//                        row 32v+16+i   | 32v+i
+//     vector 4           bit b: fifth bit of row 16b+i
+//   stream: [block][step][bytes of a step]; multiplier: [block][group][rows of a block], uint8.
+//   Rows are padded to whole blocks and columns to whole steps with code 0.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ternc {
+
+enum class Dtype : int { f32, bf16, f16 };
+
+enum class ScaleKind : int { tensor, row, group };  // [1], [N], [N, groups] ("free" scales)
+
+constexpr int FIELD_ROWS = 16;
+constexpr int STEP_COLUMNS = 4;
+constexpr int MAX_PLANES = 3;
+constexpr int MAX_BLOCK_ROWS = 128;
+constexpr int64_t MAX_COLUMNS = 131072;  // 131072 * 127 * 127 is the last sum that fits int32
+
+constexpr int block_rows(int planes) { return planes == 1 ? 64 : planes == 2 ? 32 : 128; }
+constexpr int step_bytes(int planes) { return planes == 3 ? 320 : 64; }
+constexpr int code_max(int planes) { return planes == 1 ? 1 : planes == 2 ? 4 : 13; }
+constexpr int multiplier_max(int planes) { return 127 / code_max(planes); }
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Weight {
+  const uint8_t* bytes;
+  const float* scale;
+  const uint8_t* multiplier;  // null: 1 everywhere
+  ScaleKind scale_kind;
+  int64_t rows, columns;       // N, K
+  int64_t group_size, groups;  // group_size = K and groups = 1 where the weight has no groups
+};
+
+// Tokens as the integer kernels read them. Columns past K up to `stride` hold 0.
+struct Tokens {
+  int8_t* q;      // [M, stride]
+  float* scale;   // [M]: one quantisation step a token; NaN where the token is not finite
+  int32_t* sums;  // [M, groups]: sum of q over the columns of a group; null: not wanted
+  int64_t count, stride;
+};
+
+struct Output {
+  void* values;  // [M, N]
+  Dtype dtype;
+  const void* bias;  // [N] or null
+  Dtype bias_dtype;
+};
+
+struct QuantizeArgs {
+  const void* x;  // [M, K], contiguous
+  Dtype dtype;
+  int64_t columns, group_size, groups;  // as in Weight
+  int bits;                             // 8 or 4
+  Tokens out;
+};
+
+struct LinearI8Args {
+  Weight weight;
+  Tokens tokens;
+  Output out;
+};
+
+struct LinearF32Args {
+  Weight weight;
+  const float* x;  // [M, stride], columns past K hold 0
+  int64_t stride;
+  Output out;
+};
+
+// Half-open ranges of weight blocks and of tokens: one call computes their product.
+struct Range {
+  int64_t block_begin, block_end, token_begin, token_end;
+};
+
+struct DequantizeArgs {
+  Weight weight;
+  int planes;
+  bool at_rest;  // base-3 rows (layouts 1..3) instead of lanes
+  void* out;     // [N, K]
+  Dtype dtype;
+};
+
+struct FitArgs {
+  const void* w;  // [N, K], contiguous
+  Dtype dtype;
+  int64_t rows, columns, group_size, groups;  // group_size = 0: one step a row
+  int planes, refine;
+  double* step;         // [N]: unrounded scale of each row (out of fit_row)
+  uint8_t* multiplier;  // [N, groups], null where group_size = 0
+  int8_t* codes;        // [N, K]
+};
+
+// One candidate step of the search over a whole tensor: sum(w * c) and sum(c * c) of its codes.
+struct SnapSums {
+  double weight_code, code_code;
+};
+
+// The kernels of one instruction set. Index [planes - 1] where there are three.
+struct Kernels {
+  void (*quantize)(const QuantizeArgs&, int64_t token_begin, int64_t token_end);
+  void (*widen)(const void* x, Dtype, int64_t columns, float* out, int64_t stride,
+                int64_t token_begin, int64_t token_end);
+  void (*linear_i8[MAX_PLANES])(const LinearI8Args&, const Range&);
+  void (*linear_f32[MAX_PLANES])(const LinearF32Args&, const Range&);
+  void (*dequantize)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
+  // Largest |w| of `count` values as the bits of a float; above 0x7f7fffff: not finite.
+  uint32_t (*largest)(const void* w, Dtype, int64_t begin, int64_t count);
+  void (*fit_rows)(const FitArgs&, int64_t row_begin, int64_t row_end);
+  void (*snap_rows)(const FitArgs&, const float* scale, int64_t row_begin, int64_t row_end);
+  // Sums over w[begin, begin + count) / 2^exponent for `steps` candidate steps.
+  void (*snap_sums)(const FitArgs&, int64_t begin, int64_t count, int exponent, const float* step,
+                    int steps, SnapSums* sums);
+};
+
+struct Isa {
+  const char* name;
+  const char* (*missing)();  // null, or why this machine cannot run it
+  const Kernels* kernels;    // null where it is not built for this architecture
+};
+
+// Every instruction set known to the source, best first; `count` entries.
+const Isa* isa_table(int* count);
+
+// The instruction set in use: TERNC_ISA if set, else the best available.
+// Null if TERNC_ISA names none that can run here; `*error` then says why (static storage).
+const Isa* active_isa(const char** error);
+
+// Remembers which kernels ran last on the packed weight at this address.
+void record_kernel(const void* weight, const Isa* isa);
+
+// Runs body(context, begin, end) over pieces of [0, count), each at least `grain` long.
+using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, void* context);
+
+// w -> codes, scale, multiplier by the tied fit; `tensor_scale`: one step for the whole weight.
+// scale: [N], or [1] for tensor_scale. Returns false where w holds NaN or infinity.
+bool fit(FitArgs args, bool tensor_scale, float* scale, const Kernels& kernels,
+         ParallelFor parallel);
+
+}  // namespace ternc
