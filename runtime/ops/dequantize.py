@@ -105,7 +105,7 @@ def reference(
     layout: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """W [N, K] = scale * (multiplier * codes): one fp32 rounding (the bracket is exact), one to dtype."""
+    """W [N, K] = scale * (multiplier * codes): one fp32 rounding, then one to dtype."""
     check_dequantize(
         weight, scale, multiplier, out_features, in_features, group_size, layout, dtype
     )

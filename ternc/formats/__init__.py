@@ -1,4 +1,4 @@
-"""Ternary weights as numbers (`Quantized`) and as bytes (`Packed`), and how a float weight gets there."""
+"""Ternary weights as numbers (`Quantized`), as bytes (`Packed`), and the way there from floats."""
 
 from ternc.formats.detect import detect_ternary
 from ternc.formats.fit import choose

@@ -1,4 +1,4 @@
-"""The policy for float weights: w [N, K] and a Config -> fewest planes within the error, or why not.
+"""The policy for float weights: w [N, K], Config -> fewest planes within the error, or why not.
 
 Uses the op ternc::fit, so `ternc.runtime.ops.register()` must have run.
 """

@@ -5,8 +5,6 @@ codes = sum over p of 3**(P - 1 - p) T_p;  byte = sum over i of (T_p[5 j + i] + 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +39,7 @@ def pack(codes: torch.Tensor, planes: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """Bytes uint8 [P, N, ceil(K/5)] -> codes int8 [N, columns]. An invalid byte gives zeros."""
     _, rows, width = packed.shape
-    table = _trit_table().to(packed.device)
+    table = _trit_table(packed.device)
     codes = packed.new_zeros((rows, width * TRITS_PER_BYTE), dtype=torch.int8)
     for plane in packed:
         trits = table.index_select(0, plane.flatten().to(torch.int32))
@@ -65,11 +63,10 @@ def check_bytes(packed: torch.Tensor, name: str) -> None:
         )
 
 
-@functools.cache
-def _trit_table() -> torch.Tensor:
+def _trit_table(device: torch.device) -> torch.Tensor:
     """int8 [256, 5]: the trits of every byte; zeros for 243..255."""
-    byte = torch.arange(256)[:, None]
-    trits = byte // 3 ** torch.arange(TRITS_PER_BYTE) % 3 - 1
+    byte = torch.arange(256, device=device)[:, None]
+    trits = byte // 3 ** torch.arange(TRITS_PER_BYTE, device=device) % 3 - 1
     return (trits * (byte < BYTE_VALUES)).to(torch.int8)
 
 
