@@ -6,9 +6,7 @@ import fnmatch
 
 from ternc.config import Config
 from ternc.errors import ConfigError
-
-ALS_ROUNDS = 2
-"""Rounds of alternating least squares for method="als"; more change the error by under 1 %."""
+from ternc.formats.fit import REFINE_ROUNDS
 
 
 def excluded(name: str, config: Config) -> str | None:
@@ -27,12 +25,12 @@ def excluded(name: str, config: Config) -> str | None:
 
 def marked_int8(name: str, config: Config) -> bool:
     """True where the configuration asks for int8 storage of the weight at this path."""
-    return _first_match(name, config.int8) is not None
+    return bool(_first_match(name, config.int8)) and not _first_match(name, config.include)
 
 
 def refine_rounds(config: Config) -> int:
     """Argument `refine` of `ternc::fit`: 0 for method="rtn", else alternating least squares."""
-    return 0 if config.method == "rtn" else ALS_ROUNDS
+    return 0 if config.method == "rtn" else REFINE_ROUNDS
 
 
 def refuse_unsupported(config: Config, calibrated: bool) -> None:

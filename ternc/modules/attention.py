@@ -163,7 +163,7 @@ _FLOAT_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_we
 def split_projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     """The four projections of `attention` as float Linears, by the names in `PROJECTIONS`.
 
-    They share the memory of its weights; a stacked weight or bias is cut into views of itself.
+    They share the memory of its weights: a stacked weight is cut into views of itself.
     """
     if attention.in_proj_weight is not None:
         weights = attention.in_proj_weight.chunk(3)
@@ -182,7 +182,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight.detach(), weight.requires_grad)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach(), bias.requires_grad)
+        linear.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return linear
 
 

@@ -118,13 +118,14 @@ class TernaryLinear(nn.Module):
         bias: nn.Parameter | None,
         *,
         config: Config,
+        group_size: int,
         weight_dtype: torch.dtype,
         transposed: bool,
         device: torch.device,
     ) -> TernaryLinear:
         """A layer without a weight yet, on `device`: `load_state_dict` brings it."""
         nothing = torch.empty(0, dtype=torch.uint8, device=device)
-        packed = Packed(nothing, nothing.float(), None, shape, max(config.fit_group, 0), layout=1)
+        packed = Packed(nothing, nothing.float(), None, shape, group_size, layout=1)
         return cls(packed, bias, config=config, weight_dtype=weight_dtype, transposed=transposed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

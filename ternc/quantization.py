@@ -1,0 +1,310 @@
+"""quantize(model) -> the same model with its Linears packed: offline rewriting.
+
+find linears and attention -> decide by value, name and error -> put packed modules in their place
+
+The root keeps its class and its forward, so `generate`, hooks and state_dict go on working.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ternc.config import Config
+from ternc.modules.conversion import (
+    Converted,
+    Spelling,
+    convert_attention,
+    convert_linear,
+    convert_tied,
+    is_attention,
+    packed_row,
+    skipped_row,
+    spelling_of,
+    switch_off_fast_paths,
+    why_not,
+)
+from ternc.modules.linear import TernaryLinear
+from ternc.policy import excluded, marked_int8, refuse_unsupported
+from ternc.progress import track
+from ternc.reporting import Row
+from ternc.runtime import ops
+
+
+def quantize(
+    model: nn.Module,
+    config: Config | None = None,
+    *,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    inplace: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """A model whose linear layers hold packed ternary weights; `ternc.report` says what was done.
+
+    nn.Linear and transposed linears become TernaryLinear, nn.MultiheadAttention becomes
+    TernaryMultiheadAttention. A weight that already is ternary is held exactly; the others are
+    fitted within `config.error_budget`, or stay floating point with a reason in the report. Tied
+    weights stay tied, modes, hooks and devices stay what they are. Codes are fitted one layer at a
+    time: with `inplace=True` each float weight is let go of as its packed form appears, so that
+    the peak is the float model and the temporaries of one layer; otherwise a copy of the whole
+    float model comes on top.
+
+    Args:
+        model: any module, a Linear itself included.
+        config: default `Config()`.
+        example_inputs: a tuple of arguments (or a mapping of keyword arguments, or one tensor). The
+            finished model is run on them once, without gradients and in eval mode; a packed layer
+            that was not called then says so in its report row.
+        calibration: not in this version.
+        inplace: replace the modules of `model` itself. A root that is a Linear cannot be replaced
+            in place: use the returned module.
+        progress: show progress on stderr; None shows it on a terminal.
+
+    Raises:
+        ConfigError: a setting that this version does not obey; the message names another.
+    """
+    config = config or Config()
+    refuse_unsupported(config, calibration is not None)
+    ops.register()
+    # Tensors made in inference mode could never be differentiated through.
+    with torch.inference_mode(False), torch.no_grad():
+        if not inplace:
+            model = copy.deepcopy(model)
+        model, rows = _convert(model, config, progress)
+        switch_off_fast_paths(model)
+    model._ternc_rows = rows  # type: ignore[assignment]
+    model._ternc_config = config  # type: ignore[assignment]
+    if example_inputs is not None:
+        _mark_uncalled(model, example_inputs, rows)
+    return model
+
+
+@dataclasses.dataclass
+class _Site:
+    """A module that may be replaced, and every place it is found at."""
+
+    module: nn.Module
+    spelling: Spelling | None
+    """None for attention, and for what only has a row."""
+    paths: list[str] = dataclasses.field(default_factory=list)
+    parents: list[tuple[nn.Module, str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.paths[0]
+
+
+def _convert(
+    model: nn.Module, config: Config, progress: bool | None
+) -> tuple[nn.Module, list[Row]]:
+    """Replaces modules in place; returns the root, which may be a new one, and the rows."""
+    earlier = {row.name: row for row in getattr(model, "_ternc_rows", ())}
+    sites = _survey(model, config)
+    ties = _Ties(model, sites, config)
+    # A queue: nothing here may keep a float weight alive once its layer is packed.
+    queue, total = deque(sites), len(sites)
+    del sites
+    rows: list[Row] = []
+    for site in track((queue.popleft() for _ in range(total)), total, "quantize", progress):
+        converted = _convert_site(site, config, ties, earlier)
+        rows += converted.rows
+        for alias in site.paths[1:]:
+            rows += _alias_rows(converted.rows, site.name, alias)
+        if converted.module is not None:
+            for parent, name in site.parents:
+                parent._modules[name] = converted.module
+            model = converted.module if "" in site.paths else model
+        site.module = converted.module or site.module
+    return model, rows
+
+
+def _survey(model: nn.Module, config: Config) -> list[_Site]:
+    """Every module that deserves a row, in the order of the model."""
+    inside = {
+        id(part)
+        for module in model.modules()
+        if is_attention(module)
+        for part in module.modules()
+        if part is not module
+    }
+    sites: dict[int, _Site] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in sites and id(module) not in inside:
+            spelling = spelling_of(module)
+            found = spelling or is_attention(module) or isinstance(module, TernaryLinear)
+            if found or (marked_int8(path, config) and _has_matrix(module)):
+                sites[id(module)] = _Site(module, spelling)
+        if id(module) in sites:
+            sites[id(module)].paths.append(path)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in sites:
+                sites[id(child)].parents.append((parent, name))
+    return list(sites.values())
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and not nn.parameter.is_lazy(weight) and weight.dim() == 2
+
+
+def _convert_site(
+    site: _Site, config: Config, ties: _Ties, earlier: Mapping[str, Row]
+) -> Converted:
+    module, name = site.module, site.name
+    if isinstance(module, TernaryLinear):
+        return Converted(None, [earlier.get(name) or packed_row(name, module)])
+    reason = excluded(name, config) or ties.why_not(name)
+    if is_attention(module):
+        return convert_attention(module, name, config, reason)
+    if site.spelling is None:
+        assert reason is not None, "only a module marked int8 has a row without being linear"
+        return Converted(None, [skipped_row(name, "embedding", reason, module)])
+    if reason is None and (tied := ties.packed(name)) is not None:
+        row, layer = tied
+        packed = convert_tied(module, layer, site.spelling)
+        return Converted(packed, _alias_rows([row], row.name, name))
+    converted = convert_linear(module, name, config, site.spelling, reason)
+    ties.remember(name, converted)
+    return converted
+
+
+def _alias_rows(rows: Sequence[Row], name: str, alias: str) -> list[Row]:
+    """The rows of a weight once more, under another path of it."""
+    return [
+        dataclasses.replace(
+            row,
+            name=alias + row.name[len(name) :],
+            shared_with=row.name,
+            reason=f"one weight with {row.name!r}: {row.reason}",
+        )
+        for row in rows
+    ]
+
+
+class _Ties:
+    """Which linears share their weight, with whom, and the packed layer of each such weight."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[_Site], config: Config) -> None:
+        owners: dict[Any, dict[str, None]] = defaultdict(dict)
+        for path, module in model.named_modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    owners[_memory(tensor)][path] = None
+        by_path = {site.name: site for site in sites}
+        self._group: dict[str, Any] = {}
+        self._reasons: dict[str, str] = {}
+        self._packed: dict[Any, tuple[Row, TernaryLinear]] = {}
+        for site in sites:
+            for tensor in _sources(site.module):
+                others = [path for path in owners[_memory(tensor)] if not _within(path, site)]
+                if others:
+                    self._group[site.name] = _memory(tensor)
+                    members = [site, *(by_path.get(path) for path in others)]
+                    if reason := _why_not_together(members, others, config):
+                        self._reasons[site.name] = reason
+
+    def why_not(self, name: str) -> str | None:
+        """Why the tied weight at `name` stays floating point."""
+        return self._reasons.get(name)
+
+    def packed(self, name: str) -> tuple[Row, TernaryLinear] | None:
+        """Row and layer of the weight at `name`, if another layer brought it already."""
+        return self._packed.get(self._group.get(name))
+
+    def remember(self, name: str, converted: Converted) -> None:
+        if name in self._group and isinstance(converted.module, TernaryLinear):
+            self._packed[self._group[name]] = (converted.rows[0], converted.module)
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """Equal for tensors that are one weight: one object, or the same elements of one storage."""
+    if nn.parameter.is_lazy(tensor) or type(tensor.data) is not torch.Tensor:
+        return id(tensor)
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+
+def _sources(module: nn.Module) -> list[torch.Tensor]:
+    """The tensors that the weights of a module are made of: its biases are shared as they are."""
+    if parametrize.is_parametrized(module, "weight"):
+        return list(module.parametrizations["weight"].parameters())
+    return [
+        tensor
+        for part in ((module, *module.children()) if is_attention(module) else (module,))
+        for name, tensor in part._parameters.items()
+        if tensor is not None and name.endswith("weight")
+    ]
+
+
+def _within(path: str, site: _Site) -> bool:
+    """`path` is the module of the site, or a part of it."""
+    return any(path == own or path.startswith(f"{own}." if own else "") for own in site.paths)
+
+
+def _why_not_together(
+    members: Sequence[_Site | None], others: Sequence[str], config: Config
+) -> str | None:
+    """One weight is packed where every module that has it is a plain linear of one spelling."""
+    for member, path in zip(members, (others[0], *others), strict=True):
+        if not (
+            member is not None
+            and member.spelling is not None
+            and member.spelling is members[0].spelling  # type: ignore[union-attr]
+            and not parametrize.is_parametrized(member.module)
+            and not excluded(member.name, config)
+            and not why_not(member.module)
+        ):
+            return f"its weight is shared with {path!r}; only plain linears can share a packed one"
+    return None
+
+
+def _mark_uncalled(model: nn.Module, example_inputs: Any, rows: Sequence[Row]) -> None:
+    """Runs the model once and says of every packed layer that was not called that it was not."""
+    called: set[str] = set()
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, TernaryLinear)
+    }
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in layers.items():
+        names[id(module)].append(name)
+    handles = [
+        module.register_forward_hook(
+            lambda module, *_: called.update(names[id(module)]), always_call=True
+        )
+        for module in {id(module): module for module in layers.values()}.values()
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    args, kwargs = _arguments(example_inputs)
+    try:
+        with torch.no_grad():
+            model.eval()(*args, **kwargs)
+    finally:
+        for module, training in modes:
+            module.training = training
+        for handle in handles:
+            handle.remove()
+    for row in rows:
+        if row.name in layers and row.name not in called:
+            row.reason += (
+                "; not called on the example inputs: its caller may read the weight itself"
+            )
+
+
+def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), example_inputs
+    if isinstance(example_inputs, (tuple, list)):
+        return example_inputs, {}
+    return (example_inputs,), {}
