@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from ternc.passes.graph import is_static_input, is_tensor
+from ternc.passes.graph import is_static_input
 from ternc.passes.rule import Skip
 
 _ADD = {operator.add, torch.add, "add"}
@@ -69,7 +69,7 @@ def weight_expression(weight: fx.Node) -> WeightExpression | Skip:
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
     graph.output(mapping[weight])
     _fold_straight_through(graph)
-    graph.eliminate_dead_code(is_impure_node=_writes_in_place)
+    graph.eliminate_dead_code(is_impure_node=_must_stay)
     owner = weight.graph.owning_module
     return WeightExpression(inputs, fx.GraphModule(owner, graph))
 
@@ -124,6 +124,10 @@ def _writes_in_place(node: fx.Node) -> bool:
     )
 
 
+def _must_stay(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output") or _writes_in_place(node)
+
+
 def _fold_straight_through(graph: fx.Graph) -> None:
     """a + (b - a).detach() -> b and a - (a - b).detach() -> b."""
     for node in list(graph.nodes):
@@ -169,8 +173,3 @@ def _key_of(body: fx.GraphModule) -> str:
         if node.op == "get_attr"
     )
     return hashlib.sha256((body.code + constants).encode()).hexdigest()[:32]
-
-
-def is_weight_like(node: object) -> bool:
-    """A tensor node of two dimensions: what the weight of a linear looks like."""
-    return isinstance(node, fx.Node) and is_tensor(node) and node.meta["example_value"].dim() == 2

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from ternc.errors import ConfigError, UnknownOptionError
 
@@ -36,6 +39,20 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
         return compile_fx(gm, inputs, config_patches=patches)
 
     return compile_inductor
+
+
+def keep_static(tensors: list[torch.Tensor]) -> None:
+    """Sizes of packed tensors never vary: without this they would become symbols that nothing guards."""
+    tracing = TracingContext.try_get()
+    if tracing is None:
+        return
+    for index, tensor in enumerate(tensors):
+        tracing.tensor_to_context[tensor] = StatefulSymbolicContext(
+            dynamic_sizes=[DimDynamic.STATIC] * tensor.dim(),
+            constraint_sizes=[None] * tensor.dim(),
+            tensor_source=ConstantSource(f"ternc_packed_{index}"),
+            shape_env_to_source_to_symbol_cache={},
+        )
 
 
 def _compile_eager(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from ternc.formats import layouts
 from ternc.formats.packed import Packed
 from ternc.formats.quantized import group_count
 from ternc.reporting import Row
+from ternc.runtime.inductor import keep_static
 from ternc.runtime.pack import PackCache, PackedWeight
 from ternc.site import WeightSite
 
@@ -65,13 +66,20 @@ class CompiledGraph:
         self._warned: set[str] = set()
         self._instances: list[dict[int, weakref.ref[torch.Tensor]]] = []
         self.graph_module = gm
+        self._static_positions = [
+            node.meta["ternc_position"]
+            for node in gm.graph.find_nodes(op="placeholder")
+            if node.meta.get("ternc_static")
+        ]
         self._arguments = _plan(gm, sites)
         entries = [
             _abstract_entry(s, inputs) if abstract else self._entry(s, inputs) for s in sites
         ]
         if not abstract:
             self._remember(inputs)
-        self._inner = inner(gm, self._gather(inputs, entries))
+        gathered = self._gather(inputs, entries)
+        keep_static([v for v, a in zip(gathered, self._arguments, strict=True) if a.site >= 0])
+        self._inner = inner(gm, gathered)
         self.order = next(_ORDER)
         GRAPHS.add(self)
 
@@ -103,7 +111,7 @@ class CompiledGraph:
     def _remember(self, args: Sequence[Any]) -> None:
         static = {
             position: args[position]
-            for position in self._static_positions()
+            for position in self._static_positions
             if isinstance(args[position], torch.Tensor)
         }
         identities = {id(tensor) for tensor in static.values()}
@@ -111,14 +119,6 @@ class CompiledGraph:
             if {id(tensor) for tensor in seen.values()} == identities:
                 return
         self._instances.append({p: weakref.ref(tensor) for p, tensor in static.items()})
-
-    def _static_positions(self) -> list[int]:
-        sites = {position for site in self.sites for position in site.inputs}
-        return sorted(
-            sites
-            | {position for _, position in self.row_positions}
-            | set(self.graph_module.meta.get("ternc_static_positions", ()))
-        )
 
     def _gather(self, args: Sequence[Any], entries: Sequence[PackedWeight]) -> list[Any]:
         gathered = []

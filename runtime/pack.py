@@ -94,7 +94,7 @@ class PackCache:
     ) -> PackedWeight:
         packed = None
         if decision.quantized is not None:
-            packed = pack(decision.quantized, site.device)
+            packed = _own_storage(pack(decision.quantized, site.device))
         old = self._entries.get(key)
         if old is None:
             self._watch(key, sources)
@@ -125,6 +125,13 @@ def _stamp(sources: Sequence[torch.Tensor]) -> _Stamp:
     return tuple(
         (-1 if source.is_inference() else source._version, source.data_ptr()) for source in sources
     )
+
+
+def _own_storage(packed: Packed) -> Packed:
+    """Tensors that are no views: compiled code takes the address of the storage itself."""
+    fields = {name: getattr(packed, name) for name in ("weight", "scale", "multiplier")}
+    copies = {n: t.clone() for n, t in fields.items() if t is not None and t._is_view()}
+    return dataclasses.replace(packed, **copies)
 
 
 def _write_in_place(old: Packed, new: Packed) -> Packed:

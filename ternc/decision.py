@@ -25,14 +25,15 @@ def decide(weight: torch.Tensor, planes: int | None, config: Config, refine: int
     )
     if not isinstance(found, Refusal):
         return Decision(found, "ternary by value: lowered exactly", 0.0)
+    near = f"; not exactly ternary: {found.reason}" if found.near_ternary else ""
     chosen = choose(weight, config, refine=refine)
     if isinstance(chosen, Refusal):
-        return Decision(None, chosen.reason)
+        return Decision(None, chosen.reason + near)
     if planes is not None and chosen.planes < planes:
         fixed = choose(weight, dataclasses.replace(config, planes=planes), refine=refine)
         if not isinstance(fixed, Refusal):
             chosen = fixed
-    return Decision(chosen, _rule(config, chosen.planes), chosen.relative_error(weight))
+    return Decision(chosen, _rule(config, chosen.planes) + near, chosen.relative_error(weight))
 
 
 def _rule(config: Config, planes: int) -> str:

@@ -46,7 +46,9 @@ def detect_ternary(w: torch.Tensor, group_size: int | None = None) -> Quantized 
             return found
         if share >= NEARLY:
             nearly.append(size)
-    return Refusal(_difference(w, nearly[0]) if nearly else _many_magnitudes(sample[0]))
+    if nearly:
+        return Refusal(_difference(w, nearly[0]), near_ternary=True)
+    return Refusal(_many_magnitudes(sample[0]))
 
 
 def _unit_sizes(columns: int, group_size: int | None) -> Iterator[int]:

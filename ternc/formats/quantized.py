@@ -15,6 +15,8 @@ class Refusal:
     """Why a weight stays floating point, in words a user understands."""
 
     reason: str
+    near_ternary: bool = False
+    """Almost all elements are {-s, 0, s}; `reason` names those that are not."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
