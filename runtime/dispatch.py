@@ -6,11 +6,26 @@ neither a tensor nor its memory is kept alive.
 
 from __future__ import annotations
 
-import sys
+from typing import Protocol
 
 import torch
 
+
+class KernelTable(Protocol):
+    """What a library of kernels answers about a packed weight: `ternc.runtime.cpu`."""
+
+    def last_kernel(self, weight: torch.Tensor) -> str | None: ...
+
+    def forget_kernel(self, weight: torch.Tensor) -> None: ...
+
+
 _last: dict[int, str] = {}
+_libraries: list[KernelTable] = []
+
+
+def attach(library: KernelTable) -> None:
+    """Ask `library` too from now on; called once for each, by `ops.register`."""
+    _libraries.append(library)
 
 
 def record(weight: torch.Tensor, kernel: str) -> None:
@@ -20,12 +35,12 @@ def record(weight: torch.Tensor, kernel: str) -> None:
 
 def last_kernel(weight: torch.Tensor) -> str | None:
     """Name of the kernel that last read `weight`, None where none has."""
-    kernel = _last.get(weight.data_ptr())
-    # Without the module no C++ kernel has run.
-    cpu = sys.modules.get("ternc.runtime.cpu")
-    return kernel or (cpu.last_kernel(weight) if cpu else None)
+    known = (library.last_kernel(weight) for library in _libraries)
+    return next((name for name in known if name), _last.get(weight.data_ptr()))
 
 
 def forget(weight: torch.Tensor) -> None:
     """Drop what is known of `weight`: called when its memory is given back or repacked."""
     _last.pop(weight.data_ptr(), None)
+    for library in _libraries:
+        library.forget_kernel(weight)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import threading
 
 import torch
 
+from ternc.runtime import dispatch
 from ternc.runtime.ops.definition import OpDefinition
 from ternc.runtime.ops.dequantize import DEQUANTIZE
 from ternc.runtime.ops.fake_quantize import FAKE_QUANTIZE, FAKE_QUANTIZE_ACT
@@ -38,8 +38,10 @@ def _library() -> torch.library.Library:
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
     for op in ALL:
         library.define(op.name + op.schema, tags=tags)
-    with contextlib.suppress(ImportError):
-        importlib.import_module("ternc.runtime.cpu").load()
+    # By name: the module is a layer above the ops, and only loading them needs it.
+    cpu = importlib.import_module("ternc.runtime.cpu")
+    cpu.load()
+    dispatch.attach(cpu)
     for op in ALL:
         _implement(library, op)
     return library

@@ -1,4 +1,4 @@
-"""Ternary by value: found exactly whatever the unit, refused with a reason where one element is off."""
+"""Ternary by value: found exactly, whatever the unit; refused where one element is off."""
 
 from __future__ import annotations
 
