@@ -25,8 +25,9 @@ from torch._dynamo.utils import counters
 import ternc
 from ternc.decision import decide
 from ternc.demo.measure import interleaved_medians
+from ternc.formats import pack
 from ternc.runtime import ops
-from ternc.runtime.ops.quantize_act import QUANTIZE_ACT
+from ternc.runtime.ops.linear import LINEAR
 
 Batch = Mapping[str, torch.Tensor]
 Encoder = Callable[..., object]
@@ -36,39 +37,34 @@ BATCH = 32
 
 
 class ReferenceLinear(torch.nn.Module):
-    """y = F.linear(int8 activations, packed weight) in fp32 eager PyTorch, both dequantised."""
+    """The eager definition of ternc::linear over the weight that the backend packs."""
 
     def __init__(self, linear: torch.nn.Linear, config: ternc.Config) -> None:
         super().__init__()
-        quantized = decide(linear.weight, None, config).quantized
-        weight = linear.weight if quantized is None else quantized.dequantize()
-        self.bits = config.op_activation_bits if quantized is not None else 0
-        self.register_buffer("weight", weight.detach())
-        self.bias = linear.bias
+        packed = pack(decide(linear.weight, None, config).quantized, "cpu")
+        numbers = linear.out_features, packed.group_size, config.op_activation_bits, packed.layout
+        self.arguments = packed.weight, packed.scale, packed.multiplier, linear.bias, *numbers
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bits:
-            q, scale = QUANTIZE_ACT.reference(x, self.bits)
-            x = q * scale
-        return F.linear(x, self.weight, self.bias)
+        return LINEAR.reference(x, *self.arguments)
 
 
 def main() -> int:
+    # Several compiled forms of one class share Dynamo's limit of 8.
+    torch._dynamo.config.recompile_limit = 64
     options = parse_arguments()
-    config = ternc.Config(planes=options.planes)
     sentences = read_sentences(options.data / "stsb-en-dev.csv")
     tokenizer, model = load(options.attention)
     batches = tokenize(tokenizer, sentences)
+    middle = batches[len(batches) // 2]
+    one = {name: value[:1] for name, value in middle.items()}
     say(f"{len(sentences)} sentences, {len(batches)} batches")
 
-    backend_options = {"planes": options.planes}
     encoders: dict[str, Encoder] = {
         "eager fp32": model,
         "Inductor fp32": torch.compile(model),
-        "ternc": torch.compile(model, backend="ternc", options=backend_options),
-        "eager reference": with_reference_linears(options.attention, config),
+        "ternc": torch.compile(model, backend="ternc", options={"planes": options.planes}),
     }
-    one = {name: value[:1] for name, value in batches[len(batches) // 2].items()}
     embeddings, breaks = {}, {}
     for name, encoder in encoders.items():
         counters.clear()
@@ -76,9 +72,9 @@ def main() -> int:
         embeddings[name] = embed(encoder, batches)[: len(sentences)]
         embed(encoder, [one])
         breaks[name] = sum(counters["graph_break"].values())
-
+    say("embedding with the eager reference")
+    references = compare_with_reference(model, encoders["ternc"], batches, options)
     say("speed, all variants in turn")
-    timed = {name: encoders[name] for name in ("eager fp32", "Inductor fp32", "ternc")}
     report = ternc.report(encoders["ternc"])
     result = {
         "planes": options.planes,
@@ -87,18 +83,37 @@ def main() -> int:
         "on_reference": [row.name for row in report.reference_rows],
         "graph_breaks_added": breaks["ternc"] - breaks["Inductor fp32"],
         "cosine_to_fp32": cosine(embeddings["ternc"], embeddings["eager fp32"]),
-        "cosine_to_reference": cosine(embeddings["ternc"], embeddings["eager reference"]),
         "neighbour_overlap": overlap(embeddings["ternc"], embeddings["eager fp32"]),
-        "seconds_batch_1": speed(timed, one, options.rounds),
-        "seconds_batch_32": speed(timed, batches[len(batches) // 2], options.rounds),
+        **references,
+        "seconds_batch_1": speed(encoders, one, options.rounds),
+        "seconds_batch_32": speed(encoders, middle, options.rounds),
         "tokens_batch_1": one["input_ids"].numel(),
-        "tokens_batch_32": batches[len(batches) // 2]["input_ids"].numel(),
+        "tokens_batch_32": middle["input_ids"].numel(),
     }
     if options.json:
         print(json.dumps({**result, "report": report.to_dict()}, indent=1))
     else:
-        print(report, describe(result, report), sep="\n\n")
+        print(report, describe(result), sep="\n\n")
     return verdict(result)
+
+
+def compare_with_reference(
+    model: torch.nn.Module, compiled: Encoder, batches: list[Batch], options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Cosines to an eager model over the same packed weights, on every eighth batch.
+
+    With the rest of the model in eager PyTorch too, only the kernels differ: equal to the bit.
+    Inductor rounds norms and softmax otherwise in the last bit, and each int8 rounding that this
+    flips is a difference of a whole step: the second figure.
+    """
+    sample = batches[::8]
+    choices = {"planes": options.planes, "inner": "eager"}
+    reference = embed(with_reference_linears(options, ternc.Config(planes=options.planes)), sample)
+    kernels = embed(torch.compile(model, backend="ternc", options=choices), sample)
+    return {
+        "cosine_to_reference": cosine(kernels, reference),
+        "cosine_to_reference_inductor": cosine(embed(compiled, sample), reference),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -132,10 +147,10 @@ def load(attention: str):
     return AutoTokenizer.from_pretrained(path), model.eval().requires_grad_(False)
 
 
-def with_reference_linears(attention: str, config: ternc.Config) -> torch.nn.Module:
+def with_reference_linears(options: argparse.Namespace, config: ternc.Config) -> torch.nn.Module:
     """The model again, every Linear replaced by its eager reference."""
     ops.register()
-    _, model = load(attention)
+    _, model = load(options.attention)
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     for name, linear in linears:
         model.set_submodule(name, ReferenceLinear(linear, config))
@@ -190,16 +205,17 @@ def speed(encoders: Mapping[str, Encoder], batch: Batch, rounds: int) -> dict[st
     return interleaved_medians(calls, rounds)
 
 
-def describe(result: dict, report: ternc.Report) -> str:
-    reference = result["cosine_to_reference"]
+def describe(result: dict) -> str:
+    same, inductor = result["cosine_to_reference"], result["cosine_to_reference_inductor"]
     lines = [
         f"Linears rewritten: {result['rewritten']} of {result['linears']}; "
         f"graph breaks added: {result['graph_breaks_added']}",
         f"Embedding cosine to fp32: mean {result['cosine_to_fp32']['mean']:.4f}, "
         f"least {result['cosine_to_fp32']['least']:.4f}",
         f"Shared top-{NEIGHBOURS} neighbours with fp32: {result['neighbour_overlap']:.3f}",
-        f"Cosine to the eager reference on the same weights: mean {reference['mean']:.6f}, "
-        f"least {reference['least']:.6f}",
+        f"Cosine to the eager reference on the same weights, rest of the model eager: mean "
+        f"{same['mean']:.6f}, least {same['least']:.6f}; rest by Inductor: mean "
+        f"{inductor['mean']:.6f}, least {inductor['least']:.6f}",
     ]
     for size in ("1", "32"):
         times = result[f"seconds_batch_{size}"]
@@ -216,7 +232,7 @@ def verdict(result: dict) -> int:
     if result["rewritten"] != result["linears"]:
         problems.append(f"{result['linears'] - result['rewritten']} Linears were not rewritten")
     if result["on_reference"]:
-        problems.append(f"no kernel ran {', '.join(result['on_reference'])}")
+        problems.append(f"{len(result['on_reference'])} Linears ran the eager reference")
     for problem in problems:
         print(f"minilm: {problem}", file=sys.stderr)
     return 1 if problems else 0

@@ -28,7 +28,7 @@ _HEADERS = (
     "kernel",
     "reason",
 )
-_LAYER_WIDTH, _FOUND_WIDTH, _REASON_WIDTH, _LINE_WIDTH = 40, 24, 34, 100
+_LAYER_WIDTH, _FOUND_WIDTH, _REASON_WIDTH, _LINE_WIDTH = 40, 24, 50, 100
 
 
 @dataclasses.dataclass

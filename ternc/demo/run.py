@@ -126,7 +126,9 @@ def run_demo(settings: Settings, say: Callable[[str], None]) -> Outcome:
         say=say,
     )
     model.eval().requires_grad_(False)
-    variants, reports = compare(model, corpus, settings, say)
+    # All variants share the class's code, and with it Dynamo's limit of 8 compiled forms.
+    with torch._dynamo.config.patch(recompile_limit=64):
+        variants, reports = compare(model, corpus, settings, say)
     return Outcome(settings, len(corpus.train), len(corpus.held_out), steps, variants, reports)
 
 
