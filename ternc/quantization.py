@@ -32,6 +32,7 @@ from ternc.modules.conversion import (
     why_not,
 )
 from ternc.modules.linear import TernaryLinear
+from ternc.modules.ties import memory_key
 from ternc.policy import excluded, marked_int8, refuse_unsupported
 from ternc.progress import track
 from ternc.reporting import Row
@@ -198,16 +199,16 @@ class _Ties:
         for path, module in model.named_modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
-                    owners[_memory(tensor)][path] = None
+                    owners[memory_key(tensor)][path] = None
         by_path = {site.name: site for site in sites}
         self._group: dict[str, Any] = {}
         self._reasons: dict[str, str] = {}
         self._packed: dict[Any, tuple[Row, TernaryLinear]] = {}
         for site in sites:
             for tensor in _sources(site.module):
-                others = [path for path in owners[_memory(tensor)] if not _within(path, site)]
+                others = [path for path in owners[memory_key(tensor)] if not _within(path, site)]
                 if others:
-                    self._group[site.name] = _memory(tensor)
+                    self._group[site.name] = memory_key(tensor)
                     members = [site, *(by_path.get(path) for path in others)]
                     if reason := _why_not_together(members, others, config):
                         self._reasons[site.name] = reason
@@ -223,15 +224,6 @@ class _Ties:
     def remember(self, name: str, converted: Converted) -> None:
         if name in self._group and isinstance(converted.module, TernaryLinear):
             self._packed[self._group[name]] = (converted.rows[0], converted.module)
-
-
-def _memory(tensor: torch.Tensor) -> Any:
-    """Equal for tensors that are one weight: one object, or the same elements of one storage."""
-    if nn.parameter.is_lazy(tensor) or type(tensor.data) is not torch.Tensor:
-        return id(tensor)
-    if tensor.is_meta or not tensor.numel():
-        return id(tensor)
-    return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
 def _sources(module: nn.Module) -> list[torch.Tensor]:

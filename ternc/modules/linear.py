@@ -6,7 +6,7 @@ The resident buffers are the weight: one copy, in the byte order that the device
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -178,6 +178,11 @@ class TernaryLinear(nn.Module):
             layout=self.layout,
             exact=self.exact,
         )
+
+    def packed_tensors(self) -> Iterator[torch.Tensor]:
+        """The buffers that hold the weight."""
+        tensors = (self.packed_weight, self.scale, self.multiplier)
+        return (tensor for tensor in tensors if tensor is not None)
 
     def share_packed(self, other: TernaryLinear) -> None:
         """Uses the buffers of `other` from now on: a tied weight, held once."""

@@ -1,0 +1,369 @@
+"""save(model, folder), load(folder): a quantised model as safetensors and JSON. No pickle.
+
+    model.safetensors   every tensor of state_dict at rest, tied ones once
+    ternc.json          what the packed modules are, tied names, settings, report rows
+    config.json         only for transformers models: how to build the model without a skeleton
+
+A folder is untrusted: sizes, types, names and bytes are checked before anything is used.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ternc import pretrained
+from ternc.config import Config
+from ternc.errors import CheckpointError, UnsupportedModelError
+from ternc.manifest import Manifest, PackedModule
+from ternc.modules import at_rest
+from ternc.modules.attention import (
+    PROJECTIONS,
+    TernaryMultiheadAttention,
+    split_projections,
+)
+from ternc.modules.conversion import is_attention, switch_off_fast_paths
+from ternc.modules.linear import TernaryLinear
+from ternc.modules.ties import memory_key
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "ternc.json"
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes `model` to `folder`, which is made if need be; other files in it are left alone.
+
+    Every file is written under a temporary name first; the old files are put back when one cannot
+    be replaced, so that a failure leaves the folder as it was.
+
+    Args:
+        model: a model of `ternc.quantize` (a float model is saved as it is).
+
+    Raises:
+        UnsupportedModelError: the state of a module is not made of tensors.
+        OSError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    tensors, aliases = _state(model)
+    manifest = Manifest(
+        save_id=uuid.uuid4().hex,
+        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
+        builder=pretrained.builder_of(model),
+        config=getattr(model, "_ternc_config", Config()),
+        modules=_packed_modules(model),
+        attention=[
+            name
+            for name, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, TernaryMultiheadAttention)
+        ],
+        tensors={name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()},
+        aliases=aliases,
+        rows=list(getattr(model, "_ternc_rows", ())),
+    )
+    target = Path(folder)
+    existed = target.is_dir()
+    target.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=".ternc-save-", dir=target))
+    try:
+        save_file(tensors, staged / WEIGHTS, {"format": "pt", "ternc_save": manifest.save_id})
+        if manifest.builder:
+            pretrained.write_config(model, staged)
+        (staged / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        _replace(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if not existed and not any(target.iterdir()):
+            target.rmdir()
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """The model that `save` wrote, bit for bit.
+
+    Args:
+        folder: written by `save`. It need not be trusted.
+        model: a model of the same structure, float or quantised, on any device or on the meta
+            device. Its packed layers are put in place, without fitting, and its tensors are
+            replaced. Needed unless the folder holds a transformers model.
+
+    Returns:
+        `model`, changed in place (or the one layer that takes its place); without `model`, a new
+        one in eval mode.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit the model; file and key named.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder / MANIFEST)
+    tensors = _read_tensors(folder / WEIGHTS, manifest)
+    if model is None:
+        if not manifest.builder:
+            raise CheckpointError(
+                f"{folder}: the folder does not say how to build {manifest.model_class}; pass "
+                "model=, a freshly made model of that class (on the meta device if you like)"
+            )
+        model = pretrained.build(manifest.builder, folder)
+    model = _install(model, manifest, folder)
+    _load_state(model, tensors, manifest, folder)
+    switch_off_fast_paths(model)
+    model._ternc_rows = manifest.rows  # type: ignore[assignment]
+    model._ternc_config = manifest.config  # type: ignore[assignment]
+    return model
+
+
+def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors to store, and for every other name the stored one that it equals by being it."""
+    owners: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
+    packed = _packed_keys(model)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise UnsupportedModelError(
+                f"{name!r} in the state_dict is a {type(value).__name__}; a folder holds tensors"
+            )
+        if value.is_meta:
+            raise UnsupportedModelError(f"{name!r} is on the meta device and has no values")
+        key = packed.get(name) or memory_key(value)
+        if key in owners:
+            aliases[name] = owners[key]
+            continue
+        owners[key] = name
+        tensors[name] = value.detach().cpu().contiguous()
+    return _separate(tensors), aliases
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that share a storage with another, overlapping or not."""
+    count: dict[int, int] = {}
+    for tensor in tensors.values():
+        storage = tensor.untyped_storage()._cdata
+        count[storage] = count.get(storage, 0) + 1
+    return {
+        name: tensor if count[tensor.untyped_storage()._cdata] == 1 else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+
+
+def _packed_keys(model: nn.Module) -> dict[str, Any]:
+    """state_dict key of a packed weight -> what is equal for layers that share their buffers."""
+    return {
+        f"{path}.{name}" if path else name: (memory_key(module.packed_weight), name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, TernaryLinear)
+        for name in at_rest.NAMES
+    }
+
+
+def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    return {
+        path: PackedModule(
+            shape=(module.out_features, module.in_features),
+            planes=module.planes,
+            group_size=module.group_size,
+            weight_dtype=str(module.weight_dtype),
+            transposed=module.transposed,
+            bias=module.bias is not None,
+            exact=module.exact,
+            config=module.config,
+        )
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, TernaryLinear)
+    }
+
+
+def _replace(staged: Path, target: Path) -> None:
+    """Moves every staged file to its place; on failure every replaced file is put back."""
+    previous = staged / "previous"
+    previous.mkdir()
+    moved: list[str] = []
+    try:
+        for path in sorted(staged.iterdir()):
+            if path.is_dir():
+                continue
+            moved.append(path.name)
+            if (target / path.name).exists():
+                os.replace(target / path.name, previous / path.name)
+            os.replace(path, target / path.name)
+    except BaseException:
+        for name in moved:
+            if (previous / name).exists():
+                os.replace(previous / name, target / name)
+            elif not (staged / name).exists():
+                (target / name).unlink()
+        raise
+
+
+def _read_tensors(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Every tensor that the manifest names, aliases included, checked against it."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("ternc_save") != manifest.save_id:
+                raise CheckpointError(f"{path} and {MANIFEST} come from two different saves")
+            # Copies: the file is mapped, and whoever writes to it would write to the model.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    seen = {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
+    if seen != manifest.tensors:
+        name = next(
+            n for n in {**seen, **manifest.tensors} if seen.get(n) != manifest.tensors.get(n)
+        )
+        raise CheckpointError(
+            f"{path}: {name!r} is {_show(seen.get(name))}, {MANIFEST} says "
+            f"{_show(manifest.tensors.get(name))}"
+        )
+    for alias, name in manifest.aliases.items():
+        tensors[alias] = tensors[name]
+    return tensors
+
+
+def _show(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
+
+
+def _install(model: nn.Module, manifest: Manifest, folder: Path) -> nn.Module:
+    """Puts packed modules, still without weights, into the places that the manifest names."""
+    made: dict[int, nn.Module] = {}
+    for path in manifest.attention:
+        module = _submodule(model, path, folder)
+        if is_attention(module) and id(module) not in made:
+            projections = _projections(module, path, manifest, folder)
+            made[id(module)] = TernaryMultiheadAttention.from_attention(module, projections)
+            made[id(module)].train(module.training)
+        model = _put(model, path, made.get(id(module), module))
+    for path, packed in manifest.modules.items():
+        module = _submodule(model, path, folder)
+        if id(module) not in made:
+            made[id(module)] = _empty(module, path, packed, folder)
+        model = _put(model, path, made[id(module)])
+    return model
+
+
+def _projections(
+    attention: nn.MultiheadAttention, path: str, manifest: Manifest, folder: Path
+) -> dict[str, nn.Module]:
+    projections: dict[str, nn.Module] = {}
+    for part, linear in split_projections(attention).items():
+        name = f"{path}.{part}" if path else part
+        if name in manifest.modules:
+            projections[part] = _empty(linear, name, manifest.modules[name], folder)
+            continue
+        if part in PROJECTIONS[:3]:
+            # A view would keep the whole stacked weight in memory.
+            linear.weight = nn.Parameter(linear.weight.clone(), linear.weight.requires_grad)
+        projections[part] = linear
+    return projections
+
+
+def _submodule(model: nn.Module, path: str, folder: Path) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: the model has no module {path!r}; load the folder into a model "
+            "of the class and size that was saved"
+        ) from error
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Sets the module at `path`; returns the root, which is `module` itself where path is ""."""
+    if not path:
+        return module
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
+    return model
+
+
+def _empty(module: nn.Module, path: str, packed: PackedModule, folder: Path) -> TernaryLinear:
+    """The packed layer without its weight, of the shape that `module` must have."""
+    if isinstance(module, TernaryLinear):
+        shape, device = (module.out_features, module.in_features), module.packed_weight.device
+    else:
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
+            raise CheckpointError(
+                f"{folder / MANIFEST}: module {path!r} is a {type(module).__name__}, not a linear"
+            )
+        shape, device = tuple(weight.shape), weight.device
+        shape = shape[::-1] if packed.transposed else shape
+    bias = getattr(module, "bias", None)
+    if shape != packed.shape or (bias is not None) != packed.bias:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: module {path!r} is {list(packed.shape)}, bias={packed.bias}; "
+            f"in the model it is {list(shape)}, bias={bias is not None}"
+        )
+    layer = TernaryLinear.empty(
+        packed.shape,
+        bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach()),
+        config=packed.config,
+        group_size=packed.group_size,
+        weight_dtype=packed.dtype,
+        transposed=packed.transposed,
+        device=torch.device("cpu") if device.type == "meta" else device,
+    )
+    return layer.train(module.training)
+
+
+def _load_state(
+    model: nn.Module, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path
+) -> None:
+    path = folder / WEIGHTS
+    held = dict(model.named_parameters(remove_duplicate=False))
+    held.update(model.named_buffers(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name in held and not held[name].is_meta:
+            tensors[name] = tensor.to(held[name].device)
+        if name in held and held[name].is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: {name!r} is {tensor.dtype}, the model's {held[name].dtype}"
+            )
+    try:
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _tie(model, manifest)
+    for name, layer in _packed_layers(model):
+        layer.exact = manifest.modules[name].exact
+    absent = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
+    if absent:
+        raise CheckpointError(
+            f"{path}: {absent[0]!r} ({len(absent)} in all) is on the meta device and is not saved, "
+            "being computed by the model's constructor; make the model on the CPU"
+        )
+
+
+def _tie(model: nn.Module, manifest: Manifest) -> None:
+    """Tied names become one Parameter (or one set of packed buffers) again."""
+    for alias, name in manifest.aliases.items():
+        owner, _, leaf = alias.rpartition(".")
+        first_owner, _, first_leaf = name.rpartition(".")
+        module, first = model.get_submodule(owner), model.get_submodule(first_owner)
+        if isinstance(module, TernaryLinear) and leaf in at_rest.NAMES:
+            if isinstance(first, TernaryLinear) and module is not first:
+                module.share_packed(first)
+        elif leaf in module._parameters and first_leaf in first._parameters:
+            module._parameters[leaf] = first._parameters[first_leaf]
+
+
+def _packed_layers(model: nn.Module) -> list[tuple[str, TernaryLinear]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, TernaryLinear)
+    ]
+
+
+def _all_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
