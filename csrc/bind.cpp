@@ -69,6 +69,11 @@ std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
   return shape;
 }
 
+void parallel_for(int64_t count, int64_t grain, ParallelBody body, void* context) {
+  torch::stable::parallel_for(
+      0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
 // A packed weight as an op receives it; keeps contiguous copies alive.
 struct WeightTensors {
   Tensor bytes, scale;
@@ -233,10 +238,63 @@ std::tuple<Tensor, Tensor> quantize_act(const Tensor& x, int64_t bits) {
   return {q, scale};
 }
 
+Tensor dequantize(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& multiplier,
+                  int64_t out_features, int64_t in_features, int64_t group_size, int64_t layout,
+                  ScalarType dtype) {
+  const WeightTensors held = read_weight("dequantize", weight, scale, multiplier, out_features,
+                                         in_features, group_size, layout);
+  const Dtype type = dtype_of(dtype, "dequantize", "dtype");
+  const Tensor w = torch::stable::new_empty(weight, {out_features, in_features}, dtype);
+  const Isa& used = isa();
+  const DequantizeArgs args{held.weight, held.planes, layout < 10, w.mutable_data_ptr(), type};
+  torch::stable::parallel_for(0, out_features, VALUES_PER_THREAD / (in_features + 1) + 1,
+                              [&](int64_t begin, int64_t end) {
+                                used.kernels->dequantize(args, begin, end);
+                              });
+  record_kernel(weight.const_data_ptr(), &used);
+  return w;
+}
+
+std::tuple<Tensor, Tensor, Tensor> fit_weight(const Tensor& w, int64_t planes, int64_t group_size,
+                                              int64_t refine) {
+  STD_TORCH_CHECK(w.dim() == 2 && w.size(0) > 0 && w.size(1) > 0 && w.size(1) <= MAX_COLUMNS,
+                  "ternc::fit: weight is not a matrix [N, K] with 1 to 131,072 columns");
+  STD_TORCH_CHECK(planes >= 1 && planes <= MAX_PLANES && group_size >= -1 && refine >= 0,
+                  "ternc::fit: planes=", planes, " (1, 2, 3), group_size=", group_size,
+                  " (columns, 0 = row, -1 = tensor), refine=", refine, " (0 or more)");
+  const int64_t rows = w.size(0), columns = w.size(1);
+  const int64_t groups = group_size > 0 ? ceil_div(columns, group_size) : 0;
+  const Tensor input = dense(
+      w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
+  const Tensor codes = torch::stable::new_empty(w, {rows, columns}, ScalarType::Char);
+  const Tensor scale =
+      torch::stable::new_empty(w, {group_size == -1 ? 1 : rows}, ScalarType::Float);
+  const Tensor multiplier = torch::stable::new_empty(w, {rows, groups}, ScalarType::Byte);
+  const FitArgs args{
+      input.const_data_ptr(),
+      dtype_of(input.scalar_type(), "fit", "weight"),
+      rows,
+      columns,
+      groups > 0 ? group_size : columns,
+      groups > 0 ? groups : 1,
+      int(planes),
+      int(refine),
+      groups > 0 ? static_cast<uint8_t*>(multiplier.mutable_data_ptr()) : nullptr,
+      static_cast<int8_t*>(codes.mutable_data_ptr()),
+  };
+  const bool finite = fit(args, group_size == -1, static_cast<float*>(scale.mutable_data_ptr()),
+                          *isa().kernels, parallel_for);
+  STD_TORCH_CHECK(finite, "ternc::fit: weight [", rows, ", ", columns,
+                  "] holds NaN or infinity; repair or exclude it");
+  return {codes, scale, multiplier};
+}
+
 }  // namespace
 }  // namespace ternc
 
 STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
   m.impl("linear", TORCH_BOX(&ternc::linear));
   m.impl("quantize_act", TORCH_BOX(&ternc::quantize_act));
+  m.impl("dequantize", TORCH_BOX(&ternc::dequantize));
+  m.impl("fit", TORCH_BOX(&ternc::fit_weight));
 }

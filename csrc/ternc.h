@@ -104,20 +104,28 @@ struct DequantizeArgs {
   Dtype dtype;
 };
 
+// Weights divided by 2^exponent lie in (-1, 1): magnitudes near the ends of fp32 fit like any other.
 struct FitArgs {
   const void* w;  // [N, K], contiguous
   Dtype dtype;
-  int64_t rows, columns, group_size, groups;  // group_size = 0: one step a row
+  int64_t rows, columns;
+  int64_t group_size, groups;  // group_size = K and groups = 1 where there are no groups
   int planes, refine;
-  double* step;         // [N]: unrounded scale of each row (out of fit_row)
-  uint8_t* multiplier;  // [N, groups], null where group_size = 0
+  uint8_t* multiplier;  // [N, groups]; null: none
   int8_t* codes;        // [N, K]
 };
 
-// One candidate step of the search over a whole tensor: sum(w * c) and sum(c * c) of its codes.
+// sum(w * c) and sum(c * c) over the codes c = clip(rint(w / step), +-code_max) of one step.
 struct SnapSums {
   double weight_code, code_code;
 };
+
+// Candidate steps in units of max|w| / code_max, geometric: Gaussian groups of 128 want 0.5 to 0.9.
+constexpr int CANDIDATES = 14;
+constexpr double FIRST_RATIO = 0.3, RATIO = 1.1011612;  // 0.3 * RATIO^13 = 1.05
+// Heavy tails want less: the search goes on below FIRST_RATIO while the error falls.
+constexpr int MORE_CANDIDATES = 40;
+constexpr int LLOYD_ROUNDS = 2;
 
 // The kernels of one instruction set. Index [planes - 1] where there are three.
 struct Kernels {
@@ -129,12 +137,20 @@ struct Kernels {
   void (*dequantize)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
   // Largest |w| of `count` values as the bits of a float; above 0x7f7fffff: not finite.
   uint32_t (*largest)(const void* w, Dtype, int64_t begin, int64_t count);
-  void (*fit_rows)(const FitArgs&, int64_t row_begin, int64_t row_end);
-  void (*snap_rows)(const FitArgs&, const float* scale, int64_t row_begin, int64_t row_end);
-  // Sums over w[begin, begin + count) / 2^exponent for `steps` candidate steps.
-  void (*snap_sums)(const FitArgs&, int64_t begin, int64_t count, int exponent, const float* step,
+  // out[i] = |w[begin + i]| / 2^exponent
+  void (*magnitudes)(const FitArgs&, int exponent, int64_t begin, int64_t count, float* out);
+  // Real scale of each row, before its rounding, and its multipliers. scratch: fit_scratch floats.
+  void (*fit_rows)(const FitArgs&, int64_t row_begin, int64_t row_end, float* scratch,
+                   double* scale);
+  // Codes for the rounded scales; scale_stride 1, or 0 where all rows share one.
+  void (*snap_rows)(const FitArgs&, int64_t row_begin, int64_t row_end, float* scratch,
+                    const float* scale, int64_t scale_stride);
+  // Adds the sums over magnitudes[0, count) for each of the `steps` steps.
+  void (*snap_sums)(const float* magnitudes, int64_t count, int planes, const double* step,
                     int steps, SnapSums* sums);
 };
+
+constexpr int64_t fit_scratch(int64_t columns) { return 4 * columns; }
 
 struct Isa {
   const char* name;
@@ -156,9 +172,9 @@ void record_kernel(const void* weight, const Isa* isa);
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, void* context);
 
-// w -> codes, scale, multiplier by the tied fit; `tensor_scale`: one step for the whole weight.
-// scale: [N], or [1] for tensor_scale. Returns false where w holds NaN or infinity.
-bool fit(FitArgs args, bool tensor_scale, float* scale, const Kernels& kernels,
+// w -> codes, scale, multiplier by the tied fit; scale is [1] where `tensor_scale`, else [N].
+// False where w holds NaN or infinity. Throws std::bad_alloc.
+bool fit(const FitArgs& args, bool tensor_scale, float* scale, const Kernels& kernels,
          ParallelFor parallel);
 
 }  // namespace ternc

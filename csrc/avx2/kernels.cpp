@@ -2,6 +2,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
 #include "../target.h"
 #include "../ternc.h"
 
@@ -17,6 +21,8 @@ namespace {
 #include "../generic/linear.h"
 #include "../generic/linear_i8.h"
 #include "../generic/linear_f32.h"
+#include "../generic/dequantize.h"
+#include "../generic/fit.h"
 }  // namespace
 
 extern const Kernels kernels;
@@ -25,7 +31,12 @@ const Kernels kernels = {
     widen,
     {linear_i8<1>, linear_i8<2>, linear_i8<3>},
     {linear_f32<1>, linear_f32<2>, linear_f32<3>},
-    nullptr, nullptr, nullptr, nullptr, nullptr,
+    dequantize,
+    largest,
+    magnitudes,
+    fit_rows,
+    snap_rows,
+    snap_sums,
 };
 }  // namespace ternc::avx2
 

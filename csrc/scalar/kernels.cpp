@@ -1,4 +1,8 @@
 // The kernels of scalar.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
 #include "../target.h"
 #include "../ternc.h"
 
@@ -12,6 +16,8 @@ namespace {
 #include "../generic/linear.h"
 #include "../generic/linear_i8.h"
 #include "../generic/linear_f32.h"
+#include "../generic/dequantize.h"
+#include "../generic/fit.h"
 }  // namespace
 
 extern const Kernels kernels;
@@ -20,6 +26,11 @@ const Kernels kernels = {
     widen,
     {linear_i8<1>, linear_i8<2>, linear_i8<3>},
     {linear_f32<1>, linear_f32<2>, linear_f32<3>},
-    nullptr, nullptr, nullptr, nullptr, nullptr,
+    dequantize,
+    largest,
+    magnitudes,
+    fit_rows,
+    snap_rows,
+    snap_sums,
 };
 }  // namespace ternc::scalar
