@@ -103,6 +103,7 @@ class TernaryLinear(nn.Module):
         Raises:
             NotTernaryError: the weight cannot be held within the error budget, or not at all.
         """
+        ops.register()
         config = config or Config()
         decision = decide(linear.weight.detach(), None, config, refine_rounds(config))
         if decision.quantized is None:

@@ -75,7 +75,16 @@ def test_equals_float_attention(shape, batched):
     batch_first = batched == "batch first"
     theirs, ours = make(batch_first, **SHAPES[shape])
     args = inputs(theirs, batched != "unbatched", batch_first)
-    kinds = ("none", "bool 2d", "bool 3d", "float 2d", "padding", "float padding", "both", "both 3d")
+    kinds = (
+        "none",
+        "bool 2d",
+        "bool 3d",
+        "float 2d",
+        "padding",
+        "float padding",
+        "both",
+        "both 3d",
+    )
     choices = itertools.product(kinds, (True, False), (True, False), ("train", "eval"))
     for kind, need_weights, average, mode in choices:
         getattr(theirs, mode)(), getattr(ours, mode)()
