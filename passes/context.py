@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ternc.config import Config
-from ternc.passes.graph import module_path, source_of
+from ternc.passes.graph import calling_module, module_path, source_of
 from ternc.passes.rule import Skip
 from ternc.reporting import Row
 from ternc.site import WeightSite
@@ -63,8 +63,14 @@ def skipped_row(name: str, pattern: str, reason: str, weight: torch.Tensor | Non
     )
 
 
-def weight_name(weight: fx.Node, inputs: list[fx.Node]) -> str:
-    """Module path of a weight: from its first static input, with the name of its slice."""
-    path = module_path(source_of(inputs[0])) if inputs else str(weight)
+def weight_name(user: fx.Node, weight: fx.Node, inputs: list[fx.Node]) -> str:
+    """Path of the layer that a weight belongs to: the parameter's owner, with the name of its slice.
+
+    A parameter that lives elsewhere (a tied weight) is named after the module that uses it.
+    """
+    caller = calling_module(user)
+    path = module_path(source_of(inputs[0])) if inputs else caller or str(weight)
+    if caller and path != caller and not path.startswith(f"{caller}."):
+        path = caller
     suffix = weight.meta.get("ternc_suffix")
     return f"{path}.{suffix}" if suffix else path

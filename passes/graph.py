@@ -53,6 +53,17 @@ def module_path(source: str) -> str:
     return ".".join(part for part in (owner, stem) if part) or path
 
 
+def calling_module(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made a node; "" for the root or unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    if "_modules[" in path:
+        return dotted_path(path)
+    return re.sub(r"^L\['[^']*'\]\.?", "", path)
+
+
 def mark_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Writes to every placeholder's meta its position and whether it is static (parameter, buffer)."""
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):

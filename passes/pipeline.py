@@ -12,7 +12,6 @@ from ternc.passes.graph import (
     example_value,
     is_static_input,
     mark_inputs,
-    module_path,
     source_of,
 )
 from ternc.passes.rule import Rule, Skip
@@ -50,30 +49,16 @@ def apply(rule: Rule, gm: fx.GraphModule, context: Context) -> None:
             continue
         skip = rule.check(match, context) or rule.rewrite(match, context)
         if isinstance(skip, Skip) and "weight" in match.parts:
-            _record_skip(match.parts["weight"], match.parts["expression"], skip, context)
+            _record_skip(node, match.parts["weight"], match.parts["expression"], skip, context)
 
 
 def _record_skip(
+    node: fx.Node,
     weight: fx.Node, expression: WeightExpression | Skip, skip: Skip, context: Context
 ) -> None:
     inputs = [] if isinstance(expression, Skip) else expression.inputs
-    value = example_value(weight)
-    if inputs:
-        name = weight_name(weight, inputs)
-    else:
-        name = _owner(weight)
-    context.skip(context.unique_name(name), "linear", skip, value)
-
-
-def _owner(node: fx.Node) -> str:
-    """Path of the innermost module that made a node, from Dynamo's module stack."""
-    stack = node.meta.get("nn_module_stack") or next(
-        (user.meta["nn_module_stack"] for user in node.users if "nn_module_stack" in user.meta), {}
-    )
-    if not stack:
-        return str(node)
-    path = list(stack.values())[-1][0]
-    return module_path(path) if "_modules" in path else path.removeprefix("L['self'].")
+    name = weight_name(node, weight, inputs)
+    context.skip(context.unique_name(name), "linear", skip, example_value(weight))
 
 
 def _find_packed_modules(gm: fx.GraphModule, context: Context) -> None:

@@ -40,6 +40,7 @@ def explain(
     rows: list[Row] = []
     nodes = []
     replaced: list[torch.Tensor] = []
+    kept: set[str] = set()
     graphs = 0
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -47,14 +48,16 @@ def explain(
         rewritten, context = rewrite(gm, inputs, config or Config())
         rows.extend(context.rows)
         nodes.extend(describe_graph(rewritten.graph, f"{graphs}:" if graphs else ""))
-        replaced.extend(_replaced(rewritten, context.sites, inputs))
+        still_read = _still_read(rewritten)
+        replaced.extend(_replaced(still_read, context.sites, inputs))
+        kept.update(_kept(still_read, context.sites))
         graphs += 1
         return gm.forward
 
     torch.compile(model, backend=record)(*args, **kwargs)
     return Report(
         rows=rows,
-        totals=Totals.of(model, rows, replaced),
+        totals=Totals.of(model, rows, replaced, kept),
         notes=_notes(rows, graphs),
         nodes=nodes,
     )
@@ -71,11 +74,14 @@ def report(model: torch.nn.Module) -> Report:
         )
     rows: dict[str, Row] = {}
     replaced: list[torch.Tensor] = []
+    kept: set[str] = set()
     notes: list[str] = []
     nodes = []
     for index, (graph, instance) in enumerate(graphs):
         rows.update((row.name, row) for row in _rows_of(graph, instance))
-        replaced.extend(_replaced(graph.graph_module, graph.sites, instance))
+        still_read = _still_read(graph.graph_module)
+        replaced.extend(_replaced(still_read, graph.sites, instance))
+        kept.update(_kept(still_read, graph.sites))
         notes.extend(note for note in graph.notes if note not in notes)
         nodes.extend(describe_graph(graph.graph_module.graph, f"{index}:" if index else ""))
     if packed is not None:
@@ -85,7 +91,7 @@ def report(model: torch.nn.Module) -> Report:
     found = list(rows.values())
     return Report(
         rows=found,
-        totals=Totals.of(model, found, replaced),
+        totals=Totals.of(model, found, replaced, kept),
         notes=_notes(found, 1) + notes,
         nodes=nodes,
     )
@@ -161,19 +167,26 @@ def _update(row: Row, site: WeightSite, instance: dict[int, torch.Tensor]) -> No
     row.kernel = dispatch.last_kernel(entry.packed.weight)
 
 
-def _replaced(
-    gm: fx.GraphModule, sites: Sequence[WeightSite], inputs: Any
-) -> Iterator[torch.Tensor]:
-    """Float weights that nothing but packed sites reads: what the packed bytes stand for."""
-    still_read = {
+def _still_read(gm: fx.GraphModule) -> set[int]:
+    """Positions of the original inputs that the rewritten graph still reads."""
+    return {
         node.meta["ternc_position"]
         for node in gm.graph.find_nodes(op="placeholder")
         if node.users and "ternc_position" in node.meta
     }
+
+
+def _replaced(
+    still_read: set[int], sites: Sequence[WeightSite], inputs: Any
+) -> Iterator[torch.Tensor]:
+    """Float weights that nothing but packed sites reads: what the packed bytes stand for."""
     for site in sites:
-        for position in site.inputs:
-            if position not in still_read:
-                yield inputs[position]
+        yield from (inputs[p] for p in site.inputs if p not in still_read)
+
+
+def _kept(still_read: set[int], sites: Sequence[WeightSite]) -> set[str]:
+    """Sites whose float weight something else reads too."""
+    return {site.name for site in sites if still_read.issuperset(site.inputs)}
 
 
 def _with_kernel(row: Row, model: torch.nn.Module) -> Row:

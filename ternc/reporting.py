@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -82,7 +82,11 @@ class Totals:
 
     @classmethod
     def of(
-        cls, model: torch.nn.Module, rows: Sequence[Row], replaced: Iterable[torch.Tensor]
+        cls,
+        model: torch.nn.Module,
+        rows: Sequence[Row],
+        replaced: Iterable[torch.Tensor],
+        kept: Collection[str] = (),
     ) -> Totals:
         """Totals of `model` given its report rows.
 
@@ -91,14 +95,17 @@ class Totals:
             rows: its report rows; only those with action "rewritten" count.
             replaced: the tensors of `model` that those rows stand for (the float weights of a
                 float model, the packed buffers of a quantised one); the rest is counted as it is.
+            kept: names of rows whose float weight something else still reads (an embedding tied
+                to a head): the packed copy comes on top of it.
         """
         held = {_storage(tensor) for tensor in replaced}
         rest = [tensor for tensor in _unique(model) if _storage(tensor) not in held]
         rest_bytes = sum(_bytes(tensor) for tensor in rest)
         counted = [row for row in rows if row.action == "rewritten" and row.shared_with is None]
+        moved = [row for row in counted if row.name not in kept]
         return cls(
-            weights=sum(t.numel() for t in rest) + sum(math.prod(row.shape) for row in counted),
-            bytes_before=rest_bytes + sum(row.bytes_before for row in counted),
+            weights=sum(t.numel() for t in rest) + sum(math.prod(row.shape) for row in moved),
+            bytes_before=rest_bytes + sum(row.bytes_before for row in moved),
             bytes_after=rest_bytes + sum(row.bytes_after for row in counted),
             bytes_at_rest=rest_bytes + sum(row.bytes_at_rest for row in counted),
         )

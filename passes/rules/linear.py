@@ -84,7 +84,7 @@ class LinearRule:
 
 
 def _name(match: Match) -> str:
-    return weight_name(match.parts["weight"], match.parts["expression"].inputs)
+    return weight_name(match.root, match.parts["weight"], match.parts["expression"].inputs)
 
 
 def _requires_grad(expression: WeightExpression, context: Context) -> bool:
@@ -153,6 +153,7 @@ def _rewrite_packed(
         row=row,
         first=decision,
     )
+    row.shared_with = next((s.name for s in context.sites if _same_weight(s, site)), None)
     context.sites.append(site)
     context.rows.append(row)
     _emit(match, context, site)
