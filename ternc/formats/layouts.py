@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ternc.errors import KernelError
-from ternc.formats import lanes, rows
+from ternc.formats import lanes, p256, rows
 from ternc.formats.layout import Layout
 
-ALL: dict[int, Layout] = {layout.number: layout for layout in (*rows.LAYOUTS, *lanes.LAYOUTS)}
+ALL: dict[int, Layout] = {
+    layout.number: layout for layout in (*rows.LAYOUTS, *lanes.LAYOUTS, *p256.LAYOUTS)
+}
 
 
 def get(number: int) -> Layout:
@@ -23,4 +25,4 @@ def at_rest_layout(planes: int) -> int:
 
 def resident_layout(planes: int, device_type: str) -> int:
     """Number of the layout that the kernels of a device type ("cpu", "cuda", ...) read."""
-    return 10 + planes if device_type == "cpu" else planes
+    return {"cpu": 10, "cuda": 20}.get(device_type, 0) + planes

@@ -85,10 +85,26 @@ def test_lanes_multiplier_order():
     assert not packed[1, :, 8:].any()
 
 
+@pytest.mark.parametrize(
+    ("row", "column"), [(0, 0), (1, 63), (2, 64), (0, 200), (1, 256), (2, 299)]
+)
+def test_p256_bytes(row, column):
+    chunk, field, k = column // 256, column % 256 // 64, column % 64
+    codes = {planes: random_codes(3, 300, planes) for planes in (1, 2, 3)}
+    weights = {planes: layouts.get(20 + planes).pack(codes[planes])[row, chunk] for planes in codes}
+    assert int(weights[1][k]) >> (2 * field) & 3 == int(codes[1][row, column]) % 4
+    place, nibble = 64 * (field // 2) + k, 4 * (field % 2)
+    assert int(weights[2][place]) >> nibble & 15 == int(codes[2][row, column]) % 16
+    high = int(weights[3][place]) >> nibble & 15
+    lowest = int(weights[3][128 + k % 32]) >> (2 * field + k // 32) & 1
+    assert 2 * high + lowest == int(codes[3][row, column]) % 32
+
+
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_resident_layout(planes):
     assert resident_layout(planes, "cpu") == 10 + planes
-    assert layouts.get(resident_layout(planes, "cuda")).planes == planes
+    assert resident_layout(planes, "cuda") == 20 + planes
+    assert resident_layout(planes, "meta") == planes
 
 
 def test_unknown_layout():

@@ -8,16 +8,18 @@ from reference import CASES, dequantize_arguments, random_quantized
 
 from ternc.errors import DifferentiationError, KernelError
 from ternc.formats import pack
+from ternc.formats.layouts import at_rest_layout
 from ternc.runtime.ops import dequantize
 
 pytestmark = pytest.mark.usefixtures("register_ops")
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("form", ["resident", "at rest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values(case, target, dtype):
+def test_values(case, form, dtype):
     quantized = random_quantized(*case)
+    target = "cpu" if form == "resident" else at_rest_layout(quantized.planes)
     arguments = dequantize_arguments(pack(quantized, target), dtype)
     expected = quantized.dequantize().to(dtype)
     assert torch.equal(dequantize.reference(*arguments), expected)
