@@ -38,7 +38,7 @@ def check_packed(
             f"[{out_features}, {in_features}] is uint8 "
             f"{list(order.weight_shape(out_features, in_features))}"
         )
-    scales = [(1,), (out_features,)]
+    scales: list[tuple[int, ...]] = [(1,), (out_features,)]
     if group_size and multiplier is None:
         scales = [(out_features, groups)]
     if scale.dtype != torch.float32 or tuple(scale.shape) not in scales:

@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -32,6 +34,9 @@ TOP_MULTIPLIERS = {1: (127,), 2: (31, 30, 29, 28, 27), 3: (9, 8, 7, 6, 5)}
 
 CHUNK = 1 << 20
 """Weights fitted at a time: bounds the temporaries to a few tens of MB."""
+
+_Fit = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(squared error [N], scale [N], multiplier [N, G]) of rows of groups."""
 
 
 def check_fit(w: torch.Tensor, planes: int, group_size: int, refine: int) -> None:
@@ -95,11 +100,12 @@ def _fit_rows(
     # Padding with zeros adds no error: a zero weight has code zero.
     units = F.pad(w, (0, groups * group_size - w.shape[1])).view(-1, groups, group_size)
     steps = optimal_step(units.flatten(0, 1), planes).view(-1, groups)
-    best: tuple[torch.Tensor, ...] | None = None
-    for top in TOP_MULTIPLIERS[planes]:
-        scale = steps.amax(1) / torch.full_like(steps[:, 0], top)
-        multiplier = _round_multiplier(units, scale, steps, cmax)
-        best = _better(best, _refit_scale(units, scale, multiplier, cmax))
+    scales = [steps.amax(1) / torch.full_like(steps[:, 0], t) for t in TOP_MULTIPLIERS[planes]]
+    trials = (
+        _refit_scale(units, scale, _round_multiplier(units, scale, steps, cmax), cmax)
+        for scale in scales
+    )
+    best = functools.reduce(_better, trials)
     for _ in range(refine):
         _, scale, multiplier = best
         best = _better(best, _alternate(units, scale, multiplier, cmax))
@@ -164,8 +170,8 @@ def _round_multiplier(
 
 def _refit_scale(
     units: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor, cmax: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(error, s of least squares, multiplier) of the codes that s and m [N, G] give, per row."""
+) -> _Fit:
+    """The fit of the codes that s [N] and m [N, G] give, with s of least squares."""
     codes = snap(units, (scale[:, None] * multiplier)[..., None], cmax)
     values = codes.mul_(multiplier[..., None]).flatten(1)
     scale = _least_squares(units.flatten(1), values, scale)
@@ -175,23 +181,20 @@ def _refit_scale(
 
 def _alternate(
     units: torch.Tensor, scale: torch.Tensor, multiplier: torch.Tensor, cmax: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> _Fit:
     """One round of alternating least squares: codes, then m, then codes and s."""
     steps = scale[:, None] * multiplier
     steps = _least_squares(units, snap(units, steps[..., None], cmax), steps)
     return _refit_scale(units, scale, _round_multiplier(units, scale, steps, cmax), cmax)
 
 
-def _better(
-    best: tuple[torch.Tensor, ...] | None, new: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
-    """Row by row the (error, scale, multiplier) of smaller error."""
-    if best is None:
-        return new
+def _better(best: _Fit, new: _Fit) -> _Fit:
+    """Row by row the fit of smaller error."""
     wins = new[0] < best[0]
-    return tuple(
-        torch.where(wins.view(-1, *[1] * (old.dim() - 1)), fresh, old)
-        for old, fresh in zip(best, new, strict=True)
+    return (
+        torch.where(wins, new[0], best[0]),
+        torch.where(wins, new[1], best[1]),
+        torch.where(wins[:, None], new[2], best[2]),
     )
 
 

@@ -47,7 +47,9 @@ class Quantized:
         _require(self.planes in CODE_MAX, f"planes={self.planes}, not 1, 2 or 3")
         rows, columns = self.codes.shape
         groups = group_count(columns, self.group_size)
-        shapes = [(rows,), (1,)] if self.multiplier is not None or not self.group_size else []
+        shapes: list[tuple[int, ...]] = (
+            [(rows,), (1,)] if self.multiplier is not None or not self.group_size else []
+        )
         if self.group_size and self.multiplier is None:
             shapes.append((rows, groups))
         seen = tuple(self.scale.shape)

@@ -1,4 +1,4 @@
-"""fit and fake_quantize: optimality, promised errors, degenerate weights, the kernel's agreement."""
+"""fit and fake_quantize: optimality, promised errors, degenerate weights, kernel agreement."""
 
 from __future__ import annotations
 
@@ -60,19 +60,15 @@ def test_row_scales_are_near_the_best_step(planes):
 
 
 def test_one_plane_is_the_exact_optimum():
-    # Every subset of kept elements that a threshold can give, by brute force over all of them.
+    # By brute force over every subset of kept elements, each with its best level.
     w = torch.randn(6, 9)
     fitted = quantized(w, 1, 0, 0)
-    for row, values in enumerate(w.double()):
-        best = min(
-            (values - values.sign() * mask * (values.abs() * mask).sum() / mask.sum())
-            .square()
-            .sum()
-            for bits in itertools.product((0.0, 1.0), repeat=9)
-            if (mask := torch.tensor(bits, dtype=torch.float64)).any()
-        )
-        error = (values - fitted.dequantize()[row].double()).square().sum()
-        assert error <= best * (1 + 1e-5)
+    masks = torch.tensor(list(itertools.product((0.0, 1.0), repeat=9))[1:]).double()
+    for values, found in zip(w.double(), fitted.dequantize().double(), strict=True):
+        level = (masks @ values.abs()) / masks.sum(1)
+        candidates = values.sign() * masks * level[:, None]
+        best = (values - candidates).square().sum(1).min()
+        assert (values - found).square().sum() <= best * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
@@ -99,7 +95,9 @@ def test_the_kernel_is_as_good_as_the_reference(name, planes, group_size, refine
     kernel = quantized(w, planes, group_size, refine)
     reference = quantized(w, planes, group_size, refine, fit.reference)
     expected = reference.relative_error(w)
-    assert kernel.relative_error(w) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    # A single element is off by the rounding of its scale to fp16 alone.
+    rounding = 2.0**-11 if w.numel() == 1 else 1e-6
+    assert kernel.relative_error(w) == pytest.approx(expected, rel=1e-3, abs=rounding)
 
 
 @PLANES
