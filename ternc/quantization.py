@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ternc.config import Config
+from ternc.errors import UnsupportedModelError
 from ternc.modules.conversion import (
     Converted,
     Spelling,
@@ -71,6 +72,7 @@ def quantize(
 
     Raises:
         ConfigError: a setting that this version does not obey; the message names another.
+        UnsupportedModelError: the model cannot be copied.
     """
     config = config or Config()
     refuse_unsupported(config, calibration is not None)
@@ -78,7 +80,7 @@ def quantize(
     # Tensors made in inference mode could never be differentiated through.
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
-            model = copy.deepcopy(model)
+            model = _copy(model)
         model, rows = _convert(model, config, progress)
         switch_off_fast_paths(model)
     model._ternc_rows = rows  # type: ignore[assignment]
@@ -101,6 +103,16 @@ class _Site:
     @property
     def name(self) -> str:
         return self.paths[0]
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied ({str(error).splitlines()[0]}); "
+            "quantise it with inplace=True"
+        ) from error
 
 
 def _convert(

@@ -1,0 +1,70 @@
+"""What the configuration says about a layer by name, and what this version refuses."""
+
+import pytest
+
+from ternc.config import Config
+from ternc.errors import ConfigError
+from ternc.policy import excluded, marked_int8, refine_rounds, refuse_unsupported
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head", "model.lm_head", "model.embed_tokens", "layers.0.mlp.gate", "h.1.router.fc"]
+)
+def test_heads_embeddings_and_routers_stay(name):
+    reason = excluded(name, Config())
+    assert reason is not None and "excluded by name" in reason
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.gate_proj", "h.0.attn.c_attn", "head", ""])
+def test_others_do_not(name):
+    assert excluded(name, Config()) is None
+
+
+def test_the_reason_names_the_glob():
+    assert excluded("a.b", Config(exclude=("x", "a.*"))) == "excluded by name ('a.*')"
+
+
+def test_globs_match_the_whole_path_and_case():
+    config = Config(exclude=("down",))
+    assert excluded("mlp.down", config) is None and excluded("Down", config) is None
+
+
+def test_include_overrides():
+    config = Config(exclude=("*",), int8=("a.*",), include=("a.b",))
+    assert excluded("a.b", config) is None and not marked_int8("a.b", config)
+    assert excluded("a.c", config) is not None and excluded("d", config) is not None
+
+
+def test_int8_is_said_to_be_missing():
+    config = Config(int8=("*embed*",))
+    assert "not in this version" in excluded("embed", config)
+    assert marked_int8("embed", config) and not marked_int8("head", config)
+
+
+def test_method_decides_the_rounds():
+    assert refine_rounds(Config(method="rtn")) == 0 < refine_rounds(Config(method="als"))
+    assert refine_rounds(Config()) == refine_rounds(Config(method="als"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "instead"),
+    [
+        ("rotation", "hadamard", "rotation='none'"),
+        ("method", "gptq", "method='als'"),
+        ("bits_budget", 2.0, "error_budget"),
+        ("tie_scales", False, "tie_scales=True"),
+    ],
+)
+def test_what_is_missing_is_refused(field, value, instead):
+    with pytest.raises(ConfigError, match=f"{field}=.*not in this version.*{instead}"):
+        refuse_unsupported(Config(**{field: value}), calibrated=False)
+
+
+def test_calibration_is_refused():
+    with pytest.raises(ConfigError, match="calibration"):
+        refuse_unsupported(Config(), calibrated=True)
+
+
+def test_the_rest_is_taken():
+    config = Config(planes=1, group_size="tensor", activation_bits=4, rotation="none", method="rtn")
+    refuse_unsupported(config, calibrated=False)
