@@ -38,16 +38,16 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: x [B, T, D] -> down(silu(gate(x)) * up(x))."""
+    """SwiGLU: x [B, T, D] -> down(silu(gate_proj(x)) * up(x))."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up = nn.Linear(width, hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.silu(self.gate_proj(x)) * self.up(x))
 
 
 class Block(nn.Module):
@@ -74,7 +74,7 @@ class ByteDecoder(nn.Module):
         self.embedding = nn.Embedding(BYTES, width)
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, BYTES, bias=False)
+        self.lm_head = nn.Linear(width, BYTES, bias=False)
         cos, sin = rotary_table(context, width // heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -88,7 +88,7 @@ class ByteDecoder(nn.Module):
         cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]
         for block in self.blocks:
             x = block(x, cos, sin)
-        return self.head(self.norm(x))
+        return self.lm_head(self.norm(x))
 
 
 def rotary_table(length: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

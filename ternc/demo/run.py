@@ -30,7 +30,7 @@ class Settings:
     width: int = 256
     layers: int = 4
     heads: int = 4
-    hidden: int = 704
+    hidden: int = 768
     context: int = 256
     batch: int = 16
     """Windows in a training step."""
