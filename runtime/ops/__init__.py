@@ -35,7 +35,9 @@ def register() -> None:
 def _library() -> torch.library.Library:
     """The definitions; they live as long as the returned object, which is never dropped."""
     library = torch.library.Library("ternc", "DEF")
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
+    # The kernels copy what is not contiguous; the tag lets the compiler fuse that copy.
+    contiguous = getattr(torch.Tag, "needs_contiguous_strides", torch.Tag.needs_fixed_stride_order)
+    tags = (torch.Tag.pt2_compliant_tag, contiguous)
     for op in ALL:
         library.define(op.name + op.schema, tags=tags)
     # By name: the module is a layer above the ops, and only loading them needs it.

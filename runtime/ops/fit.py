@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from ternc.config import CODE_MAX, MAX_IN_FEATURES, MAX_MULTIPLIED_CODE
 from ternc.errors import KernelError, WeightShapeError
-from ternc.formats.quantized import expand_groups, group_count
+from ternc.formats.quantized import expand_groups, group_count, is_finite
 from ternc.formats.scales import round_to_storage
 from ternc.runtime.ops.definition import OpDefinition, refuse_gradient, unreachable_backward
 
@@ -65,6 +65,10 @@ def reference(
     multiplier [N, 0]. -1: scale [1], multiplier [N, 0].
     """
     check_fit(w, planes, group_size, refine)
+    if not is_finite(w):
+        raise KernelError(
+            f"ternc::fit: weight {list(w.shape)} holds NaN or infinity; repair or exclude it"
+        )
     cmax, (rows, columns) = CODE_MAX[planes], w.shape
     if group_size == -1:
         units = w.reshape(1, -1).float()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from ternc.formats.quantized import Quantized, Refusal
+from ternc.formats.quantized import Quantized, Refusal, is_finite
 
 TENSOR, ROW = -1, 0
 """Unit sizes beside the columns of a group."""
@@ -35,7 +35,7 @@ def detect_ternary(w: torch.Tensor, group_size: int | None = None) -> Quantized 
     w = w.detach()
     if w.dim() != 2 or not w.is_floating_point() or not w.numel():
         return Refusal(f"the weight is {w.dtype} {list(w.shape)}, not a floating-point matrix")
-    if not all(bound.isfinite() for bound in torch.aminmax(w)):
+    if not is_finite(w):
         return Refusal(_non_finite(w))
     rows = torch.linspace(0, len(w) - 1, min(SAMPLED_ROWS, len(w))).round().long()
     sample = w[rows.to(w.device)].abs()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ternc.config import CODE_MAX, MAX_IN_FEATURES, Config
-from ternc.formats.quantized import Quantized, Refusal, group_count
+from ternc.formats.quantized import Quantized, Refusal, group_count, is_finite
 
 REFINE_ROUNDS = 8
 """Rounds of alternating least squares for method "als"; live weights take the closed form (0)."""
@@ -37,7 +37,7 @@ def choose(w: torch.Tensor, config: Config, refine: int = 0) -> Quantized | Refu
             f"in_features={w.shape[1]:,} is over {MAX_IN_FEATURES:,}, the last for which integer "
             "sums fit 32 bits"
         )
-    if not all(bound.isfinite() for bound in torch.aminmax(w)):
+    if not is_finite(w):
         return Refusal(f"{int((~w.isfinite()).sum()):,} elements are not finite")
     if config.planes != "auto":
         return fit(w, config.planes, config, refine)

@@ -47,11 +47,9 @@ class Quantized:
         _require(self.planes in CODE_MAX, f"planes={self.planes}, not 1, 2 or 3")
         rows, columns = self.codes.shape
         groups = group_count(columns, self.group_size)
-        shapes: list[tuple[int, ...]] = (
-            [(rows,), (1,)] if self.multiplier is not None or not self.group_size else []
-        )
+        shapes: list[tuple[int, ...]] = [(rows,), (1,)]
         if self.group_size and self.multiplier is None:
-            shapes.append((rows, groups))
+            shapes = [(rows, groups)]
         seen = tuple(self.scale.shape)
         _require(seen in shapes, f"scale has shape {list(seen)}, not one of {shapes}")
         if self.multiplier is not None:
@@ -102,6 +100,12 @@ def group_count(columns: int, group_size: int) -> int:
 def expand_groups(values: torch.Tensor, group_size: int, columns: int) -> torch.Tensor:
     """[N, G] -> [N, K], one value for every column of its group."""
     return values.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def is_finite(w: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite: one pass, no temporary. Waits for the device."""
+    least, most = torch.aminmax(w)
+    return bool(least.isfinite() & most.isfinite())
 
 
 def check_multiplier(quantized: Quantized) -> None:

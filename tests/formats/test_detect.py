@@ -72,6 +72,7 @@ def test_one_element_off(unit, where):
     w[3, 17] = -0.21
     refusal = detect_ternary(w)
     assert isinstance(refusal, Refusal)
+    assert refusal.near_ternary
     pattern = (
         rf"not ternary: 1 of {w.numel():,} elements differs; element \[3, 17\] = -0\.21 where "
     )
@@ -93,8 +94,9 @@ def test_several_elements_off_are_counted():
 
 @DTYPES
 def test_float_weight_is_refused(dtype):
-    reason = detect_ternary(torch.randn(64, 128).to(dtype)).reason
-    assert reason.startswith("not ternary: the 128 nonzero elements of row 0 have")
+    refusal = detect_ternary(torch.randn(64, 128).to(dtype))
+    assert not refusal.near_ternary
+    assert refusal.reason.startswith("not ternary: the 128 nonzero elements of row 0 have")
 
 
 def test_all_zero():

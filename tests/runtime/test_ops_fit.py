@@ -120,6 +120,17 @@ def test_all_zero_weight(planes):
         assert not multiplier.any()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@GROUPS
+def test_weight_that_is_not_finite(value, group_size):
+    w = torch.randn(4, 64)
+    w[1, 5] = value
+    with pytest.raises(KernelError, match=r"weight \[4, 64\] holds NaN or infinity"):
+        fit.reference(w, 2, group_size, 0)
+    with pytest.raises(RuntimeError, match=r"weight \[4, 64\] holds NaN or infinity"):
+        torch.ops.ternc.fit(w, 2, group_size, 0)
+
+
 def test_all_zero_group_has_multiplier_zero():
     w = torch.randn(4, 96)
     w[1, 32:64] = 0

@@ -234,6 +234,21 @@ def test_opcheck_with_gradients_of_scales():
     torch.library.opcheck(torch.ops.ternc.linear, linear_arguments(torch.randn(2, 100), packed))
 
 
+def test_compiled_gradients():
+    packed = packed_case(CASES[3])
+    torch._dynamo.reset()
+    eager = torch.randn(3, 100)
+    compiled = eager.clone()
+
+    def loss(x):
+        x = torch.ops.ternc.fake_quantize_act(x * 2, 8)
+        return torch.ops.ternc.linear(*linear_arguments(x, packed)).square().sum()
+
+    loss(eager.requires_grad_()).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled.requires_grad_()).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
 def test_compiled_with_dynamic_rows():
     packed = packed_case(CASES[3])
     torch._dynamo.reset()
