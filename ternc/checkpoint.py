@@ -9,10 +9,11 @@ A folder is untrusted: sizes, types, names and bytes are checked before anything
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import shutil
 import tempfile
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,14 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     tensors, aliases = _state(model)
     manifest = Manifest(
-        save_id=uuid.uuid4().hex,
+        weights_sha256="",
         model_class=f"{type(model).__module__}.{type(model).__qualname__}",
         builder=pretrained.builder_of(model),
         config=getattr(model, "_ternc_config", Config()),
         modules=_packed_modules(model),
         attention=[
-            name
-            for name, module in model.named_modules(remove_duplicate=False)
+            path
+            for path, module in model.named_modules(remove_duplicate=False)
             if isinstance(module, TernaryMultiheadAttention)
         ],
         tensors={name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()},
@@ -73,9 +74,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".ternc-save-", dir=target))
     try:
-        save_file(tensors, staged / WEIGHTS, {"format": "pt", "ternc_save": manifest.save_id})
+        save_file(tensors, staged / WEIGHTS, {"format": "pt"})
         if manifest.builder:
             pretrained.write_config(model, staged)
+        manifest = dataclasses.replace(manifest, weights_sha256=_digest(staged / WEIGHTS))
         (staged / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         _replace(staged, target)
     finally:
@@ -156,8 +158,7 @@ def _packed_keys(model: nn.Module) -> dict[str, Any]:
     """state_dict key of a packed weight -> what is equal for layers that share their buffers."""
     return {
         f"{path}.{name}" if path else name: (memory_key(module.packed_weight), name)
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, TernaryLinear)
+        for path, module in _packed_layers(model)
         for name in at_rest.NAMES
     }
 
@@ -174,8 +175,7 @@ def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:
             exact=module.exact,
             config=module.config,
         )
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, TernaryLinear)
+        for path, module in _packed_layers(model)
     }
 
 
@@ -207,10 +207,12 @@ def _read_tensors(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
 
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
+    if _digest(path) != manifest.weights_sha256:
+        raise CheckpointError(
+            f"{path} is damaged or of another save: its SHA-256 is not the one in {MANIFEST}"
+        )
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("ternc_save") != manifest.save_id:
-                raise CheckpointError(f"{path} and {MANIFEST} come from two different saves")
             # Copies: the file is mapped, and whoever writes to it would write to the model.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -229,12 +231,23 @@ def _read_tensors(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _show(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
 def _install(model: nn.Module, manifest: Manifest, folder: Path) -> nn.Module:
     """Puts packed modules, still without weights, into the places that the manifest names."""
+    for path, _ in _packed_layers(model):
+        if path not in manifest.modules:
+            raise CheckpointError(
+                f"{folder / MANIFEST}: module {path!r} is packed in the model, but floating point "
+                "in the folder; load into a float model"
+            )
     made: dict[int, nn.Module] = {}
     for path in manifest.attention:
         module = _submodule(model, path, folder)

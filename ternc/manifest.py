@@ -45,8 +45,8 @@ class PackedModule:
 class Manifest:
     """The contents of `ternc.json`."""
 
-    save_id: str
-    """Stands in the weights file too: two files of one save."""
+    weights_sha256: str
+    """Of the weights file: says that both files are whole and of one save."""
     model_class: str
     """Of the root, for messages; never imported."""
     builder: str | None
@@ -76,7 +76,7 @@ class Manifest:
         values = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "save_id": self.save_id,
+            "weights_sha256": self.weights_sha256,
             "model_class": self.model_class,
             "builder": self.builder,
             "config": self.config.to_dict(),
@@ -128,7 +128,7 @@ def _manifest(values: Any) -> Manifest:
             raise CheckpointError(f"aliases: {alias!r} -> {name!r} names no tensor of its own")
     builder = values["builder"]
     return Manifest(
-        save_id=_is(values["save_id"], str, "save_id"),
+        weights_sha256=_is(values["weights_sha256"], str, "weights_sha256"),
         model_class=_is(values["model_class"], str, "model_class"),
         builder=None if builder is None else _is(builder, str, "builder"),
         config=Config.from_dict(_is(values["config"], dict, "config")),
