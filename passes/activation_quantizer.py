@@ -1,8 +1,10 @@
-"""linear(quantiser(x), W) -> ternc::linear(x, W): a model's own activation quantiser, found by its values.
+"""linear(quantiser(x), W) -> ternc::linear(x, W): a model's own activation quantiser, found by its
+values.
 
-BitLinear modules round their activations in code of their own before the product. Where that code computes what
-`ternc::linear` computes itself, it is a second pass over memory for nothing. No spelling is matched: the nodes between
-x and the linear are run on random rows and compared with `ternc::quantize_act`.
+BitLinear modules round their activations in code of their own before the product. Where that code
+computes what `ternc::linear` computes itself, it is a second pass over memory for nothing. No
+spelling is matched: the nodes between x and the linear are run on random rows and compared with
+`ternc::quantize_act`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from ternc.passes.graph import example_value, is_tensor
 _MAX_NODES = 24
 _MAX_ELEMENTS = 1 << 22
 _AGREEMENT = 0.999
-"""Share of integers that must be equal: the rule of the contract for two roundings of the same quantity."""
+"""Share of integers that must be equal: the rule of the contract for two roundings of the same
+quantity.
+"""
 
 
 def unquantized_source(x: fx.Node, bits: int) -> fx.Node | None:

@@ -1,7 +1,8 @@
 """torch.nn's attention as single nodes -> projections (F.linear) and scaled dot product attention.
 
-`F.multi_head_attention_forward`, `torch._native_multi_head_attention` and `torch._transformer_encoder_layer_fwd` hide
-their weights from every rule; here they become the float computation that they stand for.
+`F.multi_head_attention_forward`, `torch._native_multi_head_attention` and
+`torch._transformer_encoder_layer_fwd` hide their weights from every rule; here they become the
+float computation that they stand for.
 """
 
 from __future__ import annotations
@@ -22,30 +23,20 @@ from ternc.passes.rule import Skip
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 
-_NATIVE_ARGUMENTS = (
-    "query key value embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias mask need_weights "
-    "average_attn_weights mask_type"
-).split()
-_ENCODER_LAYER_ARGUMENTS = (
-    "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps norm1_weight "
-    "norm1_bias norm2_weight norm2_bias linear1_weight linear1_bias linear2_weight linear2_bias mask mask_type"
-).split()
-_FORWARD_ARGUMENTS = list(inspect.signature(F.multi_head_attention_forward).parameters)
-
 
 def decompose_attention(gm: fx.GraphModule) -> list[Skip]:
     """Decomposes every fused attention node in place; returns those left alone, with the reason."""
-    decompositions: dict[Any, tuple[list[str], Callable[..., Any]]] = {
-        F.multi_head_attention_forward: (_FORWARD_ARGUMENTS, _attention_forward),
-        torch._native_multi_head_attention: (_NATIVE_ARGUMENTS, _native_attention),
-        torch._transformer_encoder_layer_fwd: (_ENCODER_LAYER_ARGUMENTS, _encoder_layer),
+    decompositions: dict[Any, Callable[..., Any]] = {
+        F.multi_head_attention_forward: _attention_forward,
+        torch._native_multi_head_attention: _native_attention,
+        torch._transformer_encoder_layer_fwd: _encoder_layer,
     }
     skipped = []
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in decompositions:
             continue
-        names, function = decompositions[node.target]
-        bound = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        function = decompositions[node.target]
+        bound = inspect.signature(function).bind(*node.args, **node.kwargs).arguments
         if reason := _why_not(node, bound):
             skipped.append(Skip(reason, node))
             continue

@@ -64,7 +64,8 @@ def skipped_row(name: str, pattern: str, reason: str, weight: torch.Tensor | Non
 
 
 def weight_name(user: fx.Node, weight: fx.Node, inputs: list[fx.Node]) -> str:
-    """Path of the layer that a weight belongs to: the parameter's owner, with the name of its slice.
+    """Path of the layer that a weight belongs to: the parameter's owner, with the name of its
+    slice.
 
     A parameter that lives elsewhere (a tied weight) is named after the module that uses it.
     """

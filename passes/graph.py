@@ -23,7 +23,9 @@ def is_tensor(node: Any) -> bool:
 
 
 def source_of(placeholder: fx.Node) -> str:
-    """Python expression of a graph input, `L['self']._modules['a']._parameters['weight']`; "" if unknown."""
+    """Python expression of a graph input, `L['self']._modules['a']._parameters['weight']`; "" if
+    unknown.
+    """
     argument = placeholder.meta.get("grapharg")
     source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
     if source is None:
@@ -33,12 +35,15 @@ def source_of(placeholder: fx.Node) -> str:
 
 
 def dotted_path(source: str) -> str:
-    """`L['self']._modules['a']._parameters['weight']` -> `a.weight`; other expressions unchanged."""
+    """`L['self']._modules['a']._parameters['weight']` -> `a.weight`; other expressions
+    unchanged.
+    """
     return ".".join(_PATH_STEP.findall(source)) or source
 
 
 def module_path(source: str) -> str:
-    """Path of the module that owns a parameter: `a.weight` -> `a`, `a.in_proj_weight` -> `a.in_proj`.
+    """Path of the module that owns a parameter: `a.weight` -> `a`, `a.in_proj_weight` ->
+    `a.in_proj`.
 
     A parametrised weight, `a.parametrizations.weight.original`, belongs to `a`.
     """
@@ -65,7 +70,9 @@ def calling_module(node: fx.Node) -> str:
 
 
 def mark_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Writes to every placeholder's meta its position and whether it is static (parameter, buffer)."""
+    """Writes to every placeholder's meta its position and whether it is static (parameter,
+    buffer).
+    """
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         example = example_inputs[position]
         static = isinstance(example, torch.nn.Parameter) or _STATIC in node.meta.get(

@@ -1,7 +1,8 @@
 """Writing new nodes by calling ordinary tensor code on proxies that know their example values.
 
-`inline(node, function, *args)` runs `function` on proxies, inserts the nodes it makes before `node`, and keeps
-`meta["example_value"]` true, so that the code may ask for dtype, dim() and static sizes.
+`inline(node, function, *args)` runs `function` on proxies, inserts the nodes it makes before
+`node`, and keeps `meta["example_value"]` true, so that the code may ask for dtype, dim() and
+static sizes.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def evaluate_example(node: fx.Node) -> Any:
 
 
 def _fake_mode(*values: Any) -> FakeTensorMode:
-    """The mode of the example values themselves: while a backend runs, Dynamo's current one is another."""
+    """The mode of the example values themselves: while a backend runs, Dynamo's current one is
+    another.
+    """
     for leaf in tree_leaves(values):
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode

@@ -1,4 +1,6 @@
-"""The ordered list of passes: normal forms first, then rules. Order is meaning, so it stands here and nowhere else."""
+"""The ordered list of passes: normal forms first, then rules. Order is meaning, so it stands here
+and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ def apply(rule: Rule, gm: fx.GraphModule, context: Context) -> None:
 
 def _record_skip(
     node: fx.Node,
-    weight: fx.Node, expression: WeightExpression | Skip, skip: Skip, context: Context
+    weight: fx.Node,
+    expression: WeightExpression | Skip,
+    skip: Skip,
+    context: Context,
 ) -> None:
     inputs = [] if isinstance(expression, Skip) else expression.inputs
     name = weight_name(node, weight, inputs)
@@ -62,7 +67,9 @@ def _record_skip(
 
 
 def _find_packed_modules(gm: fx.GraphModule, context: Context) -> None:
-    """Rows for `ternc::linear` nodes that were in the graph already: modules packed by `quantize`."""
+    """Rows for `ternc::linear` nodes that were in the graph already: modules packed by
+    `quantize`.
+    """
     for node in gm.graph.nodes:
         if node.target not in (torch.ops.ternc.linear, torch.ops.ternc.linear.default):
             continue

@@ -1,4 +1,6 @@
-"""What a rewrite rule is: match, check, rewrite; one rule a file, ordered in `passes/pipeline.py`."""
+"""What a rewrite rule is: match, check, rewrite; one rule a file, ordered in
+`passes/pipeline.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One spelling of a linear: x @ W.t(), matmul, mm, addmm(b, x, W.t()) -> F.linear(x, W, b).
 
-Only where the right-hand side is a two-dimensional tensor made of static inputs alone: a product of two activations
-stays what it is.
+Only where the right-hand side is a two-dimensional tensor made of static inputs alone: a product
+of two activations stays what it is.
 """
 
 from __future__ import annotations

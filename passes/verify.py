@@ -13,7 +13,9 @@ class GraphInvariantError(AssertionError):
 
 
 def verify(gm: fx.GraphModule, stage: str) -> None:
-    """The graph is well formed; rewritten nodes know their value; outputs of rewrites kept their shape."""
+    """The graph is well formed; rewritten nodes know their value; outputs of rewrites kept their
+    shape.
+    """
     try:
         gm.graph.lint()
     except Exception as error:

@@ -1,7 +1,7 @@
 """The part of a graph that computes a weight from parameters and buffers alone.
 
-`w + (q(w) - w).detach()` is read as `q(w)`: that is the forward value of the straight-through idiom, which floating
-point would otherwise blur by one rounding.
+`w + (q(w) - w).detach()` is read as `q(w)`: that is the forward value of the straight-through
+idiom, which floating point would otherwise blur by one rounding.
 """
 
 from __future__ import annotations

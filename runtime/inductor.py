@@ -22,8 +22,8 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
     """What compiles the rewritten graph.
 
     Raises:
-        ConfigError: `mode` is none of Inductor's, or settings are given to another compiler than Inductor.
-        UnknownOptionError: a setting that Inductor does not have.
+        ConfigError: `mode` is none of Inductor's, or settings are given to another compiler than
+        Inductor. UnknownOptionError: a setting that Inductor does not have.
     """
     if name != "inductor":
         if settings or mode:
@@ -42,7 +42,9 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
 
 
 def keep_static(tensors: list[torch.Tensor]) -> None:
-    """Sizes of packed tensors never vary: without this they would become symbols that nothing guards."""
+    """Sizes of packed tensors never vary: without this they would become symbols that nothing
+    guards.
+    """
     tracing = TracingContext.try_get()
     if tracing is None:
         return
@@ -95,7 +97,9 @@ def _keeps_static_addresses(inputs: list[Any]) -> bool:
 
 
 def _forget_dynamo(gm: fx.GraphModule) -> None:
-    """Without Dynamo's metadata the graph takes AOTAutograd's plain path, which changes less between versions."""
+    """Without Dynamo's metadata the graph takes AOTAutograd's plain path, which changes less
+    between versions.
+    """
     gm.meta.clear()
     gm.__dict__.pop("_param_name_to_source", None)
     for node in gm.graph.find_nodes(op="placeholder"):

@@ -1,7 +1,9 @@
-"""Rewritten graph -> callable: Inductor compiles it once, packed weights are handed in at every call.
+"""Rewritten graph -> callable: Inductor compiles it once, packed weights are handed in at every
+call.
 
-The compiled code never holds a weight. Each call finds the packed form of the weights it was given; where one needs
-another variant than the graph was compiled for, that call runs the graph op by op, with one warning.
+The compiled code never holds a weight. Each call finds the packed form of the weights it was
+given; where one needs another variant than the graph was compiled for, that call runs the graph op
+by op, with one warning.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from ternc.formats import layouts
@@ -32,7 +35,9 @@ _ORDER = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """Where one input of the rewritten graph comes from: an original input, or a field of a site."""
+    """Where one input of the rewritten graph comes from: an original input, or a field of a
+    site.
+    """
 
     position: int = -1
     site: int = -1
@@ -63,6 +68,7 @@ class CompiledGraph:
         self.rows = rows
         self.row_positions = row_positions
         self.notes: list[str] = []
+        self._abstract = abstract
         self._warned: set[str] = set()
         self._instances: list[dict[int, weakref.ref[torch.Tensor]]] = []
         self.graph_module = gm
@@ -84,6 +90,10 @@ class CompiledGraph:
         GRAPHS.add(self)
 
     def __call__(self, *args: Any) -> Any:
+        if self._abstract and any(isinstance(value, FakeTensor) for value in args):
+            # DDP's splitter calls every part once on fake tensors, for the strides of its outputs.
+            entries = [_abstract_entry(site, args) for site in self.sites]
+            return self._inner(*self._gather(args, entries))
         entries = [self._entry(site, args) for site in self.sites]
         for site, entry in zip(self.sites, entries, strict=True):
             if entry.variant != site.variant:
@@ -134,9 +144,9 @@ class CompiledGraph:
             if entry.variant != site.variant and site.name not in self._warned:
                 self._warned.add(site.name)
                 note = (
-                    f"{site.name}: the weight no longer fits the compiled form ({site.row.format}); "
-                    f"now: {entry.reason}. It runs op by op, right but unfused; "
-                    "ternc.repack(model, recompile=True) compiles it anew"
+                    f"{site.name}: the weight no longer fits the compiled form "
+                    f"({site.row.format}); now: {entry.reason}. It runs op by op, right but "
+                    "unfused; ternc.repack(model, recompile=True) compiles it anew"
                 )
                 self.notes.append(note)
                 warnings.warn(f"ternc: {note}", RuntimeWarning, stacklevel=3)

@@ -1,8 +1,9 @@
 """Float weights of a compiled graph -> packed tensors, kept while the weights do not change.
 
-A packed weight is found by the identity of the tensors it was computed from, and is current while their versions and
-addresses are. Repacking writes in place where the shapes agree, so captured addresses stay valid. A write that leaves no
-trace (`p.data.copy_()`) is not seen: `forget` is for that.
+A packed weight is found by the identity of the tensors it was computed from, and is current while
+their versions and addresses are. Repacking writes in place where the shapes agree, so captured
+addresses stay valid. A write that leaves no trace (`p.data.copy_()`) is not seen: `forget` is for
+that.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ _Stamp = tuple[tuple[int, int], ...]
 class PackedWeight:
     """Packed tensors of one weight as it is now.
 
-    `packed` is None where the weight has to stay floating point now; it is then recomputed at every call.
+    `packed` is None where the weight has to stay floating point now; it is then recomputed at
+    every call.
     """
 
     stamp: _Stamp

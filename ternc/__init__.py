@@ -46,7 +46,7 @@ __all__ = [
     "save",
 ]
 
-# A source checkout keeps passes/, runtime/ and csrc/ beside ternc/; an installed package has them inside.
+# A source checkout keeps passes/, runtime/ and csrc/ beside ternc/, an installed package inside.
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").is_file() and not (_ROOT / "ternc" / "passes").exists():
     __path__.append(str(_ROOT))

@@ -1,6 +1,7 @@
 """The backend of `torch.compile(model, backend="ternc")`.
 
-graph -> copy -> normal forms and rules (passes) -> packed inputs (runtime) -> Inductor. docs/architecture.md has the map.
+graph -> copy -> normal forms and rules (passes) -> packed inputs (runtime) -> Inductor.
+docs/architecture.md has the map.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ternc.errors import ConfigError, UnknownOptionError
 from ternc.passes import pipeline
 from ternc.passes.context import Context
 from ternc.passes.graph import copy_graph
+from ternc.policy import refuse_unsupported
 from ternc.runtime import ops
 from ternc.runtime.inductor import INNER_COMPILERS, inner_compiler
 from ternc.runtime.lower import CompiledGraph
@@ -70,11 +72,10 @@ def parse_options(options: Mapping[str, Any] | None) -> tuple[Config, str, dict[
     config = Config(**values)
     if config.method not in ("auto", "rtn"):
         raise ConfigError(
-            f"method={config.method!r} belongs to ternc.quantize: the backend quantises live weights with one "
-            "closed-form fit"
+            f"method={config.method!r} belongs to ternc.quantize: the backend quantises live "
+            "weights with one closed-form fit"
         )
-    if config.bits_budget is not None:
-        raise ConfigError("bits_budget needs calibration data: use ternc.quantize")
+    refuse_unsupported(config, calibrated=False)
     return config, inner, dict(settings)
 
 

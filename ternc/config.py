@@ -31,11 +31,15 @@ class Config:
     planes: int | Literal["auto"] = "auto"
     """Trit planes per weight: 1, 2, 3, or "auto" (the fewest within `error_budget`)."""
     error_budget: float = 0.10
-    """For "auto": relative weight error ||W - Q|| / ||W||, or output error when calibration is given."""
+    """For "auto": relative weight error ||W - Q|| / ||W||, or output error when calibration is
+    given.
+    """
     bits_budget: float | None = None
     """For "auto" with calibration: mean bits per quantised weight, scales included."""
     group_size: int | Literal["tensor"] | None = 128
-    """Input columns that share a multiplier; None = one scale per row, "tensor" = one per weight."""
+    """Input columns that share a multiplier; None = one scale per row, "tensor" = one per
+    weight.
+    """
     tie_scales: bool = True
     """Plane scales in ratio 9:3:1 (balanced ternary); False = free scales."""
     activation_bits: int | None = 8

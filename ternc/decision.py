@@ -1,4 +1,6 @@
-"""What one float weight becomes: exactly ternary, ternary within the error budget, or what it was."""
+"""What one float weight becomes: exactly ternary, ternary within the error budget, or what it
+was.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def decide(weight: torch.Tensor, planes: int | None, config: Config, refine: int
     """Decision for a weight [N, K].
 
     Args:
-        planes: plane count of a graph that is compiled already; a weight that needs fewer is fitted with these.
+        planes: plane count of a graph that is compiled already; a weight that needs fewer is
+        fitted with these.
         refine: rounds of alternating least squares after the closed form.
     """
     found = detect_ternary(

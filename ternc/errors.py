@@ -1,4 +1,6 @@
-"""Errors for users: one class per mistake. Each says which module, what was seen, what was wanted, what to do."""
+"""Errors for users: one class per mistake. Each says which module, what was seen, what was wanted,
+what to do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Questions about a model: `explain` (what would be done), `report` (what was done), `repack` (do it again)."""
+"""Questions about a model: `explain` (what would be done), `report` (what was done), `repack` (do
+it again).
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ from ternc.runtime import dispatch, ops
 from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
 from ternc.site import WeightSite
 
+_NOT_COMPILED = (
+    "not compiled yet: call the compiled model once, or ask ternc.explain(model, inputs)"
+)
 _TWICE = (
-    "the float weights stay in memory beside the packed ones ({total}): the compiled model may be trained or "
-    "loaded again; ternc.quantize(model) keeps the packed ones alone"
+    "the float weights stay in memory beside the packed ones ({total}): the compiled model may be "
+    "trained or loaded again; ternc.quantize(model) keeps the packed ones alone"
 )
 _TRAINING = (
-    "gradients are enabled, so weights that require grad run the quantisation-aware training op; call the model "
-    "under torch.no_grad() or torch.inference_mode() for the packed kernels"
+    "gradients are enabled, so weights that require grad run the quantisation-aware training op; "
+    "call the model under torch.no_grad() or torch.inference_mode() for the packed kernels"
 )
 
 
@@ -31,7 +36,8 @@ def explain(
 ) -> Report:
     """What `torch.compile(model, backend="ternc")` would do with `model(*args, **kwargs)`.
 
-    Runs the model once, uncompiled, in the caller's gradient mode; neither the model nor its weights are changed.
+    Runs the model once, uncompiled, in the caller's gradient mode; neither the model nor its
+    weights are changed.
 
     Args:
         config: the settings to explain; default `Config()`.
@@ -64,14 +70,14 @@ def explain(
 
 
 def report(model: torch.nn.Module) -> Report:
-    """What was done to `model`: by `ternc.quantize`, and by the backend once the compiled model has run."""
+    """What was done to `model`: by `ternc.quantize`, and by the backend once the compiled model
+    has run.
+    """
     model = getattr(model, "_orig_mod", model)
     packed = getattr(model, "_ternc_rows", None)
     graphs = sorted(_graphs_of(model), key=lambda found: found[0].order)
     if packed is None and not graphs:
-        return Report(
-            status="not compiled yet: call the compiled model once, or ask ternc.explain(model, inputs)"
-        )
+        return Report(status=_NOT_COMPILED)
     rows: dict[str, Row] = {}
     replaced: list[torch.Tensor] = []
     kept: set[str] = set()
@@ -89,19 +95,22 @@ def report(model: torch.nn.Module) -> Report:
             rows[row.name] = _with_kernel(row, model)
         replaced.extend(_packed_buffers(model, packed))
     found = list(rows.values())
+    held_packed = {row.name for row in packed or ()}
     return Report(
         rows=found,
         totals=Totals.of(model, found, replaced, kept),
-        notes=_notes(found, 1) + notes,
+        notes=_notes([row for row in found if row.name not in held_packed], 1) + notes,
         nodes=nodes,
     )
 
 
 def repack(model: torch.nn.Module, recompile: bool = False) -> int:
-    """Packs the weights of `model` anew at its next call: for writes that leave no trace, `p.data.copy_()`.
+    """Packs the weights of `model` anew at its next call: for writes that leave no trace,
+    `p.data.copy_()`.
 
     Args:
-        recompile: also drop compiled code (of every model in the process), so that decisions are made anew.
+        recompile: also drop compiled code (of every model in the process), so that decisions are
+        made anew.
 
     Returns:
         Number of packed weights that were marked.

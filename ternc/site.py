@@ -23,7 +23,9 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What the compiled graph was specialised on; packed tensors of another variant do not fit it."""
+    """What the compiled graph was specialised on; packed tensors of another variant do not fit
+    it.
+    """
 
     layout: int
     group_size: int
@@ -33,7 +35,9 @@ class Variant:
 
 @dataclasses.dataclass
 class WeightSite:
-    """A weight computed from static graph inputs, replaced by packed inputs of the rewritten graph."""
+    """A weight computed from static graph inputs, replaced by packed inputs of the rewritten
+    graph.
+    """
 
     name: str
     """Module path."""
@@ -54,4 +58,6 @@ class WeightSite:
     own_quantizer: bool = False
     """The model quantised the activations itself; that code was removed from the graph."""
     first: Decision | None = None
-    """The decision for the weight that the graph was compiled with; lowering packs it and lets go of it."""
+    """The decision for the weight that the graph was compiled with; lowering packs it and lets go
+    of it.
+    """

@@ -66,7 +66,7 @@ class _Ternary(nn.Module):
         return w + (absmean(w) - w).detach()
 
 
-def Parametrized(*args, **kwargs):  # noqa: N802
+def Parametrized(*args, **kwargs):
     """absmean per tensor as a parametrisation of nn.Linear."""
     linear = nn.Linear(*args, **kwargs)
     parametrize.register_parametrization(linear, "weight", _Ternary(), unsafe=True)

@@ -93,7 +93,16 @@ def _inference_mode(model):
 
 @pytest.mark.parametrize(
     "change",
-    [_copy, _load, _assign, _replace_parameter, _replace_module, _set_data, _optimiser, _inference_mode],
+    [
+        _copy,
+        _load,
+        _assign,
+        _replace_parameter,
+        _replace_module,
+        _set_data,
+        _optimiser,
+        _inference_mode,
+    ],
     ids=lambda change: change.__name__.strip("_"),
 )
 def test_change_after_compile(change, x):
@@ -121,7 +130,7 @@ def test_repacking_keeps_addresses(x):
     assert_current(fast, model, x)
 
     def addresses():
-        (graph, instance), = [
+        ((graph, instance),) = [
             (graph, instance)
             for graph in GRAPHS
             for instance in graph.instance_tensors()

@@ -58,7 +58,9 @@ def test_own_activation_quantiser_is_absorbed(layer):
 
 
 def test_integer_sums_are_exact():
-    """With scale 1, no bias and integer rows whose largest is 127, the output is the integer sum."""
+    """With scale 1, no bias and integer rows whose largest is 127, the output is the integer
+    sum.
+    """
     trits = torch.randint(-1, 2, (70, 131)).float()
     linear = nn.Linear(131, 70, bias=False)
     linear.weight = nn.Parameter(trits)

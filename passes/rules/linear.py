@@ -1,4 +1,6 @@
-"""F.linear(x, W(parameters), b) -> ternc::linear(x, packed W, b), or a fake-quantised linear in training."""
+"""F.linear(x, W(parameters), b) -> ternc::linear(x, packed W, b), or a fake-quantised linear in
+training.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from ternc.config import MAX_IN_FEATURES
+from ternc.decision import decide
 from ternc.formats import layouts
 from ternc.formats.layouts import at_rest_layout, resident_layout
 from ternc.formats.quantized import group_count
@@ -20,7 +23,6 @@ from ternc.passes.graph import argument, example_value
 from ternc.passes.inline import carry_provenance, inline
 from ternc.passes.rule import Match, Skip
 from ternc.passes.weight_expression import WeightExpression, weight_expression
-from ternc.decision import decide
 from ternc.policy import excluded
 from ternc.reporting import Row
 from ternc.site import Decision, Variant, WeightSite
@@ -53,11 +55,13 @@ class LinearRule:
         weight, x = example_value(match.parts["weight"]), example_value(match.parts["x"])
         if weight.dim() != 2 or weight.dtype not in _FLOATS or x.dtype not in _FLOATS:
             return Skip(
-                f"weight {weight.dtype} of {weight.dim()} dimensions, input {x.dtype}: not float32/16"
+                f"weight {weight.dtype} with {weight.dim()} dimensions, input {x.dtype}: "
+                "not a matrix product in float32, bfloat16 or float16"
             )
         if weight.shape[1] > MAX_IN_FEATURES:
             return Skip(
-                f"in_features={weight.shape[1]} exceeds {MAX_IN_FEATURES}: sums would overflow int32"
+                f"in_features={weight.shape[1]} exceeds {MAX_IN_FEATURES}: "
+                "integer sums would overflow"
             )
         if reason := excluded(_name(match), context.config):
             return Skip(reason)
@@ -151,7 +155,7 @@ def _rewrite_packed(
         variant=_variant(decision, weight, planes, context),
         device=weight.device.type,
         row=row,
-        first=decision,
+        first=decision if decision.quantized is not None else None,
     )
     row.shared_with = next((s.name for s in context.sites if _same_weight(s, site)), None)
     context.sites.append(site)
@@ -170,6 +174,8 @@ def _variant(decision: Decision, weight: torch.Tensor, planes: int, context: Con
             quantized.multiplier is not None,
         )
     group = context.config.fit_group
+    if group >= weight.shape[1]:  # one group is a row
+        group = 0
     return Variant(layout, max(group, 0), (1 if group < 0 else int(weight.shape[0]),), group > 0)
 
 
@@ -206,7 +212,9 @@ def _emit(match: Match, context: Context, site: WeightSite) -> None:
 
 
 def _packed_input(graph: fx.Graph, context: Context, site: WeightSite, field: str) -> fx.Node:
-    """A new graph input for one tensor of a packed weight; a tied weight reuses the input it has."""
+    """A new graph input for one tensor of a packed weight; a tied weight reuses the input it
+    has.
+    """
     for node in graph.find_nodes(op="placeholder"):
         known = node.meta.get("ternc_packed")
         if known and known[1] == field and _same_weight(known[0], site):
@@ -257,7 +265,9 @@ def _row(
 
 
 def packed_bytes(rows: int, columns: int, variant: Variant) -> int:
-    """Bytes of the tensors of a packed weight; a scale takes 2 bytes at rest where it was fitted."""
+    """Bytes of the tensors of a packed weight; a scale takes 2 bytes at rest where it was
+    fitted.
+    """
     layout = layouts.get(variant.layout)
     groups = group_count(columns, variant.group_size)
     multipliers = math.prod(layout.multiplier_shape(rows, groups)) if variant.has_multiplier else 0
