@@ -26,8 +26,8 @@ from ternc.errors import CheckpointError, UnsupportedModelError
 from ternc.manifest import Manifest, PackedModule
 from ternc.modules import at_rest
 from ternc.modules.attention import (
-    PROJECTIONS,
     TernaryMultiheadAttention,
+    separate_float_projections,
     split_projections,
 )
 from ternc.modules.conversion import is_attention, switch_off_fast_paths
@@ -270,13 +270,9 @@ def _projections(
     projections: dict[str, nn.Module] = {}
     for part, linear in split_projections(attention).items():
         name = f"{path}.{part}" if path else part
-        if name in manifest.modules:
-            projections[part] = _empty(linear, name, manifest.modules[name], folder)
-            continue
-        if part in PROJECTIONS[:3]:
-            # A view would keep the whole stacked weight in memory.
-            linear.weight = nn.Parameter(linear.weight.clone(), linear.weight.requires_grad)
-        projections[part] = linear
+        packed = manifest.modules.get(name)
+        projections[part] = _empty(linear, name, packed, folder) if packed else linear
+    separate_float_projections(projections)
     return projections
 
 
@@ -309,8 +305,9 @@ def _empty(module: nn.Module, path: str, packed: PackedModule, folder: Path) -> 
             raise CheckpointError(
                 f"{folder / MANIFEST}: module {path!r} is a {type(module).__name__}, not a linear"
             )
-        shape, device = tuple(weight.shape), weight.device
-        shape = shape[::-1] if packed.transposed else shape
+        rows, columns = weight.shape
+        shape = (columns, rows) if packed.transposed else (rows, columns)
+        device = weight.device
     bias = getattr(module, "bias", None)
     if shape != packed.shape or (bias is not None) != packed.bias:
         raise CheckpointError(
@@ -333,8 +330,10 @@ def _load_state(
     model: nn.Module, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path
 ) -> None:
     path = folder / WEIGHTS
-    held = dict(model.named_parameters(remove_duplicate=False))
-    held.update(model.named_buffers(remove_duplicate=False))
+    held: dict[str, torch.Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     for name, tensor in tensors.items():
         if name in held and not held[name].is_meta:
             tensors[name] = tensor.to(held[name].device)

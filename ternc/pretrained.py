@@ -51,13 +51,14 @@ def build(name: str, folder: Path) -> nn.Module:
         import transformers
     except ImportError as error:
         raise MissingExtraError("transformers", "hf", f"loading a {name}") from error
-    cls = getattr(transformers, name, None)
+    cls: Any = getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
         raise UnsupportedModelError(
             f"{folder}: transformers {transformers.__version__} has no model class {name!r}"
         )
     try:
-        config = cls.config_class.from_pretrained(folder, local_files_only=True)
+        config_class: Any = cls.config_class
+        config = config_class.from_pretrained(folder, local_files_only=True)
         with parameters_on_meta():
             model = cls(config)
         if (folder / GENERATION).is_file():

@@ -238,7 +238,7 @@ class _Ties:
             self._packed[self._group[name]] = (converted.rows[0], converted.module)
 
 
-def _sources(module: nn.Module) -> list[torch.Tensor]:
+def _sources(module: Any) -> list[torch.Tensor]:
     """The tensors that the weights of a module are made of: its biases are shared as they are."""
     if parametrize.is_parametrized(module, "weight"):
         return list(module.parametrizations["weight"].parameters())
@@ -280,14 +280,12 @@ def _mark_uncalled(model: nn.Module, example_inputs: Any, rows: Sequence[Row]) -
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, TernaryLinear)
     }
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, module in layers.items():
-        names[id(module)].append(name)
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, layer in layers.items():
+        names[layer].append(name)
     handles = [
-        module.register_forward_hook(
-            lambda module, *_: called.update(names[id(module)]), always_call=True
-        )
-        for module in {id(module): module for module in layers.values()}.values()
+        layer.register_forward_hook(lambda layer, *_: called.update(names[layer]))
+        for layer in names
     ]
     modes = [(module, module.training) for module in model.modules()]
     args, kwargs = _arguments(example_inputs)

@@ -26,6 +26,9 @@ class TernaryMultiheadAttention(nn.Module):
     torch can read around the projections. Nested tensors are refused.
     """
 
+    bias_k: torch.Tensor | None
+    bias_v: torch.Tensor | None
+
     def __init__(
         self,
         q_proj: nn.Module,
@@ -36,8 +39,8 @@ class TernaryMultiheadAttention(nn.Module):
         embed_dim: int,
         num_heads: int,
         dropout: float = 0.0,
-        bias_k: nn.Parameter | None = None,
-        bias_v: nn.Parameter | None = None,
+        bias_k: torch.Tensor | None = None,
+        bias_v: torch.Tensor | None = None,
         add_zero_attn: bool = False,
         kdim: int | None = None,
         vdim: int | None = None,
@@ -54,8 +57,7 @@ class TernaryMultiheadAttention(nn.Module):
         self.batch_first = batch_first
         self.add_zero_attn = add_zero_attn
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = q_proj, k_proj, v_proj, out_proj
-        self.register_parameter("bias_k", bias_k)
-        self.register_parameter("bias_v", bias_v)
+        self.bias_k, self.bias_v = bias_k, bias_v
         for name in _FLOAT_WEIGHTS:
             self.register_parameter(name, None)
         self.register_parameter("in_proj_bias", None)
@@ -176,6 +178,13 @@ def split_projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
         for name, weight, bias in zip(PROJECTIONS, weights, biases, strict=False)
     }
     return {**projections, "out_proj": attention.out_proj}
+
+
+def separate_float_projections(projections: dict[str, nn.Module]) -> None:
+    """Copies the weights that stay floating point: a view would keep the stacked weight alive."""
+    for name in PROJECTIONS[:3]:
+        if isinstance(linear := projections[name], nn.Linear):
+            linear.weight = nn.Parameter(linear.weight.clone(), linear.weight.requires_grad)
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:

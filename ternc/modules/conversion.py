@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -17,7 +18,11 @@ from torch.nn.utils import parametrize
 
 from ternc.config import Config
 from ternc.decision import decide
-from ternc.modules.attention import PROJECTIONS, TernaryMultiheadAttention, split_projections
+from ternc.modules.attention import (
+    TernaryMultiheadAttention,
+    separate_float_projections,
+    split_projections,
+)
 from ternc.modules.linear import TernaryLinear, describe
 from ternc.policy import excluded, refine_rounds
 from ternc.reporting import Row
@@ -36,7 +41,7 @@ class Spelling:
     matches: Callable[[nn.Module], bool]
 
 
-def is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """True for `nn.MultiheadAttention` and what is derived from it."""
     return isinstance(module, nn.MultiheadAttention)
 
@@ -77,7 +82,7 @@ def spelling_of(module: nn.Module) -> Spelling | None:
     return next((spelling for spelling in SPELLINGS if spelling.matches(module)), None)
 
 
-def float_weight(module: nn.Module) -> torch.Tensor:
+def float_weight(module: Any) -> torch.Tensor:
     """Value of `module.weight`, its parametrisations evaluated as in eval mode."""
     if not parametrize.is_parametrized(module):
         return module.weight.detach()
@@ -90,7 +95,7 @@ def float_weight(module: nn.Module) -> torch.Tensor:
             part.training = training
 
 
-def why_not(module: nn.Module) -> str | None:
+def why_not(module: Any) -> str | None:
     """Why this linear (or attention) module cannot be replaced, or None where it can."""
     cls = type(module)
     if "forward" in vars(module):
@@ -135,14 +140,13 @@ def convert_linear(
 ) -> Converted:
     """A linear module -> TernaryLinear. `reason` keeps it in floating point."""
     reason = reason or why_not(module)
-    if reason is None:
-        weight = float_weight(module)
-        decision = decide(
-            weight.t() if spelling.transposed else weight, None, config, refine_rounds(config)
-        )
-        reason = decision.reason if decision.quantized is None else None
-    if reason:
-        row = skipped_row(name, spelling.pattern, reason, module)
+    weight = None if reason else float_weight(module)
+    if weight is not None:
+        matrix = weight.t() if spelling.transposed else weight
+        decision = decide(matrix, None, config, refine_rounds(config))
+        reason = decision.reason
+    if weight is None or decision.quantized is None:
+        row = skipped_row(name, spelling.pattern, str(reason), module)
         row.shape = row.shape[::-1] if spelling.transposed else row.shape
         return Converted(None, [row])
     layer = TernaryLinear.from_quantized(
@@ -188,11 +192,7 @@ def convert_attention(
         rows += converted.rows
     if all(row.action == "skipped" for row in rows):
         return Converted(None, rows)
-    for part in PROJECTIONS[:3]:
-        if isinstance(projections[part], nn.Linear):
-            # A view would keep the whole stacked weight in memory.
-            weight = projections[part].weight
-            projections[part].weight = nn.Parameter(weight.clone(), weight.requires_grad)
+    separate_float_projections(projections)
     attention = TernaryMultiheadAttention.from_attention(module, projections)
     _carry_over(module, attention)
     for projection in projections.values():
@@ -262,7 +262,7 @@ def _rewritten_row(
     )
 
 
-def _bias(module: nn.Module) -> nn.Parameter | None:
+def _bias(module: Any) -> nn.Parameter | None:
     """The Parameter itself, so that it stays tied; a computed bias becomes one."""
     bias = module.bias
     if bias is None or isinstance(bias, nn.Parameter):

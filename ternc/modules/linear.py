@@ -47,6 +47,9 @@ class TernaryLinear(nn.Module):
     scale: torch.Tensor
     multiplier: torch.Tensor | None
     bias: nn.Parameter | None
+    group_size: int
+    layout: int
+    exact: bool
 
     def __init__(
         self,
@@ -371,12 +374,11 @@ def _uninitialised(packed: Packed, number: int, device: torch.device) -> Packed:
     """Memory for a weight that was on the meta device, as `to_empty` wants it."""
     layout = layouts.get(number)
     rows, columns = packed.shape
-    options = {"dtype": torch.uint8, "device": device}
+    weight = torch.empty(layout.weight_shape(rows, columns), dtype=torch.uint8, device=device)
     multiplier = None
     if packed.multiplier is not None:
         groups = group_count(columns, packed.group_size)
-        multiplier = torch.empty(layout.multiplier_shape(rows, groups), **options)
-    weight = torch.empty(layout.weight_shape(rows, columns), **options)
+        multiplier = weight.new_empty(layout.multiplier_shape(rows, groups))
     return dataclasses.replace(packed, weight=weight, multiplier=multiplier, layout=number)
 
 
