@@ -178,6 +178,7 @@ def test_quick_demo_runs_the_whole_flow(capsys):
     assert outcome["steps"] > 0
     assert variants["ternc planes=1"]["bytes"] < variants["ternc planes=auto"]["bytes"]
     assert variants["ternc planes=auto"]["bytes"] < variants["eager fp32"]["bytes"]
+    assert variants["ternc backend only"]["bytes"] > variants["eager fp32"]["bytes"]
     near = variants["eager fp32"]["bits_per_byte"]
     assert variants["ternc planes=auto"]["bits_per_byte"] == pytest.approx(near, rel=0.05)
     kernels = [

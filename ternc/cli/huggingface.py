@@ -62,7 +62,8 @@ def example_inputs(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = model.config
     main = getattr(model, "main_input_name", "input_ids")
     if main == "input_ids":
-        inputs = dict(model.dummy_inputs)
+        declared: Any = model.dummy_inputs
+        inputs = dict(declared)
         if getattr(config, "is_encoder_decoder", False):
             inputs.setdefault("decoder_input_ids", inputs["input_ids"])
         return inputs

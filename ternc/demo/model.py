@@ -68,6 +68,9 @@ class Block(nn.Module):
 class ByteDecoder(nn.Module):
     """Bytes [B, T] (int64, T <= context) -> logits [B, T, 256]."""
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(self, width: int, layers: int, heads: int, hidden: int, context: int) -> None:
         super().__init__()
         self.context = context

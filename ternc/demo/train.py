@@ -77,7 +77,8 @@ def bits_per_byte(
 
 
 def _optimizers(model: torch.nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    inner, outer = [], []
+    inner: list[torch.nn.Parameter] = []
+    outer: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (inner if parameter.dim() == 2 and "blocks." in name else outer).append(parameter)
     return [
