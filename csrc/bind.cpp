@@ -1,15 +1,15 @@
 // torch tensors -> kernel arguments: the CPU implementations of the ternc:: operators, through
 // LibTorch's stable ABI (one binary for every torch from TORCH_TARGET_VERSION on). The schemas are
 // defined in runtime/ops; threads are torch's own.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <memory>
 #include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "ternc.h"
 
@@ -58,9 +58,7 @@ int64_t tokens_of(const Tensor& x) {
   return count;
 }
 
-Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
   const auto sizes = x.sizes();
@@ -70,8 +68,8 @@ std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
 }
 
 void parallel_for(int64_t count, int64_t grain, ParallelBody body, void* context) {
-  torch::stable::parallel_for(
-      0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+  torch::stable::parallel_for(0, count, grain,
+                              [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
 // A packed weight as an op receives it; keeps contiguous copies alive.
@@ -101,7 +99,8 @@ WeightTensors read_weight(const char* op, const Tensor& bytes, const Tensor& sca
   STD_TORCH_CHECK(bytes.scalar_type() == ScalarType::Byte && bytes.numel() == blocks * block_bytes,
                   "ternc::", op, ": weight holds ", bytes.numel(), " elements; layout ", layout,
                   " of [", rows, ", ", columns, "] is ", blocks * block_bytes, " uint8");
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "ternc::", op, ": scale is not float32");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "ternc::", op,
+                  ": scale is not float32");
   const bool free_scales = scale.dim() == 2;
   STD_TORCH_CHECK(free_scales ? scale.size(0) == rows && scale.size(1) == groups &&
                                     group_size > 0 && !multiplier.has_value()
@@ -120,9 +119,9 @@ WeightTensors read_weight(const char* op, const Tensor& bytes, const Tensor& sca
   held.weight.scale = static_cast<const float*>(held.scale.const_data_ptr());
   held.weight.multiplier =
       held.multiplier ? static_cast<const uint8_t*>(held.multiplier->const_data_ptr()) : nullptr;
-  held.weight.scale_kind = free_scales                         ? ScaleKind::group
-                           : scale.numel() == 1 && rows != 1   ? ScaleKind::tensor
-                                                               : ScaleKind::row;
+  held.weight.scale_kind = free_scales                       ? ScaleKind::group
+                           : scale.numel() == 1 && rows != 1 ? ScaleKind::tensor
+                                                             : ScaleKind::row;
   held.weight.rows = rows;
   held.weight.columns = columns;
   held.weight.group_size = group_size == 0 ? columns : group_size;
@@ -178,11 +177,10 @@ void linear_float(const Kernels& kernels, const Tensor& x, Dtype dtype, const We
   const Weight& weight = held.weight;
   const int64_t stride = ceil_div(weight.columns, STEP_COLUMNS) * STEP_COLUMNS;
   const auto wide = scratch<float>(tokens * stride);
-  torch::stable::parallel_for(0, tokens, VALUES_PER_THREAD / (stride + 1) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                kernels.widen(x.const_data_ptr(), dtype, weight.columns,
-                                              wide.get(), stride, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, tokens, VALUES_PER_THREAD / (stride + 1) + 1, [&](int64_t begin, int64_t end) {
+        kernels.widen(x.const_data_ptr(), dtype, weight.columns, wide.get(), stride, begin, end);
+      });
   const int rows = block_rows(held.planes);
   split(kernels.linear_f32[held.planes - 1], LinearF32Args{weight, wide.get(), stride, out},
         ceil_div(weight.rows, rows), tokens, rows * stride);
@@ -224,7 +222,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
 }
 
 std::tuple<Tensor, Tensor> quantize_act(const Tensor& x, int64_t bits) {
-  STD_TORCH_CHECK(x.dim() >= 1, "ternc::quantize_act: x is a scalar; it needs a dimension of features");
+  STD_TORCH_CHECK(x.dim() >= 1,
+                  "ternc::quantize_act: x is a scalar; it needs a dimension of features");
   STD_TORCH_CHECK(bits == 8 || bits == 4, "ternc::quantize_act: bits=", bits, ", not 8 or 4");
   const Dtype dtype = dtype_of(x.scalar_type(), "quantize_act", "x");
   const Tensor input = dense(x);
@@ -238,19 +237,18 @@ std::tuple<Tensor, Tensor> quantize_act(const Tensor& x, int64_t bits) {
   return {q, scale};
 }
 
-Tensor dequantize(const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& multiplier,
-                  int64_t out_features, int64_t in_features, int64_t group_size, int64_t layout,
-                  ScalarType dtype) {
+Tensor dequantize(const Tensor& weight, const Tensor& scale,
+                  const std::optional<Tensor>& multiplier, int64_t out_features,
+                  int64_t in_features, int64_t group_size, int64_t layout, ScalarType dtype) {
   const WeightTensors held = read_weight("dequantize", weight, scale, multiplier, out_features,
                                          in_features, group_size, layout);
   const Dtype type = dtype_of(dtype, "dequantize", "dtype");
   const Tensor w = torch::stable::new_empty(weight, {out_features, in_features}, dtype);
   const Isa& used = isa();
   const DequantizeArgs args{held.weight, held.planes, layout < 10, w.mutable_data_ptr(), type};
-  torch::stable::parallel_for(0, out_features, VALUES_PER_THREAD / (in_features + 1) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                used.kernels->dequantize(args, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, out_features, VALUES_PER_THREAD / (in_features + 1) + 1,
+      [&](int64_t begin, int64_t end) { used.kernels->dequantize(args, begin, end); });
   record_kernel(weight.const_data_ptr(), &used);
   return w;
 }
@@ -264,8 +262,8 @@ std::tuple<Tensor, Tensor, Tensor> fit_weight(const Tensor& w, int64_t planes, i
                   " (columns, 0 = row, -1 = tensor), refine=", refine, " (0 or more)");
   const int64_t rows = w.size(0), columns = w.size(1);
   const int64_t groups = group_size > 0 ? ceil_div(columns, group_size) : 0;
-  const Tensor input = dense(
-      w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
+  const Tensor input =
+      dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
   const Tensor codes = torch::stable::new_empty(w, {rows, columns}, ScalarType::Char);
   const Tensor scale =
       torch::stable::new_empty(w, {group_size == -1 ? 1 : rows}, ScalarType::Float);

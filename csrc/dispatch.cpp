@@ -8,7 +8,7 @@
 #include "ternc.h"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
+  #include <cpuid.h>
 #endif
 
 namespace ternc {
@@ -101,9 +101,9 @@ struct Choice {
     }
     const Isa* found = find_isa(wanted);
     if (found == nullptr) {
-      int used = std::snprintf(error, sizeof error,
-                               "TERNC_ISA=%.32s is not an instruction set ternc has; use one of",
-                               wanted);
+      int used =
+          std::snprintf(error, sizeof error,
+                        "TERNC_ISA=%.32s is not an instruction set ternc has; use one of", wanted);
       for (const Isa& isa_known : TABLE)
         used += std::snprintf(error + used, sizeof error - used, " %s", isa_known.name);
     } else if (const char* reason = found->missing()) {

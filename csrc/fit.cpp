@@ -16,9 +16,9 @@
 namespace ternc {
 namespace {
 
-constexpr int64_t PIECE = 1 << 16;       // weights of a piece of a tensor
-constexpr int64_t ROW_WORK = 1 << 14;    // weights that are worth a thread
-constexpr int TOP_EXPONENT = 15;         // the largest scale is stored below 2^15
+constexpr int64_t PIECE = 1 << 16;     // weights of a piece of a tensor
+constexpr int64_t ROW_WORK = 1 << 14;  // weights that are worth a thread
+constexpr int TOP_EXPONENT = 15;       // the largest scale is stored below 2^15
 constexpr uint32_t INFINITE = 0x7f800000u;
 
 // parallel(count, grain, ...) with a callable.
@@ -203,9 +203,8 @@ bool fit(const FitArgs& args, bool tensor_scale, float* scale, const Kernels& ke
     float largest_value;
     std::memcpy(&largest_value, &top, 4);
     std::frexp(largest_value, &exponent);
-    const double step = args.planes == 1
-                            ? tensor_one_plane(args, exponent, kernels)
-                            : tensor_candidate(args, top, exponent, kernels, parallel);
+    const double step = args.planes == 1 ? tensor_one_plane(args, exponent, kernels)
+                                         : tensor_candidate(args, top, exponent, kernels, parallel);
     real[0] = std::ldexp(step, exponent);
   }
   round_scales(real.data(), scales, scale);

@@ -104,7 +104,8 @@ struct DequantizeArgs {
   Dtype dtype;
 };
 
-// Weights divided by 2^exponent lie in (-1, 1): magnitudes near the ends of fp32 fit like any other.
+// Weights divided by 2^exponent lie in (-1, 1): magnitudes near the ends of fp32 fit like any
+// other.
 struct FitArgs {
   const void* w;  // [N, K], contiguous
   Dtype dtype;

@@ -2,11 +2,11 @@
 //
 // A field is masked where it lies, not shifted down, as long as the carried byte is one that
 // dot() takes: the sum then carries 2^carry, and one exact shift at the end removes it.
-// Included inside an instruction set's namespace, after its simd.h.
+#pragma once
 
-constexpr int PARTS = FIELD_ROWS / LANES;     // vectors that hold the rows of one field
+constexpr int PARTS = FIELD_ROWS / LANES;  // vectors that hold the rows of one field
 constexpr int PART_BYTES = STEP_COLUMNS * LANES;
-constexpr int64_t PREFETCH_AHEAD = 16384;     // into L2: 86 % of the stream against 79 % into L1
+constexpr int64_t PREFETCH_AHEAD = 16384;  // into L2: 86 % of the stream against 79 % into L1
 
 constexpr int fields(int planes) { return block_rows(planes) / FIELD_ROWS; }
 constexpr int bias(int planes) { return code_max(planes); }

@@ -1,5 +1,8 @@
 // Packed weight -> W [N, K] = s * (m * c): the bracket an exact integer, one fp32 rounding, one to
-// the output type. Included inside an instruction set's namespace, after values.h.
+// the output type.
+#pragma once
+
+#include "values.h"
 
 constexpr int64_t DECODE_PIECE = 640;  // columns at a time: whole steps and whole base-3 bytes
 constexpr int TRITS_PER_BYTE = 5;
@@ -37,7 +40,8 @@ inline void row_codes(const DequantizeArgs& args, int64_t row, int64_t begin, in
     int8_t* at = codes + k;
     for (int i = 0; i < TRITS_PER_BYTE; ++i) at[i] = 0;
     for (int plane = 0; plane < args.planes; ++plane) {
-      const int64_t offset = (plane * args.weight.rows + row) * width + (begin + k) / TRITS_PER_BYTE;
+      const int64_t offset =
+          (plane * args.weight.rows + row) * width + (begin + k) / TRITS_PER_BYTE;
       int digits = args.weight.bytes[offset];
       if (digits >= BYTE_VALUES) digits = BYTE_VALUES / 2;  // five digits 1: five trits 0
       for (int i = 0; i < TRITS_PER_BYTE; ++i, digits /= 3)
@@ -57,7 +61,8 @@ inline void dequantize(const DequantizeArgs& args, int64_t row_begin, int64_t ro
       const int64_t count = left < DECODE_PIECE ? left : DECODE_PIECE;
       (args.at_rest ? row_codes : lane_codes)(args, row, begin, count, codes);
       for (int64_t k = 0; k < count;) {
-        const int64_t g = (begin + k) / weight.group_size, end = (g + 1) * weight.group_size - begin;
+        const int64_t g = (begin + k) / weight.group_size,
+                      end = (g + 1) * weight.group_size - begin;
         const int64_t scale = weight.scale_kind == ScaleKind::tensor ? 0
                               : weight.scale_kind == ScaleKind::row  ? row
                                                                      : row * weight.groups + g;

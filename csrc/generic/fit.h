@@ -7,8 +7,10 @@
 //      the t of least error is kept.
 //   3. `refine` rounds: a from the codes, m, s; kept where better.
 //
-// Sums run in 16 fixed partial sums, so that every instruction set fits the same. Included inside
-// an instruction set's namespace, after values.h.
+// Sums run in 16 fixed partial sums, so that every instruction set fits the same.
+#pragma once
+
+#include "values.h"
 
 constexpr int PARTIALS = 16;
 constexpr int64_t SUM_PIECE = 2048;  // fp32 partial sums are moved to fp64 after this many values
@@ -42,7 +44,7 @@ TERNC_INLINE float snap(float w, float inverse, float cmax) {
   return round_even_f32(clamp(w * inverse, -cmax, cmax));
 }
 
-inline SnapSums snap_piece(const float* w, int64_t count, float inverse, float cmax) {
+TERNC_NOINLINE SnapSums snap_piece(const float* w, int64_t count, float inverse, float cmax) {
   float weight_code[PARTIALS] = {}, code_code[PARTIALS] = {};
   int64_t k = 0;
   for (; k + PARTIALS <= count; k += PARTIALS)
@@ -120,7 +122,7 @@ inline double candidate_step(const float* w, int64_t count, int planes) {
 }
 
 // Real step of least error for w[0, count); 0 where all are 0.
-inline double optimal_step(const float* w, int64_t count, int planes, float* sorted) {
+TERNC_NOINLINE double optimal_step(const float* w, int64_t count, int planes, float* sorted) {
   if (largest(w, Dtype::f32, 0, count) == 0) return 0.0;
   return planes == 1 ? one_plane_step(w, count, sorted) : candidate_step(w, count, planes);
 }
@@ -162,8 +164,8 @@ inline RowFit round_multipliers(const FitArgs& args, const float* w, const float
 }
 
 // scratch: 4 * columns floats, of which w takes the first.
-inline double fit_groups(const FitArgs& args, const float* w, uint8_t* multiplier,
-                         float* scratch) {
+TERNC_NOINLINE double fit_groups(const FitArgs& args, const float* w, uint8_t* multiplier,
+                                 float* scratch) {
   constexpr int TOPS[MAX_PLANES][2] = {{127, 127}, {31, 27}, {9, 5}};
   float* steps = scratch + args.columns;
   float* sorted = scratch + 2 * args.columns;

@@ -5,8 +5,10 @@
 //       for each span of columns             a group, or a piece whose bytes stay in L1
 //         tile(fields, part): sums in registers, added to the totals of the block
 //       y = (total * sx) * s + b
-//
-// Included inside an instruction set's namespace, after decode.h and values.h.
+#pragma once
+
+#include "decode.h"
+#include "values.h"
 
 constexpr int TOKENS = 4;
 
@@ -35,8 +37,8 @@ struct RowFactors {
   int64_t first, count;  // rows of the weight that the block holds
 };
 
-inline void load_factors(const Weight& weight, const Output& out, int rows, int64_t block,
-                         RowFactors& factors) {
+TERNC_NOINLINE void load_factors(const Weight& weight, const Output& out, int rows, int64_t block,
+                                 RowFactors& factors) {
   factors.first = block * rows;
   const int64_t left = weight.rows - factors.first;
   factors.count = left < rows ? left : rows;
@@ -49,8 +51,8 @@ inline void load_factors(const Weight& weight, const Output& out, int rows, int6
 }
 
 // y[token, rows of the block] = (total * sx) * s + b; free scales are in the total already.
-inline void store_outputs(const float* total, float sx, const RowFactors& factors,
-                          const Weight& weight, const Output& out, int64_t token) {
+TERNC_NOINLINE void store_outputs(const float* total, float sx, const RowFactors& factors,
+                                  const Weight& weight, const Output& out, int64_t token) {
   float y[MAX_BLOCK_ROWS];
   for (int64_t r = 0; r < factors.count; ++r) y[r] = (total[r] * sx) * factors.scale[r];
   if (out.bias != nullptr)
@@ -59,8 +61,8 @@ inline void store_outputs(const float* total, float sx, const RowFactors& factor
 }
 
 // total[r] += sum[r] * s[row, group] for the rows of one vector; free scales are [N, groups].
-inline void add_free(const float* sum, const Weight& weight, int64_t first, int64_t group,
-                     float* total) {
+TERNC_NOINLINE void add_free(const float* sum, const Weight& weight, int64_t first, int64_t group,
+                             float* total) {
   for (int r = 0; r < LANES && first + r < weight.rows; ++r)
     total[r] += sum[r] * weight.scale[(first + r) * weight.groups + group];
 }

@@ -2,7 +2,10 @@
 //
 // Codes are decoded to fp32 lanes once for up to four tokens; a carried field's sum is scaled by
 // 2^-carry, which is exact. Sums restart every group or 512 columns, so that rounding errors grow
-// with the length of a piece, not of a row. Included after linear.h.
+// with the length of a piece, not of a row.
+#pragma once
+
+#include "linear.h"
 
 struct SpanF32 {
   const LinearF32Args* args;
@@ -68,7 +71,8 @@ TERNC_INLINE void retire_f32(const f32 (&acc)[FN][PN][T][SETS], const SpanF32& s
 }
 
 template <int PLANES, int T, int F0>
-inline void tile_f32(const SpanF32& span, int part, float (&totals)[TOKENS][MAX_BLOCK_ROWS]) {
+TERNC_NOINLINE void tile_f32(const SpanF32& span, int part,
+                             float (&totals)[TOKENS][MAX_BLOCK_ROWS]) {
   constexpr int FN = tile_fields(PLANES, T), PN = tile_parts(T), SETS = column_sets(PLANES, T);
   const int64_t stride = span.args->stride;
   f32 acc[FN][PN][T][SETS];
@@ -111,9 +115,10 @@ inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
     const int64_t begin = group * weight.group_size;
     const int64_t end = group + 1 == weight.groups ? args.stride : begin + weight.group_size;
     span.group = group;
-    span.multiplier = weight.multiplier == nullptr
-                          ? nullptr
-                          : weight.multiplier + (block * weight.groups + group) * block_rows(PLANES);
+    span.multiplier =
+        weight.multiplier == nullptr
+            ? nullptr
+            : weight.multiplier + (block * weight.groups + group) * block_rows(PLANES);
     for (int64_t k = begin; k < end; k += PIECE_COLUMNS) {
       span.count = (end - k < PIECE_COLUMNS ? end - k : PIECE_COLUMNS) / STEP_COLUMNS;
       span.steps = weight.bytes + (block * steps + k / STEP_COLUMNS) * step_bytes(PLANES);
@@ -121,8 +126,7 @@ inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
       all_tiles_f32<PLANES, T>(span, totals);
     }
   }
-  for (int t = 0; t < T; ++t)
-    store_outputs(totals[t], 1.0f, factors, weight, args.out, token + t);
+  for (int t = 0; t < T; ++t) store_outputs(totals[t], 1.0f, factors, weight, args.out, token + t);
 }
 
 template <int PLANES>

@@ -1,8 +1,12 @@
 // q int8, packed weight -> y: exact int32 sums of q * m * c.
 //
 // A tile adds unsigned fields (code + bias) * 2^carry. Its sums start at -bias * sum(q) * 2^carry,
-// so that they end at sum(q * c) * 2^carry, which fits int32 for every K up to MAX_COLUMNS (64 * 127
-// * 131072 < 2^31; what wraps on the way wraps back). Included after linear.h.
+// so that they end at sum(q * c) * 2^carry, which fits int32 for every K up to MAX_COLUMNS (64 *
+// 127
+// * 131072 < 2^31; what wraps on the way wraps back).
+#pragma once
+
+#include "linear.h"
 
 constexpr int64_t NO_LIMIT = MAX_COLUMNS;
 
@@ -40,8 +44,8 @@ TERNC_INLINE void start_sums(i32 (&acc)[FN][PN][T], const SpanI8& span) {
   if constexpr (F < FN) {
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      const i32 start = shift_i32_left<carry(PLANES, F0 + F)>(
-          splat_i32(-bias(PLANES) * span.sum[t]));
+      const i32 start =
+          shift_i32_left<carry(PLANES, F0 + F)>(splat_i32(-bias(PLANES) * span.sum[t]));
 #pragma GCC unroll 16
       for (int p = 0; p < PN; ++p) acc[F][p][t] = start;
     }
@@ -87,7 +91,7 @@ TERNC_INLINE void load_q(bytes (&q)[T], const int8_t* at, int64_t stride) {
 
 // One span x fields [F0, F0 + FN) x parts [part, part + PN) x T tokens.
 template <int PLANES, int T, int F0>
-inline void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
+TERNC_NOINLINE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
   constexpr int FN = tile_fields(PLANES, T), PN = tile_parts(T), SETS = tile_sets(PLANES, T);
   const int64_t stride = span.args->tokens.stride;
   const uint8_t* step = span.steps;
@@ -99,7 +103,8 @@ inline void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
 #pragma GCC unroll 4
     for (int set = 1; set < SETS; ++set)
 #pragma GCC unroll 16
-      for (int i = 0; i < FN * PN * T; ++i) acc[set][i / (PN * T)][i / T % PN][i % T] = splat_i32(0);
+      for (int i = 0; i < FN * PN * T; ++i)
+        acc[set][i / (PN * T)][i / T % PN][i % T] = splat_i32(0);
   }
   int64_t s = 0;
   for (; s + SETS <= span.count; s += SETS) {
@@ -155,9 +160,10 @@ inline void block_i8(const LinearI8Args& args, int64_t block, int64_t token,
     const int64_t begin = group * weight.group_size;
     const int64_t end = group + 1 == weight.groups ? tokens.stride : begin + weight.group_size;
     span.group = group;
-    span.multiplier = weight.multiplier == nullptr
-                          ? nullptr
-                          : weight.multiplier + (block * weight.groups + group) * block_rows(PLANES);
+    span.multiplier =
+        weight.multiplier == nullptr
+            ? nullptr
+            : weight.multiplier + (block * weight.groups + group) * block_rows(PLANES);
     const bool whole = end - begin <= LIMIT || weight.scale_kind == ScaleKind::group;
     for (int64_t k = begin; k < end; k += whole ? end - begin : LIMIT) {
       const int64_t columns = whole || end - k < LIMIT ? end - k : LIMIT;

@@ -5,8 +5,10 @@
 //
 // True divisions, no contraction, in fp32; mean|x| is summed in fp64 and rounded once. A token
 // whose first quotient is infinite (all zero, or under about 4e-37) counts as zero: q = 0, sx = 0.
-// One with NaN or infinity has q = 0, sx = NaN. Included inside an instruction set's namespace,
-// after values.h.
+// One with NaN or infinity has q = 0, sx = NaN.
+#pragma once
+
+#include "values.h"
 
 constexpr float SQRT_7 = 2.6457513110645906f;
 
@@ -37,8 +39,8 @@ inline Grid token_grid(const void* x, int64_t begin, int64_t columns, int bits) 
   const uint32_t top = largest_as<D>(x, begin, columns);
   if (top >= INFINITE) return NOT_FINITE;
   const bool wide = bits == 8;
-  const float size = wide ? float_of(top)
-                          : float(absolute_sum<D>(x, begin, columns) / double(columns));
+  const float size =
+      wide ? float_of(top) : float(absolute_sum<D>(x, begin, columns) / double(columns));
   const float numerator = wide ? 127.0f : SQRT_7, multiply = numerator / size;
   if (columns == 0 || bits_of(multiply) >= INFINITE) return ZERO;
   return {multiply, wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f, size / numerator};
@@ -54,8 +56,8 @@ inline void quantize_token(const QuantizeArgs& args, int64_t token) {
     __builtin_memset(q, 0, size_t(columns));
   } else {
     for (int64_t k = 0; k < columns; ++k)
-      q[k] = int8_t(round_even(
-          clamp(load_value<D>(args.x, begin + k) * grid.multiply, grid.low, grid.high)));
+      q[k] = int8_t(
+          round_even(clamp(load_value<D>(args.x, begin + k) * grid.multiply, grid.low, grid.high)));
   }
   for (int64_t k = columns; k < args.out.stride; ++k) q[k] = 0;
   for (int64_t g = 0; args.out.sums != nullptr && g < args.groups; ++g) {

@@ -1,5 +1,5 @@
 // Reading and writing fp32, bf16 and fp16 values; plain loops that the compiler vectorises.
-// Included inside an instruction set's namespace.
+#pragma once
 
 TERNC_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
@@ -55,15 +55,15 @@ inline void widen_as(const void* values, int64_t begin, int64_t count, float* ou
 }
 
 // values[begin, begin + count) as fp32.
-inline void widen_values(const void* values, Dtype dtype, int64_t begin, int64_t count,
-                         float* out) {
+TERNC_NOINLINE void widen_values(const void* values, Dtype dtype, int64_t begin, int64_t count,
+                                 float* out) {
   if (dtype == Dtype::f32) widen_as<Dtype::f32>(values, begin, count, out);
   if (dtype == Dtype::bf16) widen_as<Dtype::bf16>(values, begin, count, out);
   if (dtype == Dtype::f16) widen_as<Dtype::f16>(values, begin, count, out);
 }
 
-inline void store_values(const float* values, int64_t count, Dtype dtype, void* out,
-                         int64_t begin) {
+TERNC_NOINLINE void store_values(const float* values, int64_t count, Dtype dtype, void* out,
+                                 int64_t begin) {
   if (dtype == Dtype::f32)
     for (int64_t i = 0; i < count; ++i) static_cast<float*>(out)[begin + i] = values[i];
   uint16_t* halves = static_cast<uint16_t*>(out);
@@ -84,7 +84,7 @@ inline uint32_t largest_as(const void* values, int64_t begin, int64_t count) {
   return uint32_t(largest);
 }
 
-inline uint32_t largest(const void* values, Dtype dtype, int64_t begin, int64_t count) {
+TERNC_NOINLINE uint32_t largest(const void* values, Dtype dtype, int64_t begin, int64_t count) {
   if (dtype == Dtype::f32) return largest_as<Dtype::f32>(values, begin, count);
   if (dtype == Dtype::bf16) return largest_as<Dtype::bf16>(values, begin, count);
   return largest_as<Dtype::f16>(values, begin, count);

@@ -1,4 +1,4 @@
-// The kernels of scalar.
+// Kernels in plain C++: any machine.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -8,29 +8,12 @@
 
 namespace ternc::scalar {
 namespace {
+// clang-format off: the kernels are written in the vocabulary of simd.h
 #include "simd.h"
-
-#include "../generic/decode.h"
-#include "../generic/values.h"
-#include "../generic/quantize.h"
-#include "../generic/linear.h"
-#include "../generic/linear_i8.h"
-#include "../generic/linear_f32.h"
-#include "../generic/dequantize.h"
-#include "../generic/fit.h"
+#include "../generic/kernels.h"
+// clang-format on
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {
-    quantize,
-    widen,
-    {linear_i8<1>, linear_i8<2>, linear_i8<3>},
-    {linear_f32<1>, linear_f32<2>, linear_f32<3>},
-    dequantize,
-    largest,
-    magnitudes,
-    fit_rows,
-    snap_rows,
-    snap_sums,
-};
+const Kernels kernels = ALL_KERNELS;
 }  // namespace ternc::scalar

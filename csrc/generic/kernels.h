@@ -1,0 +1,22 @@
+// Every kernel of one instruction set. <isa>/kernels.cpp includes this inside its namespace, after
+// its simd.h; the headers of this folder contain no intrinsics.
+#pragma once
+
+#include "dequantize.h"
+#include "fit.h"
+#include "linear_f32.h"
+#include "linear_i8.h"
+#include "quantize.h"
+
+constexpr Kernels ALL_KERNELS = {
+    quantize,
+    widen,
+    {linear_i8<1>, linear_i8<2>, linear_i8<3>},
+    {linear_f32<1>, linear_f32<2>, linear_f32<3>},
+    dequantize,
+    largest,
+    magnitudes,
+    fit_rows,
+    snap_rows,
+    snap_sums,
+};
