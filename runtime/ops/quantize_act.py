@@ -43,7 +43,7 @@ def reference(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     check_quantize_act(x, bits)
     top, least, most = LEVELS[bits]
-    x = x.float()
+    x = x.float().contiguous()
     if bits == 8:
         t = x.abs().amax(-1, keepdim=True)
     else:

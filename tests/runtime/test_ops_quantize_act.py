@@ -48,6 +48,7 @@ def test_the_kernel_is_the_reference(name, dtype, bits):
     q, scale = torch.ops.ternc.quantize_act(x, bits)
     expected_q, expected_scale = quantize_act.reference(x, bits)
     assert torch.equal(q, expected_q)
+    assert q.stride() == expected_q.stride()
     assert torch.equal(scale, expected_scale)
 
 
