@@ -88,4 +88,4 @@ gpu-bench:
 	@for script in benchmarks/bench_*.py; do $(PYTHON) $$script --device cuda $(ARGS) || exit 1; done
 
 clean:
-	rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build .venv ternc/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
