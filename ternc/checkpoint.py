@@ -1,6 +1,6 @@
 """save(model, folder), load(folder): a quantised model as safetensors and JSON. No pickle.
 
-    model.safetensors   every tensor of state_dict at rest, tied ones once
+    model.safetensors   every tensor of state_dict at rest, tied ones once; other buffers too
     ternc.json          what the packed modules are, tied names, settings, report rows
     config.json         only for transformers models: how to build the model without a skeleton
 
@@ -25,13 +25,10 @@ from ternc.config import Config
 from ternc.errors import CheckpointError, UnsupportedModelError
 from ternc.manifest import Manifest, PackedModule
 from ternc.modules import at_rest
-from ternc.modules.attention import (
-    TernaryMultiheadAttention,
-    separate_float_projections,
-    split_projections,
-)
-from ternc.modules.conversion import is_attention, switch_off_fast_paths
+from ternc.modules.attention import TernaryMultiheadAttention
+from ternc.modules.conversion import switch_off_fast_paths
 from ternc.modules.linear import TernaryLinear
+from ternc.modules.skeleton import install, packed_layers
 from ternc.modules.ties import memory_key
 
 WEIGHTS = "model.safetensors"
@@ -51,9 +48,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         UnsupportedModelError: the state of a module is not made of tensors.
         OSError: the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
-    tensors, aliases = _state(model)
+    buffers = _unsaved_buffers(model)
+    tensors, aliases = _state(model, buffers)
     manifest = Manifest(
         weights_sha256="",
         model_class=f"{type(model).__module__}.{type(model).__qualname__}",
@@ -67,6 +63,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ],
         tensors={name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()},
         aliases=aliases,
+        buffers=list(buffers),
         rows=list(getattr(model, "_ternc_rows", ())),
     )
     target = Path(folder)
@@ -74,7 +71,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".ternc-save-", dir=target))
     try:
-        save_file(tensors, staged / WEIGHTS, {"format": "pt"})
+        _write(tensors, staged / WEIGHTS)
         if manifest.builder:
             pretrained.write_config(model, staged)
         manifest = dataclasses.replace(manifest, weights_sha256=_digest(staged / WEIGHTS))
@@ -102,7 +99,11 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model; file and key named.
     """
-    folder = Path(folder)
+    with torch.inference_mode(False), torch.no_grad():
+        return _load(Path(folder), model)
+
+
+def _load(folder: Path, model: nn.Module | None) -> nn.Module:
     manifest = Manifest.read(folder / MANIFEST)
     tensors = _read_tensors(folder / WEIGHTS, manifest)
     if model is None:
@@ -112,7 +113,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
                 "model=, a freshly made model of that class (on the meta device if you like)"
             )
         model = pretrained.build(manifest.builder, folder)
-    model = _install(model, manifest, folder)
+    model = install(model, manifest, folder / MANIFEST)
     _load_state(model, tensors, manifest, folder)
     switch_off_fast_paths(model)
     model._ternc_rows = manifest.rows  # type: ignore[assignment]
@@ -120,13 +121,27 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     return model
 
 
-def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _unsaved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that state_dict leaves out (rotary frequencies, masks): a constructor on the meta
+    device does not make their values, and a cast model holds them rounded."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, TernaryLinear)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
+
+
+def _state(
+    model: nn.Module, buffers: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors to store, and for every other name the stored one that it equals by being it."""
     owners: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     packed = _packed_keys(model)
     tensors: dict[str, torch.Tensor] = {}
-    for name, value in model.state_dict().items():
+    for name, value in {**model.state_dict(), **buffers}.items():
         if not isinstance(value, torch.Tensor):
             raise UnsupportedModelError(
                 f"{name!r} in the state_dict is a {type(value).__name__}; a folder holds tensors"
@@ -158,7 +173,7 @@ def _packed_keys(model: nn.Module) -> dict[str, Any]:
     """state_dict key of a packed weight -> what is equal for layers that share their buffers."""
     return {
         f"{path}.{name}" if path else name: (memory_key(module.packed_weight), name)
-        for path, module in _packed_layers(model)
+        for path, module in packed_layers(model)
         for name in at_rest.NAMES
     }
 
@@ -175,8 +190,18 @@ def _packed_modules(model: nn.Module) -> dict[str, PackedModule]:
             exact=module.exact,
             config=module.config,
         )
-        for path, module in _packed_layers(model)
+        for path, module in packed_layers(model)
     }
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _replace(staged: Path, target: Path) -> None:
@@ -188,6 +213,8 @@ def _replace(staged: Path, target: Path) -> None:
         for path in sorted(staged.iterdir()):
             if path.is_dir():
                 continue
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # a name must not outlive a power cut without its bytes
             moved.append(path.name)
             if (target / path.name).exists():
                 os.replace(target / path.name, previous / path.name)
@@ -240,92 +267,6 @@ def _show(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "absent" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
-def _install(model: nn.Module, manifest: Manifest, folder: Path) -> nn.Module:
-    """Puts packed modules, still without weights, into the places that the manifest names."""
-    for path, _ in _packed_layers(model):
-        if path not in manifest.modules:
-            raise CheckpointError(
-                f"{folder / MANIFEST}: module {path!r} is packed in the model, but floating point "
-                "in the folder; load into a float model"
-            )
-    made: dict[int, nn.Module] = {}
-    for path in manifest.attention:
-        module = _submodule(model, path, folder)
-        if is_attention(module) and id(module) not in made:
-            projections = _projections(module, path, manifest, folder)
-            made[id(module)] = TernaryMultiheadAttention.from_attention(module, projections)
-            made[id(module)].train(module.training)
-        model = _put(model, path, made.get(id(module), module))
-    for path, packed in manifest.modules.items():
-        module = _submodule(model, path, folder)
-        if id(module) not in made:
-            made[id(module)] = _empty(module, path, packed, folder)
-        model = _put(model, path, made[id(module)])
-    return model
-
-
-def _projections(
-    attention: nn.MultiheadAttention, path: str, manifest: Manifest, folder: Path
-) -> dict[str, nn.Module]:
-    projections: dict[str, nn.Module] = {}
-    for part, linear in split_projections(attention).items():
-        name = f"{path}.{part}" if path else part
-        packed = manifest.modules.get(name)
-        projections[part] = _empty(linear, name, packed, folder) if packed else linear
-    separate_float_projections(projections)
-    return projections
-
-
-def _submodule(model: nn.Module, path: str, folder: Path) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise CheckpointError(
-            f"{folder / MANIFEST}: the model has no module {path!r}; load the folder into a model "
-            "of the class and size that was saved"
-        ) from error
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Sets the module at `path`; returns the root, which is `module` itself where path is ""."""
-    if not path:
-        return module
-    parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
-    return model
-
-
-def _empty(module: nn.Module, path: str, packed: PackedModule, folder: Path) -> TernaryLinear:
-    """The packed layer without its weight, of the shape that `module` must have."""
-    if isinstance(module, TernaryLinear):
-        shape, device = (module.out_features, module.in_features), module.packed_weight.device
-    else:
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-            raise CheckpointError(
-                f"{folder / MANIFEST}: module {path!r} is a {type(module).__name__}, not a linear"
-            )
-        rows, columns = weight.shape
-        shape = (columns, rows) if packed.transposed else (rows, columns)
-        device = weight.device
-    bias = getattr(module, "bias", None)
-    if shape != packed.shape or (bias is not None) != packed.bias:
-        raise CheckpointError(
-            f"{folder / MANIFEST}: module {path!r} is {list(packed.shape)}, bias={packed.bias}; "
-            f"in the model it is {list(shape)}, bias={bias is not None}"
-        )
-    layer = TernaryLinear.empty(
-        packed.shape,
-        bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach()),
-        config=packed.config,
-        group_size=packed.group_size,
-        weight_dtype=packed.dtype,
-        transposed=packed.transposed,
-        device=torch.device("cpu") if device.type == "meta" else device,
-    )
-    return layer.train(module.training)
-
-
 def _load_state(
     model: nn.Module, tensors: dict[str, torch.Tensor], manifest: Manifest, folder: Path
 ) -> None:
@@ -341,18 +282,27 @@ def _load_state(
             raise CheckpointError(
                 f"{path}: {name!r} is {tensor.dtype}, the model's {held[name].dtype}"
             )
+    buffers = {name: tensors.pop(name) for name in manifest.buffers if name in tensors}
+    for name, buffer in buffers.items():
+        if name not in held or held[name].shape != buffer.shape:
+            raise CheckpointError(
+                f"{path}: buffer {name!r} {list(buffer.shape)} is not the model's"
+            )
     try:
         model.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
     _tie(model, manifest)
-    for name, layer in _packed_layers(model):
+    for name, layer in packed_layers(model):
         layer.exact = manifest.modules[name].exact
     absent = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
     if absent:
         raise CheckpointError(
-            f"{path}: {absent[0]!r} ({len(absent)} in all) is on the meta device and is not saved, "
-            "being computed by the model's constructor; make the model on the CPU"
+            f"{path}: {absent[0]!r} of the model is on the meta device and not in the folder "
+            f"({len(absent)} in all)"
         )
 
 
@@ -367,14 +317,6 @@ def _tie(model: nn.Module, manifest: Manifest) -> None:
                 module.share_packed(first)
         elif leaf in module._parameters and first_leaf in first._parameters:
             module._parameters[leaf] = first._parameters[first_leaf]
-
-
-def _packed_layers(model: nn.Module) -> list[tuple[str, TernaryLinear]]:
-    return [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, TernaryLinear)
-    ]
 
 
 def _all_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

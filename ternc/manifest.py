@@ -60,6 +60,8 @@ class Manifest:
     """dtype and shape of every tensor of the weights file."""
     aliases: dict[str, str]
     """Tied names -> the stored one."""
+    buffers: list[str]
+    """Names of buffers that no state_dict has."""
     rows: list[Row]
 
     def to_json(self) -> str:
@@ -87,6 +89,7 @@ class Manifest:
                 name: [dtype, list(shape)] for name, (dtype, shape) in self.tensors.items()
             },
             "aliases": self.aliases,
+            "buffers": self.buffers,
             "rows": [row.to_dict() for row in self.rows],
         }
         return json.dumps(values, indent=1) + "\n"
@@ -136,13 +139,16 @@ def _manifest(values: Any) -> Manifest:
             path: _packed_module(_is(entry, dict, path), path, configs)
             for path, entry in _is(values["modules"], dict, "modules").items()
         },
-        attention=[
-            _is(path, str, "attention") for path in _is(values["attention"], list, "attention")
-        ],
+        attention=_names(values, "attention"),
         tensors=tensors,
         aliases=aliases,
+        buffers=_names(values, "buffers"),
         rows=[_row(_is(row, dict, "rows")) for row in _is(values["rows"], list, "rows")],
     )
+
+
+def _names(values: dict[str, Any], field: str) -> list[str]:
+    return [_is(name, str, field) for name in _is(values[field], list, field)]
 
 
 def _packed_module(entry: dict[str, Any], path: str, configs: list[Config]) -> PackedModule:

@@ -35,7 +35,7 @@ class Net(nn.Module):
         self.first = nn.Linear(width, width)
         self.second = nn.Linear(width, width)
         self.second.weight = self.first.weight
-        self.register_buffer("mask", torch.zeros(3), persistent=False)
+        self.register_buffer("mask", torch.ones(3), persistent=False)
 
     def forward(self, ids):
         x = self.down(self.up(self.block(self.embed(ids))).relu())
@@ -129,12 +129,27 @@ def test_a_skeleton_that_is_not_tied_becomes_tied(saved):
 def test_meta_skeleton(saved):
     with torch.device("meta"):
         model = Net().eval()
-    with pytest.raises(CheckpointError, match=r"'mask' .*not saved"):
-        load(saved, model)
-    model.mask = torch.zeros(3)
-    r = load(saved, model)
+    r = load(saved, copy.deepcopy(model))
     assert_equal_models(r, make())
-    assert r.up.bias.requires_grad
+    assert r.up.bias.requires_grad and torch.equal(r.mask, make().mask)
+    model.register_buffer("late", torch.zeros(2, device="meta"), persistent=False)
+    with pytest.raises(CheckpointError, match=r"'late' .*meta device"):
+        load(saved, model)
+
+
+def test_buffers_that_no_state_dict_has_come_back(tmp_path):
+    q = make().half()
+    q.mask.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    save(q, tmp_path)
+    r = load(tmp_path, Net().eval())
+    assert r.mask.dtype == torch.float16 and torch.equal(r.mask, q.mask)
+    assert "mask" not in r.state_dict()
+
+
+def test_loading_in_inference_mode_gives_ordinary_tensors(saved):
+    with torch.inference_mode():
+        r = load(saved, Net())
+    assert not any(t.is_inference() for t in (*r.parameters(), *r.buffers()))
 
 
 def test_a_shared_module_is_one_again(tmp_path):
@@ -146,6 +161,18 @@ def test_a_shared_module_is_one_again(tmp_path):
     assert r[0] is r[2]
     x = torch.randn(3, 8)
     assert torch.equal(r(x), q(x))
+
+
+def test_hooks_and_modes_of_the_skeleton_survive(saved):
+    model = Net().eval()
+    model.up.train()
+    seen = []
+    for module in (model.up, model.block.self_attn):
+        module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    r = load(saved, model)
+    r(IDS)
+    assert seen == ["TernaryMultiheadAttention", "TernaryLinear"]
+    assert r.up.training and not r.first.training and not r.block.self_attn.training
 
 
 def test_a_root_that_is_a_layer(tmp_path):
@@ -406,6 +433,8 @@ def changed(path, value):
         {"rows": lambda _: [{"name": 1}]},
         {"rows": lambda rows: [{**rows[0], "bytes_after": "many"}]},
         {"rows": lambda rows: [{**rows[0], "kernel": {}}]},
+        {"buffers": lambda _: ["up.bias"]},
+        {"buffers": lambda _: [3]},
         {"builder": lambda _: 7},
         {"weights_sha256": lambda _: None},
     ],

@@ -52,10 +52,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _is_transposed_linear(module: nn.Module) -> bool:
     """Known by its attributes, then by what it computes: x W + b with W [in_features, nf]."""
-    weight, width = getattr(module, "weight", None), getattr(module, "nf", None)
-    if isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter) or weight.is_meta:
+    weight, width = module._parameters.get("weight"), vars(module).get("nf")
+    if isinstance(module, nn.Linear) or weight is None or nn.parameter.is_lazy(weight):
         return False
-    if weight.dim() != 2 or weight.shape[1] != width or not weight.is_floating_point():
+    if weight.dim() != 2 or weight.shape[1] != width or weight.is_meta:
+        return False
+    if not weight.is_floating_point():
         return False
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         probe = torch.randn(2, weight.shape[0]).to(weight)
@@ -156,7 +158,7 @@ def convert_linear(
         weight_dtype=weight.dtype,
         transposed=spelling.transposed,
     )
-    _carry_over(module, layer)
+    carry_over(module, layer)
     return Converted(layer, [_rewritten_row(name, spelling.pattern, weight, decision, layer)])
 
 
@@ -169,7 +171,7 @@ def convert_tied(module: nn.Module, layer: TernaryLinear, spelling: Spelling) ->
         weight_dtype=layer.weight_dtype,
         transposed=spelling.transposed,
     )
-    _carry_over(module, tied)
+    carry_over(module, tied)
     return tied
 
 
@@ -194,7 +196,7 @@ def convert_attention(
         return Converted(None, rows)
     separate_float_projections(projections)
     attention = TernaryMultiheadAttention.from_attention(module, projections)
-    _carry_over(module, attention)
+    carry_over(module, attention)
     for projection in projections.values():
         projection.train(module.training)
     return Converted(attention, rows)
@@ -282,7 +284,7 @@ _HOOKS = (
 )
 
 
-def _carry_over(old: nn.Module, new: nn.Module) -> None:
+def carry_over(old: nn.Module, new: nn.Module) -> None:
     """Mode and hooks. The very same dictionaries: a handle of a hook still removes it."""
     new.training = old.training
     for name in _HOOKS:

@@ -186,3 +186,52 @@ def test_refuses_what_does_not_fit(change, message):
     arguments = dict(zip(("query", "key", "value"), inputs(theirs, True, True), strict=True))
     with pytest.raises(InputError, match=message):
         ours(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_self_attention_equals_the_fused_path(need_weights):
+    """In eval mode without gradients torch runs one fused kernel; the numbers are the same."""
+    theirs, ours = make(True)
+    theirs.eval(), ours.eval()
+    x = torch.randn(B, S, E)
+    padding = torch.zeros(B, S, dtype=torch.bool)
+    padding[0, S - 2 :] = True
+    with torch.no_grad():
+        for mask in (None, padding):
+            arguments = {"key_padding_mask": mask, "need_weights": need_weights}
+            assert_same(theirs, ours, (x, x, x), **arguments)
+
+
+def test_empty_batch_and_half_precision():
+    _, ours = make(True)
+    empty = torch.zeros(0, S, E)
+    output, weights = ours(empty, empty, empty)
+    assert output.shape == (0, S, E) and weights.shape == (0, S, S)
+    x = torch.randn(B, S, E).bfloat16()
+    mask = torch.zeros(S, S, dtype=torch.bool).fill_diagonal_(True)
+    output, weights = ours.bfloat16()(x, x, x, attn_mask=mask)
+    assert output.dtype == weights.dtype == torch.bfloat16
+
+
+def test_is_traced_without_a_break_for_any_batch():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = make(True)[1]
+
+        def forward(self, x, padding):
+            return self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+
+    model = Model().eval()
+    torch._dynamo.reset()
+    frames = []
+
+    def record(gm, _):
+        frames.append(gm)
+        return gm.forward
+
+    compiled = torch.compile(model, backend=record, fullgraph=True, dynamic=True)
+    for batch, length in ((2, 5), (3, 7), (4, 6)):
+        x, padding = torch.randn(batch, length, E), torch.zeros(batch, length, dtype=torch.bool)
+        torch.testing.assert_close(compiled(x, padding), model(x, padding))
+    assert len(frames) == 1
