@@ -207,22 +207,24 @@ class _Ties:
     """Which linears share their weight, with whom, and the packed layer of each such weight."""
 
     def __init__(self, model: nn.Module, sites: Sequence[_Site], config: Config) -> None:
-        owners: dict[Any, dict[str, None]] = defaultdict(dict)
+        owners: dict[Any, dict[str, str]] = defaultdict(dict)  # weight -> module -> its name there
         for path, module in model.named_modules():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
-                    owners[memory_key(tensor)][path] = None
+                    owners[memory_key(tensor)][path] = f"{path}.{name}" if path else name
         by_path = {site.name: site for site in sites}
         self._group: dict[str, Any] = {}
         self._reasons: dict[str, str] = {}
         self._packed: dict[Any, tuple[Row, TernaryLinear]] = {}
         for site in sites:
             for tensor in _sources(site.module):
-                others = [path for path in owners[memory_key(tensor)] if not _within(path, site)]
+                found = owners[memory_key(tensor)]
+                others = [path for path in found if not _within(path, site)]
                 if others:
                     self._group[site.name] = memory_key(tensor)
                     members = [site, *(by_path.get(path) for path in others)]
-                    if reason := _why_not_together(members, others, config):
+                    names = [found[others[0]], *(found[path] for path in others)]
+                    if reason := _why_not_together(members, names, config):
                         self._reasons[site.name] = reason
 
     def why_not(self, name: str) -> str | None:
@@ -256,10 +258,13 @@ def _within(path: str, site: _Site) -> bool:
 
 
 def _why_not_together(
-    members: Sequence[_Site | None], others: Sequence[str], config: Config
+    members: Sequence[_Site | None], names: Sequence[str], config: Config
 ) -> str | None:
-    """One weight is packed where every module that has it is a plain linear of one spelling."""
-    for member, path in zip(members, (others[0], *others), strict=True):
+    """One weight is packed where every module that has it is a plain linear of one spelling.
+
+    `names` are those of the tied tensors, for the message; the first member is told of the second.
+    """
+    for member, name in zip(members, names, strict=True):
         if not (
             member is not None
             and member.spelling is not None
@@ -268,7 +273,7 @@ def _why_not_together(
             and not excluded(member.name, config)
             and not why_not(member.module)
         ):
-            return f"its weight is shared with {path!r}; only plain linears can share a packed one"
+            return f"its weight is shared with {name!r}; only plain linears can share a packed one"
     return None
 
 

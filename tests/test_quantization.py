@@ -191,7 +191,7 @@ def test_a_linear_tied_to_an_embedding_stays():
     model.fc.weight = model.table.weight
     q = quantize(model)
     assert type(q.fc) is nn.Linear and q.fc.weight is q.table.weight
-    assert "shared with 'table'" in rows_of(q)["fc"].reason
+    assert "shared with 'table.weight'" in rows_of(q)["fc"].reason
     model = Net(table=nn.Embedding(12, 8), lm_head=nn.Linear(8, 12, bias=False))
     model.lm_head.weight = model.table.weight
     assert "excluded" in rows_of(quantize(model))["lm_head"].reason
@@ -202,7 +202,26 @@ def test_linears_tied_to_an_excluded_one_stay():
     model.fc.weight = model.lm_head.weight
     q = quantize(model)
     assert type(q.fc) is nn.Linear and q.fc.weight is q.lm_head.weight
-    assert "shared with 'lm_head'" in rows_of(q)["fc"].reason
+    assert "shared with 'lm_head.weight'" in rows_of(q)["fc"].reason
+
+
+def test_other_ties_keep_the_weight_float():
+    model = Net(fc=nn.Linear(8, 8), attn=nn.MultiheadAttention(8, 2), again=nn.Linear(8, 8))
+    model.own = model.fc.weight
+    model.again.weight = model.attn.out_proj.weight
+    q = quantize(model)
+    assert q.own is q.fc.weight and "shared with 'own'" in rows_of(q)["fc"].reason
+    assert q.again.weight is q.attn.out_proj.weight
+    assert "'attn.out_proj.weight'" in rows_of(q)["again"].reason
+    assert "'again.weight'" in rows_of(q)["attn"].reason
+
+
+def test_linears_of_two_spellings_do_not_share():
+    model = Net(fc=nn.Linear(8, 8, bias=False), turned=TransposedLinear(8, 8))
+    model.fc.weight = model.turned.weight
+    q = quantize(model)
+    assert q.fc.weight is q.turned.weight
+    assert {row.action for row in q._ternc_rows} == {"skipped"}
 
 
 # What is no plain Linear.
@@ -298,15 +317,15 @@ def test_a_weight_recomputed_by_a_hook_is_left():
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.LazyLinear(8), "not initialised"),
-        (nn.Linear(8, 8, device="meta"), "meta device"),
-        (nn.Linear(8, 8, dtype=torch.float64), "float64"),
-        (nn.Linear(0, 8), "floating-point matrix"),
+        (lambda: nn.LazyLinear(8), "not initialised"),
+        (lambda: nn.Linear(8, 8, device="meta"), "meta device"),
+        (lambda: nn.Linear(8, 8, dtype=torch.float64), "float64"),
+        (lambda: nn.Linear(0, 8), "floating-point matrix"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element", "ignore:Lazy modules")
 def test_weights_without_values_or_kernels_are_left(layer, reason):
-    q = quantize(Net(fc=layer))
+    q = quantize(Net(fc=layer()))
     assert not isinstance(q.fc, TernaryLinear) and reason in rows_of(q)["fc"].reason
 
 

@@ -178,7 +178,6 @@ def test_stacked_weight_of_another_shape_is_reported():
         ({"key_padding_mask": torch.zeros(B + 1, S)}, "key_padding_mask"),
         ({"query": torch.zeros(T, E)}, "dimensions"),
         ({"value": torch.zeros(B, S + 1, E)}, "do not fit"),
-        ({"query": torch.nested.nested_tensor([torch.zeros(T, E)])}, "nested"),
     ],
 )
 def test_refuses_what_does_not_fit(change, message):
@@ -235,3 +234,11 @@ def test_is_traced_without_a_break_for_any_batch():
         x, padding = torch.randn(batch, length, E), torch.zeros(batch, length, dtype=torch.bool)
         torch.testing.assert_close(compiled(x, padding), model(x, padding))
     assert len(frames) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_refuses_nested_tensors():
+    _, ours = make(True)
+    x = torch.nested.nested_tensor([torch.zeros(T, E), torch.zeros(S, E)])
+    with pytest.raises(InputError, match="nested"):
+        ours(x, x, x)
