@@ -9,14 +9,29 @@ import threading
 import torch
 
 from ternc.runtime import dispatch
+from ternc.runtime.ops.activate_quantize import ACTIVATE_QUANTIZE
 from ternc.runtime.ops.definition import OpDefinition
 from ternc.runtime.ops.dequantize import DEQUANTIZE
 from ternc.runtime.ops.fake_quantize import FAKE_QUANTIZE, FAKE_QUANTIZE_ACT
 from ternc.runtime.ops.fit import FIT
+from ternc.runtime.ops.hadamard import HADAMARD
 from ternc.runtime.ops.linear import LINEAR
+from ternc.runtime.ops.linears import LINEARS
+from ternc.runtime.ops.norm_quantize import NORM_QUANTIZE
 from ternc.runtime.ops.quantize_act import QUANTIZE_ACT
 
-ALL = (LINEAR, QUANTIZE_ACT, DEQUANTIZE, FIT, FAKE_QUANTIZE, FAKE_QUANTIZE_ACT)
+ALL = (
+    LINEAR,
+    LINEARS,
+    QUANTIZE_ACT,
+    NORM_QUANTIZE,
+    ACTIVATE_QUANTIZE,
+    HADAMARD,
+    DEQUANTIZE,
+    FIT,
+    FAKE_QUANTIZE,
+    FAKE_QUANTIZE_ACT,
+)
 
 _lock = threading.Lock()
 
@@ -25,7 +40,7 @@ def register() -> None:
     """Define every op, its fake, its gradient and its kernels for CPU and CUDA. Idempotent.
 
     The CPU kernels are the C++ library's where it loads (it may compile once, under a lock), else
-    the references. The references serve CUDA.
+    the references. The CUDA kernels are Triton's; the reference serves ops without one.
     """
     with _lock:
         _library()
@@ -44,6 +59,7 @@ def _library() -> torch.library.Library:
     cpu = importlib.import_module("ternc.runtime.cpu")
     cpu.load()
     dispatch.attach(cpu)
+    importlib.import_module("ternc.runtime.gpu").load(library)
     for op in ALL:
         _implement(library, op)
     return library

@@ -76,10 +76,15 @@ def reference(
         finite = q.isfinite().all(-1, keepdim=True)
         sx = torch.where(finite, 1.0, torch.nan)
         q = torch.where(finite, q, 0.0)
+    return integer_linear(q, sx, quantized, bias).to(x.dtype)
+
+
+def integer_linear(
+    q: torch.Tensor, sx: torch.Tensor, quantized: Quantized, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """q [..., K] with scales sx [..., 1] -> fp32 [..., N], before the rounding to an output dtype."""
     y = _free_sum(q, quantized) * sx if quantized.free_scales else _tied_sum(q, sx, quantized)
-    if bias is not None:
-        y = y + bias.float()
-    return y.to(x.dtype)
+    return y if bias is None else y + bias.float()
 
 
 def _tied_sum(q: torch.Tensor, sx: torch.Tensor, quantized: Quantized) -> torch.Tensor:
