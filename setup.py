@@ -47,6 +47,11 @@ class BuildKernels(build_ext):
                 f"ternc: CPU kernels not built, they will be at first use: {error}", file=sys.stderr
             )
 
+    def copy_extensions_to_source(self) -> None:
+        for stale in (ROOT / "ternc").glob("_C.*.so"):
+            stale.unlink()
+        super().copy_extensions_to_source()
+
 
 class Wheel(bdist_wheel):
     """The library links no Python symbols: one wheel for every Python 3 of a platform."""

@@ -204,8 +204,7 @@ TERNC_NOINLINE double fit_groups(const FitArgs& args, const float* w, uint8_t* m
 // w[row] / 2^exponent as fp32, with the exponent that brings the largest into [0.5, 1).
 inline int load_row(const FitArgs& args, int64_t row, float* w) {
   const uint32_t top = largest(args.w, args.dtype, row * args.columns, args.columns);
-  if (top == 0) return 0;
-  const int exponent = exponent_of(top);
+  const int exponent = top == 0 ? 0 : exponent_of(top);
   const PowerOfTwo power(-exponent);
   widen_values(args.w, args.dtype, row * args.columns, args.columns, w);
   for (int64_t k = 0; k < args.columns; ++k) w[k] = w[k] * power.first * power.second;
