@@ -15,8 +15,8 @@ import torch
 from torch import fx
 
 from ternc.passes.graph import example_value, is_tensor
+from ternc.passes.region import ancestors, between, evaluate
 
-_MAX_NODES = 24
 _MAX_ELEMENTS = 1 << 22
 _AGREEMENT = 0.999
 """Share of integers that must be equal: the rule of the contract for two roundings of the same
@@ -26,31 +26,18 @@ quantity.
 
 def unquantized_source(x: fx.Node, bits: int) -> fx.Node | None:
     """The tensor of which `x` is the per-token `bits`-bit quantisation, or None."""
-    region = _ancestors(x)
-    if not any(_rounds(node) for node in region):
+    nodes = ancestors(x)
+    if not any(_rounds(node) for node in nodes):
         return None
-    for candidate in region[1:]:
+    for candidate in nodes[1:]:
         if not is_tensor(candidate) or not _same_shape(candidate, x):
             continue
-        between = _between(candidate, x)
-        if between is None or not any(_rounds(node) for node in between):
+        region = between(candidate, x)
+        if region is None or not any(_rounds(node) for node in region):
             continue
-        if _quantizes(candidate, x, between, bits):
+        if _quantizes(candidate, x, region, bits):
             return candidate
     return None
-
-
-def _ancestors(x: fx.Node) -> list[fx.Node]:
-    """x and what it depends on, nearest first, at most `_MAX_NODES`."""
-    order, seen = [x], {x}
-    for node in order:
-        if len(order) >= _MAX_NODES:
-            break
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                order.append(source)
-    return order
 
 
 def _rounds(node: fx.Node) -> bool:
@@ -62,22 +49,7 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
     return example_value(a).shape == example_value(b).shape and example_value(a).is_floating_point()
 
 
-def _between(source: fx.Node, x: fx.Node) -> set[fx.Node] | None:
-    """Nodes that compute x from `source` alone; None if x depends on anything else."""
-    found: set[fx.Node] = set()
-    pending = [x]
-    while pending:
-        node = pending.pop()
-        if node is source or node in found:
-            continue
-        if node.op not in ("call_function", "call_method") or len(found) > _MAX_NODES:
-            return None
-        found.add(node)
-        pending.extend(node.all_input_nodes)
-    return found
-
-
-def _quantizes(source: fx.Node, x: fx.Node, between: set[fx.Node], bits: int) -> bool:
+def _quantizes(source: fx.Node, x: fx.Node, region: set[fx.Node], bits: int) -> bool:
     example = example_value(source)
     shape = [int(size) for size in example.shape]
     if math.prod(shape) > _MAX_ELEMENTS or 0 in shape:
@@ -86,25 +58,11 @@ def _quantizes(source: fx.Node, x: fx.Node, between: set[fx.Node], bits: int) ->
     rows = torch.randn(shape, generator=generator)
     rows *= torch.randn([*shape[:-1], 1], generator=generator).exp()
     given = rows.to(device=example.device, dtype=example.dtype)
-    try:
-        with torch.no_grad():
-            computed = _subgraph(source, x, between)(given.clone()).float()
-    except (RuntimeError, TypeError, ValueError):
+    computed = evaluate(source, x, region, given)
+    if computed is None:
         return False
     q, scale = torch.ops.ternc.quantize_act(given, bits)
-    steps = computed / scale
+    steps = computed.float() / scale
     near = torch.finfo(example_value(x).dtype).eps * 2 * steps.abs().clamp(min=1.0)
     agree = ((steps - q).abs() <= near).float().mean().item()
     return agree >= _AGREEMENT and (steps - q).abs().max().item() <= 1.01
-
-
-def _subgraph(source: fx.Node, x: fx.Node, between: set[fx.Node]) -> fx.GraphModule:
-    graph = fx.Graph()
-    mapping = {source: graph.placeholder("x")}
-    for node in source.graph.nodes:
-        if node in between:
-            mapping[node] = graph.node_copy(node, mapping.__getitem__)
-    graph.output(mapping[x])
-    owner = source.graph.owning_module
-    assert owner is not None
-    return fx.GraphModule(owner, graph)

@@ -112,12 +112,12 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _attention_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Any,
+    key: Any,
+    value: Any,
     embed_dim_to_check: int,
     num_heads: int,
-    in_proj_weight: torch.Tensor | None,
+    in_proj_weight: Any,
     in_proj_bias: torch.Tensor | None,
     bias_k: torch.Tensor | None,
     bias_v: torch.Tensor | None,
@@ -130,9 +130,9 @@ def _attention_forward(
     need_weights: bool = True,
     attn_mask: torch.Tensor | None = None,
     use_separate_proj_weight: bool = False,
-    q_proj_weight: torch.Tensor | None = None,
-    k_proj_weight: torch.Tensor | None = None,
-    v_proj_weight: torch.Tensor | None = None,
+    q_proj_weight: Any = None,
+    k_proj_weight: Any = None,
+    v_proj_weight: Any = None,
     static_k: None = None,
     static_v: None = None,
     average_attn_weights: bool = True,
@@ -149,21 +149,23 @@ def _attention_forward(
         key_padding_mask = key_padding_mask.unsqueeze(0)
     if use_separate_proj_weight:
         width = embed_dim_to_check
-        projections = tuple(
+        q, k, v = (
             _project(weight, None if in_proj_bias is None else in_proj_bias[row : row + width])
             for weight, row in zip(
                 (q_proj_weight, k_proj_weight, v_proj_weight), (0, width, 2 * width), strict=True
             )
         )
     else:
-        projections = _stacked_projections(
+        q, k, v = _stacked_projections(
             query, key, value, in_proj_weight, in_proj_bias, embed_dim_to_check
         )
     output, weights = multihead_attention(
         query,
         key,
         value,
-        *projections,
+        q,
+        k,
+        v,
         _project(out_proj_weight, out_proj_bias),
         num_heads=num_heads,
         bias_k=bias_k,

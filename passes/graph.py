@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ _PATH_STEP = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]")
 _STATIC = "_dynamo_static_input_type"
 
 
-def example_value(node: fx.Node) -> Any:
+def example_value(node: Any) -> Any:
     """Fake tensor (or number) that the node computed while it was traced; None if unknown."""
     return node.meta.get("example_value", node.meta.get("val"))
 
@@ -109,3 +110,25 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
+
+
+def is_call(node: Any, name: str) -> bool:
+    """Whether `node` calls the op of this canonical name, in any spelling."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op in ("call_function", "call_method")
+        and node.target in _SPELLINGS[name]
+    )
+
+
+_SPELLINGS: dict[str, set[Any]] = {
+    "add": {operator.add, operator.iadd, torch.add, torch.Tensor.add, "add", "add_"},
+    "mul": {operator.mul, operator.imul, torch.mul, torch.multiply, torch.Tensor.mul, "mul", "mul_"},
+    "div": {operator.truediv, torch.div, torch.true_divide, "div", "true_divide"},
+    "pow": {operator.pow, torch.pow, torch.Tensor.pow, "pow"},
+    "square": {torch.square, "square"},
+    "mean": {torch.mean, "mean"},
+    "rsqrt": {torch.rsqrt, "rsqrt"},
+    "sqrt": {torch.sqrt, "sqrt"},
+    "cast": {"to", "float", "half", "bfloat16", "type_as", "type"},
+}

@@ -90,8 +90,10 @@ def inline(at: fx.Node, function: Callable[..., Any], *args: Any, **kwargs: Any)
     """Result of `function` on proxies of the node arguments, as nodes inserted before `at`."""
     tracer = _ExampleTracer(at.graph, at)
 
+    make_proxy: Any = tracer.proxy
+
     def to_proxy(value: Any) -> Any:
-        return fx.node.map_arg(value, tracer.proxy)
+        return fx.node.map_arg(value, make_proxy)
 
     with at.graph.inserting_before(at):
         result = function(*to_proxy(args), **to_proxy(kwargs))

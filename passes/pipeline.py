@@ -18,6 +18,7 @@ from ternc.passes.graph import (
 )
 from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.linear import LinearRule
+from ternc.passes.simplify import simplify
 from ternc.passes.spellings import spell_linears
 from ternc.passes.verify import verify
 from ternc.passes.weight_expression import WeightExpression
@@ -34,6 +35,8 @@ def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     verify(gm, "decompose_attention")
     spell_linears(gm)
     verify(gm, "spell_linears")
+    simplify(gm)
+    verify(gm, "simplify")
     for rule in RULES:
         apply(rule, gm, context)
         verify(gm, rule.name)

@@ -38,5 +38,5 @@ class Rule(Protocol):
     def check(self, match: Match, context: Any) -> Skip | None:
         """None if the match may be rewritten, else the reason for the report."""
 
-    def rewrite(self, match: Match, context: Any) -> None:
-        """Edits the graph in place; new nodes carry `meta["ternc_rule"]`."""
+    def rewrite(self, match: Match, context: Any) -> Skip | None:
+        """Edits the graph in place; new nodes carry `meta["ternc_rule"]`. A reason if it cannot."""

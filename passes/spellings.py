@@ -7,6 +7,7 @@ of two activations stays what it is.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -50,7 +51,7 @@ def _linear(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) ->
     return F.linear(x, matrix.t(), bias)
 
 
-def _matmul_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, None] | None:
+def _matmul_parts(node: fx.Node) -> tuple[Any, Any, None] | None:
     if node.target not in _MATMUL or len(node.args) != 2 or node.kwargs:
         return None
     x, matrix = node.args
@@ -59,7 +60,7 @@ def _matmul_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, None] | None:
     return x, matrix, None
 
 
-def _addmm_parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def _addmm_parts(node: fx.Node) -> tuple[Any, Any, Any] | None:
     if node.target not in _ADDMM or len(node.args) != 3:
         return None
     if argument(node, 3, "beta", 1) != 1 or argument(node, 4, "alpha", 1) != 1:

@@ -71,6 +71,7 @@ def weight_expression(weight: fx.Node) -> WeightExpression | Skip:
     _fold_straight_through(graph)
     graph.eliminate_dead_code(is_impure_node=_must_stay)
     owner = weight.graph.owning_module
+    assert owner is not None
     return WeightExpression(inputs, fx.GraphModule(owner, graph))
 
 
@@ -108,7 +109,9 @@ def _why_not_static(node: fx.Node) -> str | None:
     name = _name_of(node)
     if any(word in name for word in _RANDOM):
         return f"the weight is computed with the random operation {name!r}"
-    if _writes_in_place(node) and any(is_static_input(source) for source in node.args[:1]):
+    if _writes_in_place(node) and any(
+        source in node.args[:1] for source in node.all_input_nodes if is_static_input(source)
+    ):
         return f"the weight is computed with {name!r}, which writes to a parameter in place"
     return None
 

@@ -59,7 +59,7 @@ def load() -> str | None:
 
 def isa() -> str | None:
     """Instruction set in use (`avx512vnni`, `avx2`, `scalar`); None where no library is loaded."""
-    name = _native().ternc_isa_name() if _native() else None
+    name = native.ternc_isa_name() if (native := _native()) else None
     return name.decode() if name else None
 
 
@@ -67,7 +67,7 @@ def available() -> dict[str, str | None]:
     """Every instruction set of the source, best first -> None if usable here, else why not."""
     if (native := _native()) is None:
         return {}
-    names = []
+    names: list[bytes] = []
     while name := native.ternc_isa_at(len(names)):
         names.append(name)
     reasons = {name.decode(): native.ternc_isa_missing(name) for name in names}
@@ -83,7 +83,7 @@ def force_isa(name: str | None) -> None:
     if (native := _native()) is None:
         raise KernelError(f"instruction set {name!r}: the C++ library is not loaded")
     if native.ternc_isa_force(name.encode() if name else None):
-        reason = available().get(name, f"unknown; there are {', '.join(available())}")
+        reason = available().get(name or "", f"unknown; there are {', '.join(available())}")
         raise KernelError(f"instruction set {name!r} cannot run here: {reason}")
 
 

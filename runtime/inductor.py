@@ -36,7 +36,8 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
 
         if not _keeps_static_addresses(inputs):
             _forget_dynamo(gm)
-        return compile_fx(gm, inputs, config_patches=patches)
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches)
+        return compiled
 
     return compile_inductor
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from ternc.backend import rewrite
 from ternc.config import Config
+from ternc.modules.linear import TernaryLinear
 from ternc.reporting import Report, Row, Totals, describe_graph
 from ternc.runtime import dispatch, ops
 from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
@@ -211,5 +212,5 @@ def _packed_buffers(model: torch.nn.Module, rows: Sequence[Row]) -> Iterator[tor
     modules = dict(model.named_modules(remove_duplicate=False))
     for row in rows:
         module = modules.get(row.name)
-        if row.action == "rewritten" and hasattr(module, "packed_tensors"):
+        if row.action == "rewritten" and isinstance(module, TernaryLinear):
             yield from module.packed_tensors()
