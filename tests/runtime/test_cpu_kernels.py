@@ -1,4 +1,4 @@
-"""Every instruction set of csrc/, forced in turn, against the eager references. Fit: test_cpu_fit."""
+"""Every instruction set of csrc/, forced in turn, against the eager references."""
 
 from __future__ import annotations
 
