@@ -1,0 +1,155 @@
+"""What benchmarks share: the machine, the read limit, interleaved rounds, drawn shapes, output.
+
+Weights are rotated over at least `ROTATED` bytes after one untimed rotation, so that no sample
+reads a warm weight; contenders take turns in every round, so that a slow spell hits all of them.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import dataclasses
+import hashlib
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tabulate
+import torch
+
+from ternc.csrc import build
+from ternc.runtime import cpu
+
+ROTATED = 192 << 20
+STREAM_BYTES = 128 << 20
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to do the work: `run(i)` uses the i-th of `copies` copies of its weight."""
+
+    name: str
+    run: Callable[[int], torch.Tensor]
+    copies: int
+    nbytes: int
+    """Bytes of weight that one call reads."""
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class Stream:
+    """Read bandwidth of `threads` threads on a buffer beyond the caches, bytes a second."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+        self._parts = torch.ones(STREAM_BYTES // 8, dtype=torch.int64).chunk(threads)
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "stream.so"
+            source = str(Path(__file__).with_name("stream.cpp"))
+            command = [
+                *build.find_compiler(),
+                "-O3",
+                "-shared",
+                "-fPIC",
+                "-o",
+                str(library),
+                source,
+            ]
+            subprocess.run(command, check=True)
+            self._read = ctypes.CDLL(str(library)).read_all
+        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._read.restype = ctypes.c_uint64
+        self.samples: list[float] = []
+
+    def sample(self) -> None:
+        """One timed read of the whole buffer."""
+        start = time.perf_counter()
+        jobs = [self._pool.submit(self._read, p.data_ptr(), p.numel()) for p in self._parts]
+        total = sum(job.result() for job in jobs)
+        self.samples.append(STREAM_BYTES / (time.perf_counter() - start))
+        assert total == STREAM_BYTES // 8
+
+    @property
+    def best(self) -> float:
+        return max(self.samples)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+
+def copies_of(nbytes: int) -> int:
+    """Copies of a weight that fill `ROTATED` bytes, at least two."""
+    return max(2, -(-ROTATED // nbytes))
+
+
+def interleave(contenders: list[Contender], rounds: int, stream: Stream | None = None) -> None:
+    """Time every contender once a round, after one untimed rotation of each."""
+    for contender in contenders:
+        for i in range(contender.copies):
+            contender.run(i)
+    for turn in range(rounds):
+        if stream:
+            stream.sample()
+        for contender in contenders:
+            # The first call of a turn finds the caches full of another contender's data.
+            contender.run((2 * turn) % contender.copies)
+            start = time.perf_counter()
+            contender.run((2 * turn + 1) % contender.copies)
+            contender.seconds.append(time.perf_counter() - start)
+
+
+def commit() -> str:
+    """Hash of the commit, with `+` where the tree differs from it; `unknown` outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        ).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "commit": commit(),
+        "cpu": models[0] if models else platform.machine(),
+        "isa": cpu.isa(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def drawn_shapes(count: int) -> list[tuple[int, int]]:
+    """(N, K) that nobody tuned for: drawn from the hash of the commit, of any remainder."""
+    digest = hashlib.sha256(commit().encode()).digest()
+    numbers = [int.from_bytes(digest[i : i + 2], "little") for i in range(0, 4 * count, 2)]
+    sizes = [257 + number % 5000 for number in numbers]
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def show(rows: list[dict[str, Any]], facts: dict[str, Any], path: str | None) -> None:
+    """Print the table; write rows and machine to `path` as JSON where one is given."""
+    print(tabulate.tabulate(rows, headers="keys", floatfmt=".1f"))
+    print(json.dumps(facts))
+    if path:
+        Path(path).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
