@@ -47,7 +47,8 @@ def reference(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     if bits == 8:
         t = x.abs().amax(-1, keepdim=True)
     else:
-        t = (x.abs().sum(-1, keepdim=True, dtype=torch.float64) / x.shape[-1]).float()
+        t = x.abs().sum(-1, keepdim=True, dtype=torch.float64)
+        t = (t / torch.full_like(t, x.shape[-1])).float()  # CUDA divides by scalars inexactly
     numerator = torch.full_like(t, top)  # a scalar numerator would become a reciprocal
     inverse = numerator / t
     scale = t / numerator

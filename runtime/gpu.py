@@ -1,0 +1,71 @@
+"""The CUDA implementations of the ops. Triton is imported when an op first runs on a GPU.
+
+Without Triton, or below compute capability 8.0, the references run, with one warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ternc.runtime.ops import dequantize, linear, quantize_act
+
+FIRST_CAPABILITY = (8, 0)
+"""Compute capability of Ampere: int8 tensor cores and asynchronous copies."""
+
+KERNELS = {
+    "linear": ("linear", linear.reference),
+    "dequantize": ("linear", dequantize.reference),
+    "quantize_act": ("quantize_act", quantize_act.reference),
+}
+"""Op -> module of ternc.runtime.kernels.triton that has a function of its name, reference."""
+
+
+def load(library: torch.library.Library) -> None:
+    """Register the CUDA implementations; imports neither Triton nor anything of CUDA."""
+    for name in KERNELS:
+        library.impl(name, functools.partial(_run, name), "CUDA")
+
+
+def missing(index: int = 0) -> str | None:
+    """Why the kernels cannot run on this CUDA device, None where they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability(index) < FIRST_CAPABILITY:
+        return f"compute capability of {torch.cuda.get_device_name(index)} is below 8.0"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def _run(name: str, *arguments: Any) -> Any:
+    first = arguments[0]
+    function = _function(name, first.device.index or 0)
+    if first.device.index == torch.cuda.current_device():
+        return function(*arguments)
+    with torch.cuda.device(first.device):
+        return function(*arguments)
+
+
+@functools.cache
+def _function(name: str, index: int) -> Callable[..., Any]:
+    module, reference = KERNELS[name]
+    if reason := _missing_once(index):
+        warnings.warn(
+            f"ternc: no GPU kernels, the slow eager references run instead: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return reference
+    return getattr(importlib.import_module(f"ternc.runtime.kernels.triton.{module}"), name)
+
+
+@functools.cache
+def _missing_once(index: int) -> str | None:
+    return missing(index)

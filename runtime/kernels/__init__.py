@@ -1,0 +1,1 @@
+"""Kernels written in Python, one folder a language; imported on first use only."""

@@ -1,0 +1,244 @@
+"""y[m, n] = (sum_k q[m, k] W[n, k]) * sx[m] * s[n] + b[n] for M >= 2, as out^T = W q^T.
+
+The weights are the left operand, decoded from registers to registers: they never pass through
+shared memory as int8. K may be split over programs; the last one to finish a tile adds the int32
+partial sums, which is exact in any order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ternc.formats.p256 import CHUNK
+from ternc.runtime.kernels.triton import launch, quantize_act
+from ternc.runtime.kernels.triton.decode import NO_GROUPS, SHIFTS, load_chunk
+from ternc.runtime.kernels.triton.weight import Weight
+
+TOKEN_TILES_TOGETHER: tl.constexpr = tl.constexpr(16)
+"""Programs in flight cover this many token tiles: about a square of the output, shared in L2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmConfig:
+    """Tile of the output and how it is computed."""
+
+    rows: int
+    """BLOCK_N: weight rows of a tile."""
+    tokens: int
+    """BLOCK_M: rows of x of a tile."""
+    split: int
+    """Programs that share the K of a tile."""
+    warps: int
+    stages: int
+    registers: int | None = None
+    """Bound a thread, so that two programs share a multiprocessor."""
+    step: int = 1
+    """Chunks of K an iteration: 2 halve the waits and barriers, for twice the registers."""
+
+
+SPACE = tuple(
+    GemmConfig(rows, tokens, split, warps, stages, None, step)
+    for rows, tokens, warps, stages, steps, splits in (
+        (32, 8, 2, 4, (1, 2), (1, 2, 4, 8)),
+        (64, 8, 4, 3, (2,), (1, 4)),
+        (64, 16, 4, 4, (1, 2), (1, 2, 4, 8)),
+        (64, 32, 4, 4, (1,), (1, 2, 4, 8)),
+        (64, 32, 4, 3, (2,), (1, 2, 4, 8)),
+        (64, 64, 4, 4, (1,), (1, 2, 4)),
+        (64, 64, 4, 3, (1, 2), (1, 2, 4)),
+        (128, 32, 8, 3, (1, 2), (1, 2, 4)),
+        (128, 64, 4, 3, (1,), (1, 2, 4)),
+        (128, 64, 8, 3, (1, 2), (1, 2)),
+        (64, 128, 4, 3, (1,), (1, 2, 4)),
+    )
+    for step in steps
+    for split in splits
+) + tuple(GemmConfig(128, 128, split, 8, stages, 128) for split in (1, 2) for stages in (3, 4))
+"""What tuning tries."""
+
+
+@triton.jit(do_not_specialize=["M", "chunks", "groups", "group_size"])
+def gemm(
+    q_ptr,
+    sx_ptr,
+    weight_ptr,
+    scale_ptr,
+    multiplier_ptr,
+    bias_ptr,
+    y_ptr,
+    partial_ptr,
+    count_ptr,
+    M,
+    N,
+    chunks,
+    groups,
+    group_size,
+    PLANES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALVES_A_GROUP: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STEP: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One program a tile [BLOCK_N, BLOCK_M] of out^T and a part of K."""
+    CHUNK_BYTES: tl.constexpr = 64 * PLANES if PLANES < 3 else 160
+    SHIFT: tl.constexpr = SHIFTS[PLANES]
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tile = tl.program_id(0) // SPLIT
+    part = tl.program_id(0) % SPLIT
+    band = tile // (TOKEN_TILES_TOGETHER * tiles_n)
+    in_band = tile % (TOKEN_TILES_TOGETHER * tiles_n)
+    first_m = band * TOKEN_TILES_TOGETHER
+    band_tiles = tl.minimum(tiles_m - first_m, TOKEN_TILES_TOGETHER)
+    tile_m = first_m + in_band % band_tiles
+    tile_n = in_band // band_tiles
+
+    # Rows beyond the end repeat the last one and are not stored: loads need no mask.
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.minimum(n, N - 1)
+    token = tl.minimum(m, M - 1)
+    k = tl.arange(0, STEP * 256)
+    steps = tl.cdiv(chunks, STEP)
+    weight_row = weight_ptr + (row.to(tl.int64) * (chunks * CHUNK_BYTES))[:, None]
+    multiplier_row = multiplier_ptr + (row.to(tl.int64) * groups)[:, None]
+    q_tile = q_ptr + (token.to(tl.int64) * (steps * (STEP * 256)))[None, :] + k[:, None]
+
+    if DEPENDENT:
+        gdc_wait()
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    for i in range(steps * part // SPLIT, steps * (part + 1) // SPLIT):
+        q = tl.load(q_tile + i * (STEP * 256))
+        w = load_chunk(
+            weight_row, multiplier_row, i * STEP, groups, group_size, PLANES, GROUPS,
+            HALVES_A_GROUP, ASM,
+        )  # fmt: skip
+        if STEP == 2:
+            # The chunk behind the last one is any chunk: its q are zeros.
+            w1 = load_chunk(
+                weight_row, multiplier_row, tl.minimum(2 * i + 1, chunks - 1), groups, group_size,
+                PLANES, GROUPS, HALVES_A_GROUP, ASM,
+            )  # fmt: skip
+            w = tl.reshape(tl.permute(tl.join(w, w1), (0, 2, 1)), [BLOCK_N, 512])
+        total = tl.dot(w, q, acc=total, out_dtype=tl.int32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+
+    stored = (n[:, None] < N) & (m[None, :] < M)
+    if SPLIT > 1:
+        place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tile_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
+        tl.store(tile_ptr + part * (BLOCK_N * BLOCK_M) + place, total)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel")
+        stored = stored & (arrived == SPLIT - 1)
+        if arrived == SPLIT - 1:
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+            for other in range(SPLIT):
+                partial = tile_ptr + other * (BLOCK_N * BLOCK_M) + place
+                total += tl.load(partial, cache_modifier=".cg")
+            finish(
+                total, sx_ptr, scale_ptr, bias_ptr, y_ptr, n, m, row, token, N, stored, SHIFT,
+                GROUPS, ROW_SCALES, BIAS,
+            )  # fmt: skip
+    else:
+        finish(
+            total, sx_ptr, scale_ptr, bias_ptr, y_ptr, n, m, row, token, N, stored, SHIFT,
+            GROUPS, ROW_SCALES, BIAS,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    total,
+    sx_ptr,
+    scale_ptr,
+    bias_ptr,
+    y_ptr,
+    n,
+    m,
+    row,
+    token,
+    N,
+    stored,
+    SHIFT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROW_SCALES: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """(float(total) * sx) * s + b -> y, one rounding."""
+    if GROUPS == NO_GROUPS:
+        total = total >> SHIFT
+    y = total.to(tl.float32) * tl.load(sx_ptr + token)[None, :]
+    y = y * tl.load(scale_ptr + (row if ROW_SCALES else row * 0))[:, None]
+    if BIAS:
+        y = y + tl.load(bias_ptr + row).to(tl.float32)[:, None]
+    out = y_ptr + (m.to(tl.int64) * N)[None, :] + n[:, None]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=stored)
+
+
+def linear_gemm(
+    x: torch.Tensor,
+    weight: Weight,
+    bias: torch.Tensor | None,
+    activation_bits: int,
+    config: GemmConfig,
+) -> torch.Tensor:
+    """x [M, K], contiguous -> y [M, N] in x.dtype: two launches, nothing is zero-filled."""
+    tokens, device = x.shape[0], x.device
+    tiles = triton.cdiv(weight.rows, config.rows) * triton.cdiv(tokens, config.tokens)
+    padded = -(-weight.chunks // config.step) * config.step * CHUNK
+    q = torch.empty((tokens, padded), dtype=torch.int8, device=device)
+    sx = torch.empty((tokens,), dtype=torch.float32, device=device)
+    y = torch.empty((tokens, weight.rows), dtype=x.dtype, device=device)
+    partial = counts = None
+    if config.split > 1:
+        shape = (tiles, config.split, config.rows, config.tokens)
+        partial = torch.empty(shape, dtype=torch.int32, device=device)
+        counts = torch.empty((tiles,), dtype=torch.int32, device=device)
+    quantize_act.launch_rows(x, q, sx, activation_bits, counts)
+    dependent = launch.dependent_launch(device)
+    gemm[(tiles * config.split,)](
+        q,
+        sx,
+        weight.bytes,
+        weight.scale,
+        weight.multiplier_or(sx),
+        sx if bias is None else bias,
+        y,
+        sx if partial is None else partial,
+        sx if counts is None else counts,
+        tokens,
+        weight.rows,
+        weight.chunks,
+        weight.groups,
+        weight.group_size,
+        PLANES=weight.planes,
+        GROUPS=weight.groups_kind,
+        HALVES_A_GROUP=weight.halves_a_group,
+        ROW_SCALES=weight.row_scales,
+        BIAS=bias is not None,
+        BLOCK_N=config.rows,
+        BLOCK_M=config.tokens,
+        SPLIT=config.split,
+        STEP=config.step,
+        DEPENDENT=dependent,
+        ASM=launch.INLINE_ASM,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        maxnreg=config.registers,
+        launch_pdl=dependent,
+        **launch.EXACT,
+    )
+    return y

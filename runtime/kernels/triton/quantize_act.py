@@ -1,0 +1,159 @@
+"""quantize_act(x) -> q, scale: q = rint(x * (top / t)), t = max|x| or mean|x| of the row.
+
+Exactly the reference's arithmetic (ternc/runtime/ops/quantize_act.py): divisions are correctly
+rounded, nothing is contracted. q may be padded with zeros, as `linear_gemm` reads it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ternc.runtime.kernels.triton import launch
+from ternc.runtime.ops.quantize_act import LEVELS
+
+WHOLE_ROW = 16384
+"""Columns that one program keeps in registers; longer rows are read twice."""
+
+FEW_ROWS = 128
+"""Up to here the next kernel may start at once: its programs find room beside these."""
+
+INFINITY_BITS: tl.constexpr = tl.constexpr(0x7F800000)
+ROUND_TO_EVEN: tl.constexpr = tl.constexpr(12582912.0)
+"""1.5 * 2**23, where an ulp is 1: adding it rounds half to even."""
+ROUND_TO_EVEN_BITS: tl.constexpr = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def row_scale(t, TOP: tl.constexpr):
+    """t fp32 -> (top / t or 0, scale): zero rows and non-finite rows have inverse 0."""
+    inverse = tl.math.div_rn(TOP, t)
+    scale = tl.math.div_rn(t, TOP)
+    finite = (t.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < INFINITY_BITS
+    usable = (inverse.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < INFINITY_BITS
+    scale = tl.where(usable, scale, 0.0)
+    scale = tl.where(finite, scale, float("nan"))
+    return tl.where(finite & usable, inverse, 0.0), scale
+
+
+@triton.jit
+def magnitude_bits(x):
+    """|x| of fp32 as int32, in the same order; above INFINITY_BITS for NaN."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def round_to_byte(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr):
+    """rint(x * inverse) in [LEAST, MOST] as int32; 0 where inverse is 0."""
+    product = tl.where(inverse == 0.0, 0.0, x * inverse)
+    if LEAST != -127:  # |x| <= t keeps 8 bits within +-127
+        product = tl.minimum(tl.maximum(product, LEAST - 1.0), MOST + 1.0)
+    q = (product + ROUND_TO_EVEN).to(tl.int32, bitcast=True) - ROUND_TO_EVEN_BITS
+    if LEAST != -127:
+        q = tl.minimum(tl.maximum(q, LEAST), MOST)
+    return q
+
+
+@triton.jit
+def quantize_rows(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    count_ptr,
+    counts,
+    K,
+    padded,
+    BITS: tl.constexpr,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program a row: x [M, K] -> q int8 [M, padded], scale fp32 [M]; zeros at count_ptr."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    x_row, q_row = x_ptr + row * K, q_ptr + row * padded
+    if DEPENDENT:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    if tl.program_id(0) == 0:
+        for start in range(0, counts, BLOCK):
+            tl.store(count_ptr + start + k, tl.zeros([BLOCK], tl.int32), mask=start + k < counts)
+    if WHOLE:
+        x = tl.load(x_row + k, mask=k < K, other=0.0).to(tl.float32)
+        if BITS == 8:
+            t = tl.max(magnitude_bits(x), axis=0).to(tl.float32, bitcast=True)
+        else:
+            t = (tl.sum(tl.abs(x).to(tl.float64), axis=0) / K).to(tl.float32)
+        inverse, scale = row_scale(t, TOP)
+        tl.store(q_row + k, round_to_byte(x, inverse, LEAST, MOST).to(tl.int8), mask=k < padded)
+    else:
+        largest = tl.zeros([BLOCK], tl.int32)
+        total = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, K, BLOCK):
+            x = tl.load(x_row + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            if BITS == 8:
+                largest = tl.maximum(largest, magnitude_bits(x))
+            else:
+                total += tl.abs(x).to(tl.float64)
+        if BITS == 8:
+            t = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
+        else:
+            t = (tl.sum(total, axis=0) / K).to(tl.float32)
+        inverse, scale = row_scale(t, TOP)
+        for start in range(0, padded, BLOCK):
+            x = tl.load(x_row + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+            q = round_to_byte(x, inverse, LEAST, MOST).to(tl.int8)
+            tl.store(q_row + start + k, q, mask=start + k < padded)
+    tl.store(scale_ptr + row, scale)
+
+
+def launch_rows(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    counts: torch.Tensor | None = None,
+) -> None:
+    """x [M, K], contiguous -> q int8 [M, >= K] (the rest zeros), scale fp32 [M]; zeros `counts`."""
+    rows, columns = x.shape
+    top, least, most = LEVELS[bits]
+    block = min(launch.power_of_two(q.shape[1]), WHOLE_ROW)
+    dependent = launch.dependent_launch(x.device)
+    quantize_rows[(rows,)](
+        x,
+        q,
+        scale,
+        scale if counts is None else counts,
+        0 if counts is None else counts.numel(),
+        columns,
+        q.shape[1],
+        BITS=bits,
+        TOP=top,
+        LEAST=least,
+        MOST=most,
+        BLOCK=block,
+        WHOLE=block >= q.shape[1],
+        DEPENDENT=dependent,
+        EARLY=rows <= FEW_ROWS,
+        # Few rows: the latency of one counts; many: their number keeps the processors busy.
+        num_warps=max(1, min(16, block // 256) if rows <= FEW_ROWS else min(8, block // 512)),
+        launch_pdl=dependent,
+        **launch.EXACT,
+    )
+
+
+def quantize_act(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., K] -> q int8 [..., K], scale fp32 [..., 1]; the signature of the op."""
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    if scale.numel():
+        rows = x.contiguous().view(-1, x.shape[-1])
+        launch_rows(rows, q.view(rows.shape), scale.view(-1), bits)
+    return q, scale

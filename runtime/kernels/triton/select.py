@@ -1,0 +1,112 @@
+"""Which kernel and which tile for a call: the tuned table of this GPU, else rules that suit any."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ternc.runtime.kernels.triton import launch
+from ternc.runtime.kernels.triton.linear_gemm import GemmConfig
+from ternc.runtime.kernels.triton.linear_gemv import MAX_CHUNKS, GemvConfig
+from ternc.runtime.kernels.triton.weight import Weight
+
+TABLES = Path(__file__).parent.parent / "tuned"
+
+BUCKETS = (8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
+"""Largest M of every row of the table; the last row serves every larger M."""
+
+
+def unsupported(weight: Weight) -> str | None:
+    """Why no kernel here multiplies by this weight, None where one does."""
+    if weight.layout < 20:
+        return f"layout {weight.layout} is not one of the CUDA layouts 21 to 23"
+    if weight.free_scales:
+        return "free scales: sums of groups in floating point, ascending"
+    return None
+
+
+def gemv_unsupported(weight: Weight, activation_bits: int) -> str | None:
+    """Why `linear_gemv` does not take this weight, None where it does."""
+    if activation_bits != 8:
+        return f"activation_bits={activation_bits}: only 8 are quantised in the prologue"
+    if weight.chunks > MAX_CHUNKS:
+        return f"in_features={weight.columns} is over {256 * MAX_CHUNKS}"
+    if weight.multiplier is not None and weight.group_size % 4:
+        return f"group_size={weight.group_size} is not a multiple of 4"
+    return None
+
+
+def gemv_config(weight: Weight, device: torch.device) -> GemvConfig:
+    """Tile of the one-token kernel."""
+    tuned = _tuned(device).get(table_key("gemv", weight))
+    return GemvConfig(*tuned) if tuned else default_gemv(weight)
+
+
+def gemm_config(weight: Weight, tokens: int, device: torch.device) -> GemmConfig:
+    """Tile and split of the many-token kernel."""
+    bucket = next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+    tuned = _tuned(device).get(table_key(f"gemm {bucket}", weight))
+    return GemmConfig(*tuned) if tuned else default_gemm(weight, tokens, device)
+
+
+def default_gemv(weight: Weight) -> GemvConfig:
+    """About 64 bytes of weights a thread, so that enough loads are in flight."""
+    words = launch.power_of_two(weight.chunks) * 16 * weight.planes
+    rows = max(1, min(32, launch.power_of_two(8192 // words + 1) // 2))
+    return GemvConfig(rows, 4 if words < 4096 else 8)
+
+
+def default_gemm(weight: Weight, tokens: int, device: torch.device) -> GemmConfig:
+    """Tiles that fill the processors; K is split where one wave of tiles would not."""
+    processors = launch.processors(device.index or 0)
+    if tokens <= 64:
+        block_m = max(8, launch.power_of_two(tokens))
+        block_n = 32 if block_m == 8 else 64
+        tiles = -(-weight.rows // block_n)
+        wanted = 4 if block_m <= 16 else 2
+        split = _split(wanted * processors // max(tiles, 1), weight.chunks, 4)
+        return GemmConfig(block_n, block_m, split, block_n // 16, 4 if block_m < 64 else 3)
+    tiles_64 = -(-weight.rows // 128) * -(-tokens // 64)
+    tiles_128 = -(-weight.rows // 128) * -(-tokens // 128)
+    if tiles_128 >= processors or tokens > 512:
+        return GemmConfig(128, 128, 1, 8, 3, 128)
+    split = _split(2 * processors // max(tiles_64, 1), weight.chunks, 4)
+    return GemmConfig(128, 64, split, 4, 3)
+
+
+def table_path(name: str) -> Path:
+    """The file with the table of a GPU, by the name that CUDA gives it."""
+    return TABLES / (name.lower().replace(" ", "_") + ".json")
+
+
+def _split(wanted: int, chunks: int, most: int) -> int:
+    """A power of two up to `wanted` and `most` that leaves every part two chunks."""
+    split = 1
+    while 2 * split <= min(wanted, most) and chunks >= 4 * split:
+        split *= 2
+    return split
+
+
+def table_key(kernel: str, weight: Weight) -> str:
+    """Line of the table: kernel, rows, columns, planes and kind of groups."""
+    return f"{kernel} {weight.rows} {weight.columns} {weight.planes} {weight.groups_kind}"
+
+
+@functools.cache
+def _table(name: str) -> dict[str, Any]:
+    """The table of a GPU by its name, empty where it was never tuned."""
+    path = table_path(name)
+    return json.loads(path.read_text())["configurations"] if path.is_file() else {}
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return "interpreter" if launch.INTERPRETED else torch.cuda.get_device_name(index)
+
+
+def _tuned(device: torch.device) -> dict[str, Any]:
+    return _table(_device_name(device.index or 0))

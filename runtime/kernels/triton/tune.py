@@ -1,0 +1,201 @@
+"""python -m ternc.runtime.kernels.triton.tune --shapes 4096x4096 ...: the table of this GPU.
+
+Times every configuration of the search space on every shape (in_features x out_features) and
+number of tokens, and writes the fastest to runtime/kernels/tuned/<gpu>.json. Never runs by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ternc.config import CODE_MAX
+from ternc.formats import Quantized, pack
+from ternc.formats.quantized import group_count
+from ternc.runtime.kernels.triton import launch, linear_gemm, linear_gemv, select, timing
+from ternc.runtime.kernels.triton.linear_gemm import GemmConfig
+from ternc.runtime.kernels.triton.linear_gemv import GemvConfig
+from ternc.runtime.kernels.triton.weight import Weight
+
+ROTATED_BYTES = 192 << 20
+"""Weights of a measurement: several times the L2 cache."""
+
+MARGIN = 1.02
+"""A configuration must be this much faster than the rule's to enter the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A kind of weight to tune for."""
+
+    columns: int
+    rows: int
+    planes: int
+    group_size: int
+
+
+def random_weight(problem: Problem, copies: int = 1) -> list[Weight]:
+    """`copies` random weights of the problem, in the CUDA layout, on the GPU."""
+    rows, columns = problem.rows, problem.columns
+    most = CODE_MAX[problem.planes]
+    groups = group_count(columns, problem.group_size)
+    multiplier = None
+    if groups:
+        multiplier = torch.randint(
+            1, 127 // most + 1, (rows, groups), dtype=torch.uint8, device="cuda"
+        )
+    quantized = Quantized(
+        codes=torch.randint(-most, most + 1, (rows, columns), dtype=torch.int8, device="cuda"),
+        scale=torch.rand(rows, device="cuda") * 0.01 + 0.001,
+        multiplier=multiplier,
+        group_size=problem.group_size,
+        planes=problem.planes,
+    )
+    packed = pack(quantized, "cuda")
+    return [
+        Weight(
+            bytes=packed.weight.view(torch.int8).clone(),
+            scale=packed.scale.clone(),
+            multiplier=None if multiplier is None else packed.multiplier.clone(),
+            rows=rows,
+            columns=columns,
+            group_size=problem.group_size,
+            layout=packed.layout,
+            stable=True,
+        )
+        for _ in range(copies)
+    ]
+
+
+def configurations(problem: Problem, tokens: int) -> list[GemmConfig | GemvConfig]:
+    """What is worth trying for this many tokens."""
+    if tokens == 1:
+        chunk_bytes = 64 * problem.planes if problem.planes < 3 else 160
+        row_words = launch.power_of_two(-(-problem.columns // 256)) * chunk_bytes // 4
+        return [c for c in linear_gemv.SPACE if 8 <= c.rows * row_words / (32 * c.warps) <= 192]
+    chunks = -(-problem.columns // 256)
+
+    def worth(config: GemmConfig) -> bool:
+        tiles = -(-problem.rows // config.rows) * -(-tokens // config.tokens)
+        waste = -(-tokens // config.tokens) * config.tokens / tokens
+        full = waste <= 2 or config.tokens <= 16
+        split = config.split == 1 or (tiles <= 600 and chunks >= 2 * config.split)
+        large = tokens <= 512 or config.tokens >= 128 or config.rows * config.tokens >= 8192
+        return full and split and large and -(-tokens // config.tokens) <= 2 + tokens // 32
+
+    return [config for config in linear_gemm.SPACE if worth(config)]
+
+
+def run(weight: Weight, x: torch.Tensor, config: GemmConfig | GemvConfig) -> torch.Tensor:
+    """One call with 8-bit activations."""
+    if isinstance(config, GemvConfig):
+        return linear_gemv.linear_gemv(x, weight, None, config)
+    return linear_gemm.linear_gemm(x, weight, None, 8, config)
+
+
+def measure(
+    weights: list[Weight], x: torch.Tensor, config: GemmConfig | GemvConfig, budget_ms: float
+) -> float | None:
+    """Microseconds a call; None where the configuration needs more than the GPU has."""
+    from triton.runtime.errors import OutOfResources
+
+    calls = [lambda w=w: run(w, x, config) for w in weights]
+    try:
+        return timing.graph_time(calls, budget_ms)
+    except OutOfResources:
+        return None
+
+
+def compile_one(problem: Problem, tokens: int, config: GemmConfig | GemvConfig) -> str | None:
+    """Run once, in a process of its own: fills Triton's cache. Returns the error, if any."""
+    try:
+        x = torch.randn(tokens, problem.columns, device="cuda", dtype=torch.bfloat16)
+        run(random_weight(problem)[0], x, config)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def compile_all(problems: list[Problem], token_counts: list[int], processes: int) -> None:
+    """Every kernel that `tune` will time, compiled in parallel."""
+    jobs = {}
+    for problem in problems:
+        for tokens in token_counts:
+            for config in configurations(problem, tokens):
+                kind = (problem.planes, problem.group_size % 128, problem.group_size > 0)
+                # The one-token kernel is compiled for a K; the other for any.
+                key = (config, kind, problem.columns if tokens == 1 else 0)
+                small = dataclasses.replace(problem, rows=1024)
+                jobs.setdefault(key, (small, min(tokens, 48), config))
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for error in pool.map(compile_one, *zip(*jobs.values(), strict=True)):
+            if error:
+                print("not usable:", error[:160], file=sys.stderr)
+
+
+def tune(problem: Problem, token_counts: list[int]) -> dict[str, tuple]:
+    """Key of the table -> fastest configuration, where it beats the rule."""
+    found = {}
+    weight_bytes = random_weight(problem)[0].bytes.numel()
+    for tokens in token_counts:
+        copies = timing.rotation(ROTATED_BYTES, weight_bytes)
+        weights = random_weight(problem, copies if tokens <= 512 else min(copies, 4))
+        x = torch.randn(tokens, problem.columns, device="cuda", dtype=torch.bfloat16)
+        times = {}
+        for config in configurations(problem, tokens):
+            us = measure(weights, x, config, 8.0)
+            if us is not None:
+                times[config] = us
+        order = sorted(times, key=times.get)
+        line = " ".join(f"{dataclasses.astuple(c)}={times[c]:.2f}" for c in order[:4])
+        print(f"{problem.columns}->{problem.rows} p{problem.planes} g{problem.group_size} "
+              f"M={tokens}: {line}", flush=True)  # fmt: skip
+        if tokens == 1:
+            kernel, rule = "gemv", select.default_gemv(weights[0])
+        else:
+            kernel = f"gemm {tokens}"
+            rule = select.default_gemm(weights[0], tokens, x.device)
+        by_rule = times.get(rule) or measure(weights, x, rule, 8.0) or float("inf")
+        if by_rule > MARGIN * times[order[0]]:
+            found[select.table_key(kernel, weights[0])] = dataclasses.astuple(order[0])
+        print(f"    rule {dataclasses.astuple(rule)} {by_rule:.2f}", flush=True)
+        del weights
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", required=True, help="in_features x out_features")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, *select.BUCKETS])
+    parser.add_argument("--planes", type=int, default=1)
+    parser.add_argument("--group-size", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="default: the table that this GPU reads")
+    args = parser.parse_args()
+    problems = [
+        Problem(*map(int, shape.split("x")), args.planes, args.group_size) for shape in args.shapes
+    ]
+    compile_all(problems, args.tokens, os.cpu_count() or 1)
+    name = torch.cuda.get_device_name()
+    path = args.out or select.table_path(name)
+    table = json.loads(path.read_text()) if path.is_file() else {"configurations": {}}
+    table |= {"device": name, "torch": torch.__version__}
+    for problem in problems:
+        table["configurations"] |= tune(problem, args.tokens)
+        lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table["configurations"].items()]
+        head = {key: value for key, value in table.items() if key != "configurations"}
+        text = json.dumps(head)[:-1] + ', "configurations": {\n' + ",\n".join(lines) + "\n}}\n"
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""`Weight`: the packed arguments of an op as the Triton kernels read them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ternc.formats import layouts, p256
+from ternc.formats.quantized import group_count
+from ternc.runtime.kernels.triton.decode import ANY_GROUPS, HALVES, NO_GROUPS
+
+HALF = p256.CHUNK // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight [N, K] in layout 21, 22 or 23."""
+
+    bytes: torch.Tensor
+    """int8 view of the packed bytes."""
+    scale: torch.Tensor
+    multiplier: torch.Tensor | None
+    rows: int
+    columns: int
+    group_size: int
+    layout: int
+    stable: bool = False
+    """True where nothing wrote the packed tensors since the last launch (launch.py)."""
+
+    @property
+    def planes(self) -> int:
+        return layouts.get(self.layout).planes
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 256 columns of a row."""
+        return -(-self.columns // p256.CHUNK)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row; 1 where there are none, for index arithmetic."""
+        return group_count(self.columns, self.group_size) or 1
+
+    @property
+    def groups_kind(self) -> int:
+        """How kernels find the multiplier of a code (decode.py)."""
+        if self.multiplier is None:
+            return NO_GROUPS.value
+        return ANY_GROUPS.value if self.group_size % HALF else HALVES.value
+
+    @property
+    def halves_a_group(self) -> int:
+        """Halves of a chunk that share a multiplier; 1 where that has no meaning."""
+        return self.group_size // HALF if self.groups_kind == HALVES.value else 1
+
+    @property
+    def free_scales(self) -> bool:
+        """True where every group has a scale of its own."""
+        return self.scale.dim() == 2
+
+    @property
+    def row_scales(self) -> bool:
+        return self.scale.numel() == self.rows
+
+    def multiplier_or(self, stand_in: torch.Tensor) -> torch.Tensor:
+        """The multipliers, or a tensor that the kernel gets in their place and never reads."""
+        return stand_in if self.multiplier is None else self.multiplier

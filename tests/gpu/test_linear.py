@@ -1,0 +1,140 @@
+"""ternc::linear on the GPU against the eager reference: bit for bit with integer activations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_weights import assert_same, packed_on_gpu
+from reference import linear_arguments
+
+from ternc.runtime import dispatch
+from ternc.runtime.ops import linear as linear_op
+
+pytestmark = pytest.mark.gpu
+
+WEIGHTS = [
+    # (N, K, planes, group_size, scales)
+    (1, 1, 1, 0, "row"),
+    (3, 127, 1, 0, "row"),
+    (127, 129, 1, 0, "tensor"),
+    (129, 3, 1, 0, "row"),
+    (200, 1000, 1, 128, "row"),
+    (64, 384, 1, 256, "row"),
+    (70, 520, 1, 32, "row"),
+    (9, 77, 1, 6, "row"),
+    (129, 257, 2, 0, "row"),
+    (130, 700, 2, 128, "row"),
+    (65, 300, 3, 0, "tensor"),
+    (131, 900, 3, 128, "row"),
+    (40, 200, 3, 64, "row"),
+]
+
+TOKENS = [1, 2, 3, 7, 13, 37, 64, 65, 130, 257]
+
+
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_activations(shape, dtype, bits):
+    packed = packed_on_gpu(*shape)
+    bias = torch.randn(shape[0], device="cuda", dtype=dtype) if shape[0] % 2 else None
+    for tokens in TOKENS:
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+        arguments = linear_arguments(x, packed, bias, bits)
+        assert_same(torch.ops.ternc.linear(*arguments), linear_op.reference(*arguments))
+
+
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_floating_point_activations(shape, dtype):
+    """Within the sum of one rounding of the output and the fp32 accumulation of K terms."""
+    packed = packed_on_gpu(*shape)
+    for tokens in (1, 5, 70):
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
+        arguments = linear_arguments(x, packed, None, 0)
+        expected = linear_op.reference(*arguments)
+        y = torch.ops.ternc.linear(*arguments)
+        assert dispatch.last_kernel(packed.weight) == "triton_float"
+        norm = expected.float().norm()
+        assert (y.float() - expected.float()).norm() <= norm * max(torch.finfo(dtype).eps, 2e-6)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 0])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_non_finite_rows(tokens, bits):
+    packed = packed_on_gpu(65, 300, 1)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(tokens, 300, device="cuda")
+        x[0, 7] = bad
+        y = torch.ops.ternc.linear(*linear_arguments(x, packed, None, bits))
+        assert y[0].isnan().all()
+        assert y[1:].isfinite().all()
+
+
+def test_zero_rows():
+    packed = packed_on_gpu(65, 300, 1)
+    x = torch.zeros(1, 300, device="cuda")
+    assert not torch.ops.ternc.linear(*linear_arguments(x, packed)).any()
+
+
+@pytest.mark.parametrize("shape", [(9, 50, 1, 16, "free"), (70, 300, 3, 128, "free")], ids=str)
+def test_free_scales(shape):
+    packed = packed_on_gpu(*shape)
+    x = torch.randn(6, shape[1], device="cuda")
+    arguments = linear_arguments(x, packed)
+    y = torch.ops.ternc.linear(*arguments)
+    torch.testing.assert_close(y, linear_op.reference(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (2560, 6912), (6912, 2560)], ids=str)
+@pytest.mark.parametrize(("planes", "group_size"), [(1, 0), (1, 128), (2, 0), (2, 128), (3, 128)])
+def test_large(shape, planes, group_size):
+    """Every regime, split K included; the output buffer's memory held NaN before."""
+    packed = packed_on_gpu(*shape, planes, group_size)
+    for tokens in (1, 4, 16, 33, 100, 200, 1100):
+        x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
+        arguments = linear_arguments(x, packed)
+        expected = linear_op.reference(*arguments)
+        for _ in range(2):
+            poison = torch.full((tokens, shape[0]), torch.nan, device="cuda", dtype=x.dtype)
+            del poison
+            assert_same(torch.ops.ternc.linear(*arguments), expected)
+        kernel = "triton_gemv" if tokens == 1 else "triton_gemm"
+        assert dispatch.last_kernel(packed.weight) == kernel
+
+
+def test_shapes_of_x():
+    packed = packed_on_gpu(33, 100, 1)
+    x = torch.randn(2, 3, 100, device="cuda")
+    assert torch.ops.ternc.linear(*linear_arguments(x, packed)).shape == (2, 3, 33)
+    assert torch.ops.ternc.linear(*linear_arguments(x[0, 0], packed)).shape == (33,)
+    assert torch.ops.ternc.linear(*linear_arguments(x[:, :0], packed)).shape == (2, 0, 33)
+    strided = torch.randn(100, 5, device="cuda").T
+    arguments = linear_arguments(strided, packed)
+    assert_same(torch.ops.ternc.linear(*arguments), linear_op.reference(*arguments))
+
+
+@pytest.mark.parametrize(("planes", "group_size"), [(1, 0), (1, 128), (2, 128), (3, 0), (3, 128)])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300])
+def test_inline_asm_equals_plain_triton(planes, group_size, tokens, monkeypatch):
+    from ternc.runtime.kernels.triton import launch
+
+    packed = packed_on_gpu(200, 1000, planes, group_size)
+    x = torch.randn(tokens, 1000, device="cuda")
+    arguments = linear_arguments(x, packed)
+    with_asm = torch.ops.ternc.linear(*arguments)
+    monkeypatch.setattr(launch, "INLINE_ASM", False)
+    assert_same(torch.ops.ternc.linear(*arguments), with_asm)
+
+
+def test_any_number_of_tokens_takes_the_same_kernel():
+    """Within a tile size, no M compiles anew: neither 1 nor a multiple of 16 is special."""
+    from ternc.runtime.kernels.triton.linear_gemm import gemm
+
+    packed = packed_on_gpu(256, 512, 1)
+    compiled = []
+    for tokens in (33, 48, 51, 64, 34):
+        x = torch.randn(tokens, 512, device="cuda")
+        torch.ops.ternc.linear(*linear_arguments(x, packed))
+        compiled.append(len(gemm.device_caches[0][0]))
+    assert len(set(compiled)) == 1
