@@ -17,14 +17,24 @@ from ternc.passes.graph import (
     source_of,
 )
 from ternc.passes.rule import Rule, Skip
+from ternc.passes.rules.activation import ActivationRule
 from ternc.passes.rules.linear import LinearRule
+from ternc.passes.rules.norm import NormRule
+from ternc.passes.rules.residual import ResidualRule
+from ternc.passes.rules.shared_input import SharedInputRule
 from ternc.passes.simplify import simplify
 from ternc.passes.spellings import spell_linears
 from ternc.passes.verify import verify
 from ternc.passes.weight_expression import WeightExpression
 from ternc.reporting import Row
 
-RULES: tuple[Rule, ...] = (LinearRule(),)
+RULES: tuple[Rule, ...] = (
+    LinearRule(),
+    SharedInputRule(),
+    NormRule(),
+    ActivationRule(),
+    ResidualRule(),
+)
 
 
 def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
@@ -37,11 +47,11 @@ def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     verify(gm, "spell_linears")
     simplify(gm)
     verify(gm, "simplify")
+    _find_packed_modules(gm, context)
     for rule in RULES:
         apply(rule, gm, context)
+        _drop_unused(gm)
         verify(gm, rule.name)
-    _find_packed_modules(gm, context)
-    _drop_unused(gm)
     gm.recompile()
     return gm
 
@@ -49,8 +59,7 @@ def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
 def apply(rule: Rule, gm: fx.GraphModule, context: Context) -> None:
     """One sweep of one rule; a refusal becomes a report row where the rule looks at a weight."""
     for node in list(gm.graph.nodes):
-        match = rule.match(node)
-        if match is None:
+        if node._erased or (match := rule.match(node)) is None:
             continue
         skip = rule.check(match, context) or rule.rewrite(match, context)
         if isinstance(skip, Skip) and "weight" in match.parts:

@@ -20,9 +20,6 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from ternc.formats import layouts
-from ternc.formats.packed import Packed
-from ternc.formats.quantized import group_count
 from ternc.reporting import Row
 from ternc.runtime.inductor import keep_static
 from ternc.runtime.pack import PackCache, PackedWeight
@@ -168,28 +165,80 @@ class _OpByOp(fx.Interpreter):
         self.originals = originals
 
     def run_node(self, n: fx.Node) -> Any:
-        if "ternc_site" not in n.meta:
-            return super().run_node(n)
-        site, entry = self.entries[id(n.meta["ternc_site"])]
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        x, bias, activation_bits = args[0], args[4], args[7]
-        packed = entry.packed
-        if packed is None:
-            weight = site.evaluate([self.originals[position] for position in site.inputs])
-            if site.own_quantizer:
-                x = torch.ops.ternc.fake_quantize_act.default(x, activation_bits)
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return torch.ops.ternc.linear.default(
-            x,
-            packed.weight,
-            packed.scale,
-            packed.multiplier,
-            bias,
-            packed.shape[0],
-            packed.group_size,
-            activation_bits,
-            packed.layout,
+        if "ternc_site" in n.meta:
+            x, *packed, bias, rows, group, bits, layout = self.fetch_args_kwargs_from_env(n)[0]
+            site = n.meta["ternc_site"]
+            return self._product(x, None, packed, bias, (rows, group, layout), bits, x.dtype, site)
+        if "ternc_call" in n.meta:
+            return self._products(n)
+        return super().run_node(n)
+
+    def _products(self, n: fx.Node) -> list[torch.Tensor]:
+        """`ternc::linears`, one weight after another."""
+        x, sx, weights, scales, multipliers, biases, residual, *numbers = (
+            self.fetch_args_kwargs_from_env(n)[0]
         )
+        out_features, group_sizes, bits, layouts, dtype = numbers
+        outputs = []
+        for i, site in enumerate(n.meta["ternc_call"].sites):
+            packed = (weights[i], scales[i], multipliers[i])
+            shape = (out_features[i], group_sizes[i], layouts[i])
+            outputs.append(self._product(x, sx, packed, biases[i], shape, bits, dtype, site))
+        return outputs if residual is None else [outputs[0] + residual]
+
+    def _product(
+        self,
+        x: torch.Tensor,
+        sx: torch.Tensor | None,
+        packed: Sequence[torch.Tensor | None],
+        bias: torch.Tensor | None,
+        shape: tuple[int, int, int],
+        bits: int,
+        dtype: torch.dtype,
+        site: WeightSite | None,
+    ) -> torch.Tensor:
+        """One product with the weight that `site` has now; `packed` is what the graph was given."""
+        bias = bias if bias is not None and bias.numel() else None
+        if site is not None:
+            site, entry = self.entries[id(site)]
+            if entry.packed is None:
+                return self._float_product(x, sx, bias, bits, dtype, site)
+            now = entry.packed
+            packed = (now.weight, now.scale, now.multiplier)
+            shape = (now.shape[0], now.group_size, now.layout)
+        none = x.new_empty(0)
+        weight, scale, multiplier = packed
+        return torch.ops.ternc.linears.default(
+            x,
+            sx,
+            [weight],
+            [scale],
+            [none if multiplier is None else multiplier],
+            [none if bias is None else bias],
+            None,
+            [shape[0]],
+            [shape[1]],
+            bits,
+            [shape[2]],
+            dtype,
+        )[0]
+
+    def _float_product(
+        self,
+        x: torch.Tensor,
+        sx: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        bits: int,
+        dtype: torch.dtype,
+        site: WeightSite,
+    ) -> torch.Tensor:
+        """The product with the float weight; a quantiser of the model's own comes back."""
+        weight = site.evaluate([self.originals[position] for position in site.inputs]).to(dtype)
+        if sx is not None:
+            x = (x * sx).to(dtype)
+        elif site.own_quantizer:
+            x = torch.ops.ternc.fake_quantize_act.default(x, bits)
+        return F.linear(x, weight, None if bias is None else bias.to(dtype))
 
 
 def _plan(gm: fx.GraphModule, sites: list[WeightSite]) -> list[Argument]:
@@ -210,24 +259,5 @@ def _plan(gm: fx.GraphModule, sites: list[WeightSite]) -> list[Argument]:
 
 def _abstract_entry(site: WeightSite, inputs: Sequence[Any]) -> PackedWeight:
     """Packed tensors without values, for a graph that is compiled from fake tensors."""
-    rows, columns = site.row.shape
-    variant, like = site.variant, inputs[site.inputs[0]]
-    layout = layouts.get(variant.layout)
-    groups = group_count(columns, variant.group_size)
-
-    def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return like.new_empty(shape, dtype=dtype, requires_grad=False)
-
-    packed = Packed(
-        weight=empty(layout.weight_shape(rows, columns), torch.uint8),
-        scale=empty(variant.scale_shape, torch.float32),
-        multiplier=(
-            empty(layout.multiplier_shape(rows, groups), torch.uint8)
-            if variant.has_multiplier
-            else None
-        ),
-        shape=(rows, columns),
-        group_size=variant.group_size,
-        layout=variant.layout,
-    )
-    return PackedWeight((), site.row.reason, None, packed, variant)
+    packed = site.empty_packed(inputs[site.inputs[0]])
+    return PackedWeight((), site.row.reason, None, packed, site.variant)

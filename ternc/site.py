@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ternc.formats.quantized import Quantized
+from ternc.formats import layouts
+from ternc.formats.packed import Packed
+from ternc.formats.quantized import Quantized, group_count
+from ternc.formats.rotation import Rotation
 from ternc.reporting import Row
 
 
@@ -19,6 +22,12 @@ class Decision:
     reason: str
     error: float | None = None
     """||W - Q|| / ||W||; 0.0 where the weight is held exactly."""
+    output_error: float | None = None
+    """Relative error of the layer's outputs on held-out calibration data."""
+    rotation: Rotation | None = None
+    """`quantized` is the rotated weight, to be multiplied with rotated inputs."""
+    bias: torch.Tensor | None = None
+    """Corrected bias [N]; None where the layer keeps its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +70,25 @@ class WeightSite:
     """The decision for the weight that the graph was compiled with; lowering packs it and lets go
     of it.
     """
+
+    def empty_packed(self, like: torch.Tensor) -> Packed:
+        """Tensors of the packed form without values, in the fake mode and on the device of `like`."""
+        rows, columns = self.row.shape
+        variant = self.variant
+        layout = layouts.get(variant.layout)
+        groups = group_count(columns, variant.group_size)
+
+        def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return like.new_empty(shape, dtype=dtype, requires_grad=False)
+
+        multiplier = None
+        if variant.has_multiplier:
+            multiplier = empty(layout.multiplier_shape(rows, groups), torch.uint8)
+        return Packed(
+            weight=empty(layout.weight_shape(rows, columns), torch.uint8),
+            scale=empty(variant.scale_shape, torch.float32),
+            multiplier=multiplier,
+            shape=(rows, columns),
+            group_size=variant.group_size,
+            layout=variant.layout,
+        )

@@ -183,7 +183,11 @@ def _emit(match: Match, context: Context, site: WeightSite) -> None:
     node, variant = match.root, site.variant
     bits = context.config.op_activation_bits
     fields = ["weight", "scale"] + (["multiplier"] if variant.has_multiplier else [])
-    packed = {field: _packed_input(node.graph, context, site, field) for field in fields}
+    example = site.empty_packed(example_value(match.parts["weight"]))
+    packed = {
+        field: _packed_input(node.graph, context, site, field, getattr(example, field))
+        for field in fields
+    }
     x, out = match.parts["x"], example_value(node)
     source = unquantized_source(x, bits) if bits and not context.abstract else None
     if source is not None:
@@ -211,7 +215,9 @@ def _emit(match: Match, context: Context, site: WeightSite) -> None:
     _replace(node, new, LinearRule.name)
 
 
-def _packed_input(graph: fx.Graph, context: Context, site: WeightSite, field: str) -> fx.Node:
+def _packed_input(
+    graph: fx.Graph, context: Context, site: WeightSite, field: str, example: torch.Tensor
+) -> fx.Node:
     """A new graph input for one tensor of a packed weight; a tied weight reuses the input it
     has.
     """
@@ -223,6 +229,7 @@ def _packed_input(graph: fx.Graph, context: Context, site: WeightSite, field: st
     with graph.inserting_after(last):
         node = graph.placeholder(f"ternc_{field}_{len(context.packed_inputs)}")
     node.meta["ternc_packed"] = (site, field)
+    node.meta["example_value"] = example
     context.packed_inputs.append((site, field))
     return node
 

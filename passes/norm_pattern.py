@@ -1,0 +1,147 @@
+"""RMSNorm and LayerNorm in their usual spellings, read as one `Norm`.
+
+rms:   x * rsqrt(mean(x^2) + eps) * gain, with casts where people put them, gain or 1 + gain
+layer: F.layer_norm;  F.rms_norm
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from ternc.passes.graph import argument, example_value, is_call, is_static_input, is_tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Arguments of `ternc::norm_quantize`."""
+
+    x: fx.Node
+    gain: fx.Node | None
+    bias: fx.Node | None
+    kind: str
+    eps: float
+    gain_offset: float = 0.0
+    round_first: bool = False
+
+
+def read_norm(y: fx.Node) -> Norm | None:
+    """The norm over the last dimension that computes y, in the dtype of its input, or None."""
+    norm = _module_norm(y) or _spelled_norm(y)
+    if norm is None or example_value(norm.x).dtype != example_value(y).dtype:
+        return None
+    width = example_value(y).shape[-1]
+    for tensor in (norm.gain, norm.bias):
+        if tensor is not None and tuple(example_value(tensor).shape) != (width,):
+            return None
+    return norm
+
+
+def _module_norm(y: fx.Node) -> Norm | None:
+    if y.op != "call_function" or y.target not in (F.layer_norm, F.rms_norm):
+        return None
+    x, shape = y.args[0], argument(y, 1, "normalized_shape")
+    if not is_tensor(x) or len(shape) != 1:
+        return None
+    gain = argument(y, 2, "weight")
+    if y.target is F.layer_norm:
+        eps = argument(y, 4, "eps", 1e-5)
+        return Norm(x, gain, argument(y, 3, "bias"), "layer", eps)
+    eps = argument(y, 3, "eps")
+    if eps is None:
+        eps = torch.finfo(example_value(x).dtype).eps
+    return Norm(x, gain, None, "rms", eps)
+
+
+def _spelled_norm(y: fx.Node) -> Norm | None:
+    inner, _ = _uncast(y)
+    for gain, rest in _operands(inner):
+        offset, parameter = _gain(gain)
+        if parameter is None:
+            continue
+        normal, cast = _uncast(rest)
+        if found := _rms_core(normal):
+            x, eps = found
+            rounded = cast is not None and example_value(rest).dtype != torch.float32
+            return Norm(x, parameter, None, "rms", eps, offset, rounded)
+    if found := _rms_core(inner):
+        return Norm(found[0], None, None, "rms", found[1])
+    return None
+
+
+def _operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """Both orders of the operands of a product of two tensors."""
+    if not is_call(node, "mul") or len(node.args) != 2 or not all(map(is_tensor, node.args)):
+        return []
+    a, b = node.args
+    return [(a, b), (b, a)]
+
+
+def _gain(node: fx.Node) -> tuple[float, fx.Node | None]:
+    """(0, g) for a parameter g, (1, g) for 1 + g; casts are looked through."""
+    node, _ = _uncast(node)
+    if is_static_input(node):
+        return 0.0, node
+    if is_call(node, "add") and len(node.args) == 2:
+        for parameter, offset in (node.args, node.args[::-1]):
+            inner = _uncast(parameter)[0] if isinstance(parameter, fx.Node) else None
+            if inner is not None and is_static_input(inner) and isinstance(offset, int | float):
+                return float(offset), inner
+    return 0.0, None
+
+
+def _rms_core(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(x, eps) of x * rsqrt(mean(x^2) + eps) or x / sqrt(mean(x^2) + eps)."""
+    candidates = []
+    if is_call(node, "mul"):
+        for x, factor in _operands(node):
+            if is_call(factor, "rsqrt") or (
+                is_call(factor, "pow") and argument(factor, 1, "exponent") == -0.5
+            ):
+                candidates.append((x, factor.args[0]))
+    if is_call(node, "div") and len(node.args) == 2 and is_call(node.args[1], "sqrt"):
+        candidates.append((node.args[0], node.args[1].args[0]))
+    for x, under_root in candidates:
+        eps = _epsilon_over_mean_square(under_root, x)
+        if eps is not None:
+            return _uncast(x)[0], eps
+    return None
+
+
+def _epsilon_over_mean_square(node: object, x: fx.Node) -> float | None:
+    """eps where `node` is mean(x^2, -1, keepdim=True) + eps."""
+    if not isinstance(node, fx.Node) or not is_call(node, "add") or len(node.args) != 2:
+        return None
+    for mean, eps in (node.args, node.args[::-1]):
+        if not isinstance(eps, float) or not math.isfinite(eps) or not is_call(mean, "mean"):
+            continue
+        assert isinstance(mean, fx.Node)
+        over = argument(mean, 1, "dim")
+        if over not in (-1, [-1], (-1,)) or not argument(mean, 2, "keepdim", False):
+            continue
+        if _is_square_of(mean.args[0], x):
+            return eps
+    return None
+
+
+def _is_square_of(node: object, x: fx.Node) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    if is_call(node, "pow"):
+        return node.args[0] is x and argument(node, 1, "exponent") == 2
+    if is_call(node, "square"):
+        return node.args[0] is x
+    return is_call(node, "mul") and node.args == (x, x)
+
+
+def _uncast(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """(what was cast, the outermost cast), through any number of dtype casts."""
+    outermost = None
+    while is_call(node, "cast") and is_tensor(node.args[0]):
+        outermost = outermost or node
+        node = node.args[0]
+    return node, outermost

@@ -1,0 +1,125 @@
+"""linear(act(gate) * up, W) -> linears(activate_quantize(gate, up), W); also without the product.
+
+The activation function is found by its values, whatever its spelling.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from ternc.passes.context import Context
+from ternc.passes.graph import example_value, is_call, is_tensor
+from ternc.passes.inline import inline
+from ternc.passes.region import ancestors, between, evaluate
+from ternc.passes.rule import Match, Skip
+from ternc.passes.ternary_call import read, retarget, ternary_users
+
+_FUNCTIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+    "relu2": lambda x: torch.nn.functional.relu(x).square(),
+}
+_GRID = 257
+_TOLERANCE = 3e-6
+
+
+class ActivationRule:
+    """Runs after NormRule: what is left before a down projection."""
+
+    name = "linears(act(gate) * up, W) -> linears(activate_quantize(gate, up), W)"
+
+    def match(self, node: fx.Node) -> Match | None:
+        call = read(node)
+        if call is None or not call.pristine or not is_tensor(call.x):
+            return None
+        found = _gated(call.x) or _plain(call.x)
+        if found is None:
+            return None
+        gate, up, activation = found
+        parts = {"gate": gate, "up": up, "activation": activation, "bits": call.bits}
+        return Match(call.x, parts)
+
+    def check(self, match: Match, context: Context) -> Skip | None:
+        if context.grad_enabled:
+            return Skip("gradients do not flow through integers: the activation stays separate")
+        readers = ternary_users(match.root)
+        if len(readers) < len(match.root.users):
+            return Skip("the activation is read by something else too", match.root)
+        return None
+
+    def rewrite(self, match: Match, context: Context) -> None:
+        h, parts = match.root, match.parts
+        outputs = inline(
+            h,
+            torch.ops.ternc.activate_quantize.default,
+            parts["gate"],
+            parts["up"],
+            parts["activation"],
+            None,
+            0,
+            parts["bits"],
+        )
+        outputs.meta["ternc_rule"] = self.name
+        q, sx = (inline(h, operator.getitem, outputs, i) for i in range(2))
+        label = parts["activation"] + (" * up" if parts["up"] is not None else "")
+        for reader in ternary_users(h):
+            for site in read(reader).sites:
+                if site is not None:
+                    site.row.pattern = f"{label} + {site.row.pattern}"
+            retarget(reader, q, sx, self.name)
+
+
+def _gated(h: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
+    """(gate, up, activation) of act(gate) * up."""
+    if not is_call(h, "mul") or len(h.args) != 2 or not all(map(is_tensor, h.args)):
+        return None
+    for acted, up in (h.args, h.args[::-1]):
+        if not _alike(acted, up) or not _alike(acted, h):
+            continue
+        if found := _activation(acted):
+            return found[0], up, found[1]
+    return None
+
+
+def _plain(h: fx.Node) -> tuple[fx.Node, None, str] | None:
+    found = _activation(h)
+    return None if found is None else (found[0], None, found[1])
+
+
+def _activation(acted: fx.Node) -> tuple[fx.Node, str] | None:
+    """(input, name) of the activation function that computes `acted` from one tensor."""
+    for source in ancestors(acted)[1:]:
+        if not is_tensor(source) or not _alike(source, acted):
+            continue
+        region = between(source, acted)
+        if region is None:
+            continue
+        if name := _name_of(source, acted, region):
+            return source, name
+    return None
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    first, second = example_value(a), example_value(b)
+    return first.dtype == second.dtype and str(first.shape) == str(second.shape)
+
+
+def _name_of(source: fx.Node, acted: fx.Node, region: set[fx.Node]) -> str | None:
+    """Which function the region computes, on a grid of the source's rank and dtype."""
+    value = example_value(source)
+    grid = torch.linspace(-9.0, 9.0, _GRID).view([1] * (value.dim() - 1) + [_GRID])
+    given = grid.to(value.dtype)
+    computed = evaluate(source, acted, region, given)
+    if computed is None or computed.shape != given.shape:
+        return None
+    tolerance = max(_TOLERANCE, 2 * torch.finfo(value.dtype).eps)
+    for name, function in _FUNCTIONS.items():
+        expected = function(given.float())
+        if torch.allclose(computed.float(), expected, rtol=tolerance, atol=tolerance):
+            return name
+    return None

@@ -1,0 +1,60 @@
+"""linear(x, W) + r -> linears(x, [W], residual=r): the sum is part of the product's one write."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+from torch import fx
+
+from ternc.passes.context import Context
+from ternc.passes.graph import example_value, is_call, is_tensor
+from ternc.passes.rule import Match, Skip
+from ternc.passes.ternary_call import is_linear, is_linears, read, write
+
+
+class ResidualRule:
+    """Runs last: the products have their inputs by now."""
+
+    name = "linear(x, W) + r -> linears(x, [W], residual=r)"
+
+    def match(self, node: fx.Node) -> Match | None:
+        if not is_call(node, "add") or len(node.args) != 2 or node.kwargs:
+            return None
+        for output, residual in (node.args, node.args[::-1]):
+            product = _product(output)
+            if product is not None and is_tensor(residual):
+                return Match(node, {"product": product, "output": output, "residual": residual})
+        return None
+
+    def check(self, match: Match, context: Context) -> Skip | None:
+        output, residual = match.parts["output"], match.parts["residual"]
+        if len(output.users) != 1:
+            return Skip("the product is read by something else too", output)
+        a, b, c = (example_value(node) for node in (output, residual, match.root))
+        if not a.dtype == b.dtype == c.dtype or len({str(t.shape) for t in (a, b, c)}) != 1:
+            return Skip("the sum broadcasts or changes the dtype", match.root)
+        return None
+
+    def rewrite(self, match: Match, context: Context) -> None:
+        product, add = match.parts["product"], match.root
+        call = dataclasses.replace(read(product), residual=match.parts["residual"])
+        (output,) = write(call, add, product, self.name)
+        for site in call.sites:
+            if site is not None:
+                site.row.pattern = f"{site.row.pattern} + residual"
+        add.replace_all_uses_with(output)
+        add.graph.erase_node(add)
+
+
+def _product(output: object) -> fx.Node | None:
+    """The ternary product of one weight that computes `output`, without a residual yet."""
+    if not isinstance(output, fx.Node):
+        return None
+    if is_linear(output):
+        return output
+    if output.target is operator.getitem and is_linears(output.args[0]):
+        call = read(output.args[0])
+        if len(call.weights) == 1 and call.residual is None:
+            return output.args[0]
+    return None

@@ -1,0 +1,141 @@
+"""`TernaryCall`: one view of `ternc::linear` and `ternc::linears` nodes, for the rules that fuse them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from ternc.passes.graph import example_value
+from ternc.passes.inline import carry_provenance, inline
+from ternc.site import WeightSite
+
+
+@dataclasses.dataclass
+class TernaryCall:
+    """Arguments of `ternc::linears`; `x` holds integers where `sx` is there."""
+
+    x: fx.Node
+    sx: fx.Node | None
+    weights: list[fx.Node]
+    scales: list[fx.Node]
+    multipliers: list[fx.Node | None]
+    biases: list[fx.Node | None]
+    residual: fx.Node | None
+    out_features: list[int]
+    group_sizes: list[int]
+    bits: int
+    layouts: list[int]
+    dtype: torch.dtype
+    sites: list[WeightSite | None]
+
+    @property
+    def pristine(self) -> bool:
+        """Its input is floating point and will be quantised: what a fusion can take over."""
+        return self.sx is None and self.bits > 0
+
+
+def is_linear(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in (
+        torch.ops.ternc.linear,
+        torch.ops.ternc.linear.default,
+    )
+
+
+def is_linears(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is torch.ops.ternc.linears.default
+
+
+def read(node: fx.Node) -> TernaryCall | None:
+    """The call that `node` is, or None."""
+    if is_linear(node):
+        x, weight, scale, multiplier, bias, rows, group, bits, layout = node.args
+        assert isinstance(x, fx.Node)
+        return TernaryCall(
+            x=x,
+            sx=None,
+            weights=[weight],
+            scales=[scale],
+            multipliers=[multiplier],
+            biases=[bias],
+            residual=None,
+            out_features=[rows],
+            group_sizes=[group],
+            bits=bits,
+            layouts=[layout],
+            dtype=example_value(x).dtype,
+            sites=[node.meta.get("ternc_site")],
+        )
+    return node.meta["ternc_call"] if is_linears(node) else None
+
+
+def write(call: TernaryCall, before: fx.Node, like: fx.Node, rule: str) -> list[fx.Node]:
+    """Emits `ternc::linears` before a node; returns its outputs, one per weight."""
+    graph = before.graph
+
+    def emit(*args: Any) -> Any:
+        return torch.ops.ternc.linears.default(*args)
+
+    outputs = inline(
+        before,
+        emit,
+        call.x,
+        call.sx,
+        call.weights,
+        call.scales,
+        [m if m is not None else _none(graph, call.weights[0]) for m in call.multipliers],
+        [b if b is not None else _none(graph, call.weights[0]) for b in call.biases],
+        call.residual,
+        call.out_features,
+        call.group_sizes,
+        call.bits,
+        call.layouts,
+        call.dtype,
+    )
+    outputs.meta["ternc_call"] = call
+    outputs.meta["ternc_rule"] = rule
+    carry_provenance(like, outputs)
+    return [inline(before, lambda all_, i=i: all_[i], outputs) for i in range(len(call.weights))]
+
+
+def _none(graph: fx.Graph, like: fx.Node) -> fx.Node:
+    """The empty tensor that stands for no bias and no multiplier; one a graph and device."""
+    device = example_value(like).device
+    for node in graph.nodes:
+        if node.meta.get("ternc_none") == device:
+            return node
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    node = inline(first, lambda weight: weight.new_empty(0), like)
+    node.meta["ternc_none"] = device
+    return node
+
+
+def ternary_users(x: fx.Node) -> list[fx.Node]:
+    """Users of x that quantise it themselves."""
+    found = []
+    for user in x.users:
+        call = read(user)
+        if call is not None and call.pristine and call.x is x:
+            found.append(user)
+    return found
+
+
+def retarget(node: fx.Node, q: fx.Node, sx: fx.Node, rule: str) -> None:
+    """Makes a linear(s) node read integers instead of floating point, in place of `node`."""
+    call = read(node)
+    assert call is not None
+    outputs = write(dataclasses.replace(call, x=q, sx=sx), node, node, rule)
+    replace_outputs(node, outputs)
+
+
+def replace_outputs(node: fx.Node, outputs: list[fx.Node]) -> None:
+    """Uses of a linear(s) node -> the outputs that replace it; erases the node."""
+    if is_linear(node):
+        node.replace_all_uses_with(outputs[0])
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            node.graph.erase_node(user)
+    node.graph.erase_node(node)
