@@ -75,7 +75,10 @@ format: $(VENV)/dependencies.stamp
 	@find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format -i
 
 bench: $(VENV)/ternc.stamp
-	@for script in benchmarks/bench_$(or $(OP),*).py; do $(PY) $$script $(ARGS) || exit 1; done
+	@for script in benchmarks/bench_$(or $(OP),*).py; do \
+	  test -e $$script || { echo "there is no $$script" >&2; exit 1; }; \
+	  $(PY) $$script $(ARGS) || exit 1; \
+	done
 
 minilm: $(VENV)/ternc.stamp $(VENV)/minilm.stamp
 	@$(PY) examples/minilm.py --data $(DATA) $(ARGS)
@@ -85,7 +88,10 @@ gpu-test:
 	@$(PYTHON) -m pytest -m gpu $(TESTS) $(TEST_ARGS)
 
 gpu-bench:
-	@for script in benchmarks/bench_*.py; do $(PYTHON) $$script --device cuda $(ARGS) || exit 1; done
+	@for script in benchmarks/gpu_$(or $(OP),*).py; do \
+	  test -e $$script || { echo "there is no $$script" >&2; exit 1; }; \
+	  $(PYTHON) $$script $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf build .venv ternc/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
