@@ -57,3 +57,11 @@ class DifferentiationError(TerncError, RuntimeError):
 
 class InputError(TerncError, ValueError):
     """An input of a module whose shape, dtype or layout the module does not take."""
+
+
+class BlendedWeightError(TerncError, RuntimeError):
+    """A layer was asked to be packed while its schedule still blends two quantisers."""
+
+
+class TrainingError(TerncError, RuntimeError):
+    """A training run that cannot go on as it was asked to."""

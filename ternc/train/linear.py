@@ -1,0 +1,230 @@
+"""`QATLinear`: y = Q_a(H x) Q(W diag(scale))^T + b, a Linear that trains the weight it will ship.
+
+    weight --scale--> quantisers of the schedule --blend--> values, gradient straight through
+    x --Hadamard--> activation quantiser --> product --> bias + shift + dead zone
+
+The quantisers are ternc::fake_quantize (or mean magnitudes) and ternc::fake_quantize_act: what
+`ternc.quantize` packs is what was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ternc.config import Config
+from ternc.errors import BlendedWeightError
+from ternc.formats.quantized import Quantized
+from ternc.formats.rotation import Rotation
+from ternc.runtime import ops
+from ternc.site import Decision
+from ternc.train.quantizers import blended, ternary, values_by_bits
+from ternc.train.schedule import FLOAT, TERNARY, BlendState
+
+SMALLEST_SCALE = 1e-3
+"""Learnt scales of the transform are kept at or above this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteSettings:
+    """What one layer becomes and how it gets there; fixed while it trains."""
+
+    planes: int
+    group_size: int
+    """Columns, 0 = row, -1 = tensor."""
+    scale: str = "fit"
+    activation_bits: int = 8
+    """8, 4, or 0 for floating point."""
+    formats: tuple[float, ...] = (TERNARY,)
+    """Bit-widths that the schedule of the weights meets."""
+    activation_formats: tuple[float, ...] = ()
+    """Bit-widths that the schedule of the activations meets; empty = no schedule."""
+    rotation: Rotation | None = None
+    learn_scale: bool = False
+    learn_shift: bool = False
+    dead_zone: float = 0.0
+
+
+class QATLinear(nn.Linear):
+    """Linear layer whose weight and input are quantised in the forward pass.
+
+    It holds the very Parameters of the Linear that it replaces, under the same names. The state of
+    the schedule is in buffers: setting it compiles nothing anew, and `state_dict` has it.
+
+    Attributes:
+        weight_state: fp32 [3]: bits the blend comes from, bits it goes to, blend in [0, 1].
+        activation_state: fp32 [3], the same for the input; None without a schedule.
+        hadamard_scale: Parameter [in_features] or None.
+        hadamard_shift: Parameter [in_features] or None.
+        offset: added to the quantised weight, [out_features, in_features] or None.
+        transposed: the weight is held as [in_features, out_features].
+        config: of the packed layer.
+    """
+
+    signs: torch.Tensor | None
+    weight_state: torch.Tensor
+    activation_state: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        settings: SiteSettings,
+        *,
+        config: Config | None = None,
+        transposed: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        ops.register()
+        rows, columns = weight.shape[::-1] if transposed else weight.shape
+        self.in_features, self.out_features = int(columns), int(rows)
+        self.settings, self.config, self.transposed = settings, config or Config(), transposed
+        self.offset: torch.Tensor | None = None
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+        device = weight.device
+        for name, wanted, value in (
+            ("hadamard_scale", settings.learn_scale, 1.0),
+            ("hadamard_shift", settings.learn_shift, 0.0),
+        ):
+            made = torch.full((self.in_features,), value, dtype=weight.dtype, device=device)
+            self.register_parameter(name, nn.Parameter(made) if wanted else None)
+        signs = settings.rotation and settings.rotation.signs(self.in_features, device)
+        self.register_buffer("signs", signs, persistent=False)
+        start = torch.tensor([TERNARY, TERNARY, 1.0], device=device)
+        self.register_buffer("weight_state", start)
+        bits = float(settings.activation_bits or FLOAT)
+        acts = torch.tensor([bits, bits, 1.0], device=device)
+        self.register_buffer("activation_state", acts if settings.activation_formats else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.effective_weight()
+        if self.settings.rotation is not None:
+            x = torch.ops.ternc.hadamard(x, self.signs, self.settings.rotation.block)
+        bias = self._bias(weight)
+        if self.offset is not None:
+            weight = weight + self.offset
+        return F.linear(self._quantized_input(x), weight, bias)
+
+    def matrix(self) -> torch.Tensor:
+        """The weight [out_features, in_features], learnt scales folded in, differentiable."""
+        weight = self.weight.t() if self.transposed else self.weight
+        if self.hadamard_scale is not None:
+            weight = weight * self.hadamard_scale.clamp(min=SMALLEST_SCALE)
+        return weight
+
+    def effective_weight(self) -> torch.Tensor:
+        """What the product uses now, [out_features, in_features]; its gradient is `matrix`'s."""
+        weight, settings = self.matrix(), self.settings
+        if settings.formats == (TERNARY,) and settings.scale == "fit":
+            return torch.ops.ternc.fake_quantize(weight, settings.planes, settings.group_size)
+        values = self.values(weight.detach())
+        return values + (weight - weight.detach())
+
+    @torch.no_grad()
+    def values(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Values [out_features, in_features] of the current quantiser, without gradient."""
+        settings = self.settings
+        weight = self.matrix().detach() if weight is None else weight
+        final = self._final(weight) if TERNARY in settings.formats else None
+        if settings.formats == (TERNARY,) and final is not None:
+            return final
+        return blended(values_by_bits(weight, settings.formats, final), self.weight_state)
+
+    def quantized(self) -> Quantized:
+        """Codes and scales of the final quantiser."""
+        settings = self.settings
+        group = 0 if settings.group_size >= self.in_features else settings.group_size
+        return ternary(self.matrix().detach(), settings.planes, group, settings.scale)
+
+    def set_schedule(self, weights: BlendState, activations: BlendState | None = None) -> None:
+        """Writes the state of the schedule into the buffers, in place."""
+        _write(self.weight_state, weights)
+        if self.activation_state is not None and activations is not None:
+            _write(self.activation_state, activations)
+
+    @property
+    def quantizer(self) -> str:
+        """The current quantiser in words, `1.58` or `8 -> 4 (0.31)`. Waits for the device."""
+        return _describe(self.weight_state)
+
+    def decision(self, name: str = "") -> Decision:
+        """What packing makes of the weight.
+
+        Raises:
+            BlendedWeightError: the schedule has not reached its final quantiser.
+        """
+        for what, state in (("weight", self.weight_state), ("input", self.activation_state)):
+            bits = TERNARY if what == "weight" else float(self.settings.activation_bits or FLOAT)
+            if state is not None and (abs(state[1].item() - bits) > 1e-3 or state[2].item() != 1.0):
+                raise BlendedWeightError(
+                    f"{name or 'layer'}: the {what} is quantised as {_describe(state)} bits, "
+                    f"not yet as {bits:g}; train to the end of the schedule, or call "
+                    "ternc.train.finish(model) to switch to the final quantiser now"
+                )
+        quantized = self.quantized()
+        error = quantized.relative_error(self.matrix())
+        return Decision(quantized, "as trained", error)
+
+    def packed_bias(self) -> nn.Parameter | None:
+        """The bias with shift and dead zone folded in; the Parameter itself where there is none."""
+        if self.hadamard_shift is None and not self.settings.dead_zone:
+            return self.bias
+        with torch.no_grad():
+            weight = self.quantized().dequantize().to(self.weight.dtype)
+            folded = self._bias(weight)
+        assert folded is not None
+        return nn.Parameter(folded.clone(), self.bias is None or self.bias.requires_grad)
+
+    def extra_repr(self) -> str:
+        settings = self.settings
+        turned = f", rotation={settings.rotation.block}" if settings.rotation else ""
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
+            f"planes={settings.planes}, group_size={settings.group_size}, "
+            f"activation_bits={settings.activation_bits}{turned}"
+        )
+
+    def _final(self, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 or the weight's dtype [N, K]: values of the final quantiser."""
+        settings = self.settings
+        if settings.scale == "fit":
+            return torch.ops.ternc.fake_quantize(weight, settings.planes, settings.group_size)
+        return ternary(weight, 1, settings.group_size, settings.scale).dequantize().to(weight.dtype)
+
+    def _bias(self, weight: torch.Tensor) -> torch.Tensor | None:
+        bias = self.bias
+        if self.hadamard_shift is not None:
+            shift = F.linear(self.hadamard_shift, weight)
+            bias = shift if bias is None else bias + shift
+        if self.settings.dead_zone:
+            dead = (weight.detach() == 0).to(weight.dtype)
+            dead = self.settings.dead_zone * (self.matrix() * dead).sum(1)
+            bias = dead if bias is None else bias + dead
+        return bias
+
+    def _quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        settings = self.settings
+        if self.activation_state is None:
+            bits = settings.activation_bits
+            return torch.ops.ternc.fake_quantize_act(x, bits) if bits else x
+        given = x.detach()
+        values = {
+            bits: given if bits == FLOAT else torch.ops.ternc.fake_quantize_act(given, int(bits))
+            for bits in settings.activation_formats
+        }
+        return blended(values, self.activation_state) + (x - given)
+
+
+def _write(state: torch.Tensor, new: BlendState) -> None:
+    with torch.no_grad():
+        values = torch.tensor([new.source, new.target, new.blend], dtype=state.dtype)
+        state.copy_(values, non_blocking=True)
+
+
+def _describe(state: torch.Tensor) -> str:
+    source, target, blend = (round(value, 4) for value in state.tolist())
+    return f"{target:g}" if blend == 1 else f"{source:g} -> {target:g} ({blend:g})"
