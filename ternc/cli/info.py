@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import platform
 from pathlib import Path
@@ -92,39 +93,37 @@ def _library_state(path: object, homes: list[str]) -> str:
 def _gpu() -> dict[str, Any]:
     import torch
 
+    from ternc.runtime import gpu
+
     found = torch.cuda.is_available()
     triton = importlib.util.find_spec("triton") is not None
-    why_not = None
-    if not found:
-        built = torch.version.cuda or torch.version.hip
-        why_not = "no GPU found" if built else "this torch is built without GPU support"
-    elif not triton:
-        why_not = "the package triton is not installed"
     return {
         "available": found,
         "device": torch.cuda.get_device_name() if found else None,
-        "triton": importlib.import_module("triton").__version__ if triton else None,
-        "why_not": why_not,
+        "triton": importlib.metadata.version("triton") if triton else None,
+        "why_not": gpu.missing(),
     }
 
 
 def _layouts(status: dict[str, Any]) -> list[dict[str, Any]]:
     """For each byte layout: the kernel of `ternc::linear` that reads it, or why there is none."""
     from ternc.formats import layouts
+    from ternc.runtime import gpu
 
+    missing = gpu.missing()
     return [
         {
             "number": number,
             "name": layout.name,
             "planes": layout.planes,
             "cpu": _kernel(layout, "cpu", status["isa"], f"no C++ library: {status['reason']}"),
-            "cuda": _kernel(layout, "cuda", None, "no GPU kernels in this version"),
+            "cuda": _kernel(layout, "cuda", None if missing else "Triton", missing),
         }
         for number, layout in sorted(layouts.ALL.items())
     ]
 
 
-def _kernel(layout: Any, device: str, kernel: str | None, why_not: str) -> str:
+def _kernel(layout: Any, device: str, kernel: str | None, why_not: str | None) -> str:
     from ternc.formats.layouts import resident_layout
 
     if resident_layout(layout.planes, device) != layout.number:
