@@ -123,7 +123,15 @@ def is_call(node: Any, name: str) -> bool:
 
 _SPELLINGS: dict[str, set[Any]] = {
     "add": {operator.add, operator.iadd, torch.add, torch.Tensor.add, "add", "add_"},
-    "mul": {operator.mul, operator.imul, torch.mul, torch.multiply, torch.Tensor.mul, "mul", "mul_"},
+    "mul": {
+        operator.mul,
+        operator.imul,
+        torch.mul,
+        torch.multiply,
+        torch.Tensor.mul,
+        "mul",
+        "mul_",
+    },
     "div": {operator.truediv, torch.div, torch.true_divide, "div", "true_divide"},
     "pow": {operator.pow, torch.pow, torch.Tensor.pow, "pow"},
     "square": {torch.square, "square"},

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from ternc.passes.graph import argument, example_value, is_call, is_static_input, is_tensor
 
+_LAYER_NORMS = (F.layer_norm, torch.layer_norm)
+_MODULE_NORMS = (*_LAYER_NORMS, F.rms_norm, torch.rms_norm)
+
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
@@ -42,13 +45,13 @@ def read_norm(y: fx.Node) -> Norm | None:
 
 
 def _module_norm(y: fx.Node) -> Norm | None:
-    if y.op != "call_function" or y.target not in (F.layer_norm, F.rms_norm):
+    if y.op != "call_function" or y.target not in _MODULE_NORMS:
         return None
     x, shape = y.args[0], argument(y, 1, "normalized_shape")
     if not is_tensor(x) or len(shape) != 1:
         return None
     gain = argument(y, 2, "weight")
-    if y.target is F.layer_norm:
+    if y.target in _LAYER_NORMS:
         eps = argument(y, 4, "eps", 1e-5)
         return Norm(x, gain, argument(y, 3, "bias"), "layer", eps)
     eps = argument(y, 3, "eps")
@@ -132,10 +135,18 @@ def _is_square_of(node: object, x: fx.Node) -> bool:
     if not isinstance(node, fx.Node):
         return False
     if is_call(node, "pow"):
-        return node.args[0] is x and argument(node, 1, "exponent") == 2
+        return _alike(node.args[0], x) and argument(node, 1, "exponent") == 2
     if is_call(node, "square"):
-        return node.args[0] is x
-    return is_call(node, "mul") and node.args == (x, x)
+        return _alike(node.args[0], x)
+    return is_call(node, "mul") and all(_alike(factor, x) for factor in node.args)
+
+
+def _alike(a: object, b: fx.Node) -> bool:
+    """The same tensor in the same dtype, cast once or more often."""
+    if not is_tensor(a):
+        return False
+    assert isinstance(a, fx.Node)
+    return _uncast(a)[0] is _uncast(b)[0] and example_value(a).dtype == example_value(b).dtype
 
 
 def _uncast(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:

@@ -114,5 +114,3 @@ def _sizes(view: fx.Node) -> list[Any]:
     if isinstance(sizes, (tuple, list)):
         return list(sizes)
     return [sizes]
-
-

@@ -113,11 +113,13 @@ def _none(graph: fx.Graph, like: fx.Node) -> fx.Node:
 
 
 def ternary_users(x: fx.Node) -> list[fx.Node]:
-    """Users of x that quantise it themselves."""
+    """Users of x that take it in floating point, as their input and nothing else."""
     found = []
     for user in x.users:
         call = read(user)
-        if call is not None and call.pristine and call.x is x:
+        if call is None or call.sx is not None or call.x is not x:
+            continue
+        if not any(x is other for other in (*call.biases, call.residual)):
             found.append(user)
     return found
 

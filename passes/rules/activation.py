@@ -83,7 +83,8 @@ def _gated(h: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
             continue
         if found := _activation(acted):
             return found[0], up, found[1]
-    return None
+    first, second = h.args
+    return (first, second, "none") if _alike(first, second) and _alike(first, h) else None
 
 
 def _plain(h: fx.Node) -> tuple[fx.Node, None, str] | None:

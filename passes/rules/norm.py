@@ -28,7 +28,9 @@ class NormRule:
 
     def check(self, match: Match, context: Context) -> Skip | None:
         if context.grad_enabled:
-            return Skip("gradients do not flow through integers: the norm stays separate", match.root)
+            return Skip(
+                "gradients do not flow through integers: the norm stays separate", match.root
+            )
         return None
 
     def rewrite(self, match: Match, context: Context) -> None:

@@ -1,0 +1,238 @@
+"""Fusion rules: where they fire, where they must not, and that the result stays the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import targets
+from torch import nn
+from torch.nn import functional as F
+
+import ternc
+from ternc.backend import rewrite
+from ternc.config import Config
+from ternc.runtime import ops
+
+CONFIG = Config(planes=3)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    ops.register()
+
+
+class RMSNorm(nn.Module):
+    """The usual spelling in decoders: statistics in fp32, rounded before the gain."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x):
+        dtype = x.dtype
+        x = x.to(torch.float32)
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return self.weight * x.to(dtype)
+
+
+class ShiftedNorm(nn.Module):
+    """Gain 1 + w, one rounding at the end."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) / 8)
+
+    def forward(self, x):
+        y = x.float() / torch.sqrt((x.float() * x.float()).mean(dim=-1, keepdim=True) + 1e-5)
+        return (y * (1.0 + self.weight.float())).type_as(x)
+
+
+class Block(nn.Module):
+    """Pre-norm decoder block with grouped-query attention."""
+
+    def __init__(self, norm=RMSNorm, activation=F.silu, bias=False):
+        super().__init__()
+        self.norm1, self.norm2 = norm(64), norm(64)
+        self.q = nn.Linear(64, 64, bias=bias)
+        self.k = nn.Linear(64, 32, bias=bias)
+        self.v = nn.Linear(64, 32, bias=False)
+        self.o = nn.Linear(64, 64, bias=bias)
+        self.w1, self.up = nn.Linear(64, 160, bias=False), nn.Linear(64, 160, bias=False)
+        self.down = nn.Linear(160, 64, bias=bias)
+        self.activation = activation
+
+    def forward(self, x):
+        h = self.norm1(x)
+        q, k, v = (p(h).unflatten(-1, (-1, 16)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(attended.transpose(1, 2).flatten(2))
+        h = self.norm2(x)
+        return x + self.down(self.activation(self.w1(h)) * self.up(h))
+
+
+def rewritten(module, *args, config=CONFIG):
+    """Output of the rewritten graph run eagerly, names of its ternary ops, its context."""
+    found = {}
+
+    def backend(gm, inputs):
+        graph, context = rewrite(gm, inputs, config)
+        found["ops"] = [name for name in targets(graph) if "ternc" in str(name) or "." in str(name)]
+        found["context"] = context
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(module, backend=backend)(*args)
+    torch._dynamo.reset()
+    fast = torch.compile(module, backend="ternc", options={"inner": "eager", "planes": 3})
+    with torch.no_grad():
+        return fast(*args), found["ops"], found["context"]
+
+
+def count(names, op):
+    return sum(op in str(name) for name in names)
+
+
+def relative(actual, expected):
+    return float((actual - expected).float().norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [RMSNorm, ShiftedNorm, nn.LayerNorm, nn.RMSNorm])
+def test_decoder_block_is_four_products(norm, dtype):
+    block = Block(norm).eval().to(dtype)
+    x = torch.randn(2, 5, 64, dtype=dtype)
+    y, names, _ = rewritten(block, x)
+    assert count(names, "linears") == 4 and count(names, "linear.") == 0
+    assert count(names, "norm_quantize") == 2 and count(names, "activate_quantize") == 1
+    unfused = ternc.quantize(block, ternc.Config(planes=3, method="rtn"))
+    with torch.no_grad():
+        assert relative(y, unfused(x)) < (1e-3 if dtype == torch.float32 else 2e-2)
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: (
+        0.5 * x * (1 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
+    ),
+    "relu": lambda x: torch.maximum(x, torch.zeros_like(x)),
+    "relu2": lambda x: torch.relu(x) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_is_known_by_its_values(name):
+    block = Block(activation=ACTIVATIONS[name]).eval()
+    y, names, context = rewritten(block, torch.randn(2, 5, 64))
+    assert count(names, "activate_quantize") == 1
+    assert any(row.pattern.startswith(f"{name} * up") for row in context.rows)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, torch.sigmoid, lambda x: F.leaky_relu(x, 0.2)])
+def test_other_functions_are_left_alone(activation):
+    _, names, _ = rewritten(Block(activation=activation).eval(), torch.randn(2, 5, 64))
+    assert count(names, "activate_quantize") == 1  # the product alone: quantised after it
+    assert count(names, "linears") == 4
+
+
+class PostNorm(nn.Module):
+    """Encoder style: the norm is read by the next product and by the residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return y + F.dropout(self.down(F.gelu(self.up(y))), 0.1, self.training)
+
+
+def test_norm_read_twice_keeps_its_float_output():
+    model = PostNorm().eval()
+    x = torch.randn(3, 64)
+    y, names, context = rewritten(model, x)
+    assert count(names, "norm_quantize") == 1 and count(names, "layer_norm") == 0
+    assert any("residual" in row.pattern for row in context.rows)
+    with torch.no_grad():
+        assert relative(y, ternc.quantize(model, ternc.Config(planes=3, method="rtn"))(x)) < 1e-3
+
+
+class Refusals(nn.Module):
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.gain = nn.Parameter(torch.rand(64))
+
+    def forward(self, x):
+        if self.case == "mean over two dimensions":
+            n = x * torch.rsqrt(x.pow(2).mean((-2, -1), keepdim=True) + 1e-6) * self.gain
+            return self.a(n)
+        if self.case == "cube instead of square":
+            n = x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6) * self.gain
+            return self.a(n)
+        if self.case == "broadcast residual":
+            return self.a(x) + x[:1]
+        if self.case == "product read twice":
+            y = self.a(x)
+            return (y + x) * y
+        if self.case == "different inputs":
+            return self.a(x) + self.b(x + 1)
+        raise AssertionError(self.case)
+
+
+@pytest.mark.parametrize(
+    ("case", "absent"),
+    [
+        ("mean over two dimensions", "norm_quantize"),
+        ("cube instead of square", "norm_quantize"),
+        ("broadcast residual", "linears"),
+        ("product read twice", "linears"),
+    ],
+)
+def test_rules_that_must_not_fire(case, absent):
+    model = Refusals(case).eval()
+    x = torch.randn(2, 3, 64)
+    y, names, _ = rewritten(model, x)
+    assert count(names, absent) == 0
+    with torch.no_grad():
+        assert relative(y, ternc.quantize(model, ternc.Config(planes=3, method="rtn"))(x)) < 1e-3
+
+
+def test_different_inputs_are_not_shared():
+    _, names, context = rewritten(Refusals("different inputs").eval(), torch.randn(2, 64))
+    assert not any("shared" in row.pattern for row in context.rows)
+
+
+def test_gradients_keep_norm_and_activation_in_floating_point():
+    block = Block().eval().requires_grad_(False)
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    fast = torch.compile(block, backend="ternc", options={"inner": "aot_eager", "planes": 3})
+    fast(x).square().sum().backward()
+    actual, x.grad = x.grad, None
+    block(x).square().sum().backward()
+    assert relative(actual, x.grad) < 0.2
+    assert all("norm" not in row.pattern for row in ternc.report(fast).rows)
+
+
+def test_float_activations_share_their_input_only():
+    config = Config(planes=3, activation_bits=None)
+    _, names, _ = rewritten(Block().eval(), torch.randn(2, 5, 64), config=config)
+    assert count(names, "norm_quantize") == 0 and count(names, "activate_quantize") == 0
+    assert count(names, "linears") == 4
+
+
+def test_stale_weight_inside_a_fused_call():
+    block = Block().eval()
+    x = torch.randn(2, 5, 64)
+    fast = torch.compile(block, backend="ternc", options={"inner": "eager", "planes": 3})
+    with torch.no_grad():
+        fast(x)
+        block.k.weight.copy_(torch.randint(-1, 2, (32, 64)))
+        block.w1.weight.fill_(0.0)
+        with pytest.warns(RuntimeWarning, match="op by op"):
+            y = fast(x)
+        assert relative(y, ternc.quantize(block, ternc.Config(planes=3, method="rtn"))(x)) < 1e-3
