@@ -30,15 +30,8 @@ def choose(w: torch.Tensor, config: Config, refine: int = 0) -> Quantized | Refu
     `refine` is the number of rounds of alternating least squares.
     """
     w = w.detach()
-    if w.dim() != 2 or not w.is_floating_point() or not w.numel():
-        return Refusal(f"the weight is {w.dtype} {list(w.shape)}, not a floating-point matrix")
-    if w.shape[1] > MAX_IN_FEATURES:
-        return Refusal(
-            f"in_features={w.shape[1]:,} is over {MAX_IN_FEATURES:,}, the last for which integer "
-            "sums fit 32 bits"
-        )
-    if not is_finite(w):
-        return Refusal(f"{int((~w.isfinite()).sum()):,} elements are not finite")
+    if refusal := refuse(w):
+        return refusal
     if config.planes != "auto":
         return fit(w, config.planes, config, refine)
     budget = config.error_budget
@@ -53,7 +46,30 @@ def choose(w: torch.Tensor, config: Config, refine: int = 0) -> Quantized | Refu
         error = quantized.relative_error(w)
         if error <= budget:
             return quantized
-    return Refusal(f"{_WORDS[planes]} a relative error of {error:.3g} > error_budget {budget:.3g}")
+    return over_budget(planes, "relative error", error, budget)
+
+
+def refuse(w: torch.Tensor) -> Refusal | None:
+    """Why no fit takes w at all, or None where one does."""
+    if w.dim() != 2 or not w.is_floating_point() or not w.numel():
+        return Refusal(f"the weight is {w.dtype} {list(w.shape)}, not a floating-point matrix")
+    if w.shape[1] > MAX_IN_FEATURES:
+        return Refusal(
+            f"in_features={w.shape[1]:,} is over {MAX_IN_FEATURES:,}, the last for which integer "
+            "sums fit 32 bits"
+        )
+    if not is_finite(w):
+        return Refusal(f"{int((~w.isfinite()).sum()):,} elements are not finite")
+    return None
+
+
+def over_budget(planes: int, what: str, error: float, budget: float) -> Refusal:
+    """The refusal of a weight whose best fit, with `planes` planes, has an error over the budget.
+
+    Args:
+        what: the error that is meant, "relative error" or one of outputs.
+    """
+    return Refusal(f"{_WORDS[planes]} a {what} of {error:.3g} > error_budget {budget:.3g}")
 
 
 def fit(w: torch.Tensor, planes: int, config: Config, refine: int) -> Quantized:

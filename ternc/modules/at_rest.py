@@ -4,6 +4,7 @@
     scale           fp16 [N] or [1] with scale_exponent int32 [] (scale = stored * 2**exponent);
                     fp32 [N], [1] or [N, G] without exponent where fp16 would lose bits
     multiplier      uint8 [N, G], only where groups share a scale
+    rotation        int64 [2]: block and seed, only where the weight is rotated
 
 The group size is not stored: the layer that is loaded knows it; the number of groups is checked.
 """
@@ -19,16 +20,17 @@ from ternc.errors import CheckpointError, WeightShapeError
 from ternc.formats import layouts, trits
 from ternc.formats.packed import Packed, to_layout
 from ternc.formats.quantized import Quantized, check_multiplier, group_count
+from ternc.formats.rotation import MAX_BLOCK, Rotation
 from ternc.formats.scales import scale_from_storage, scale_to_storage
 
-NAMES = ("trits", "scale", "scale_exponent", "multiplier")
+NAMES = ("trits", "scale", "scale_exponent", "multiplier", "rotation")
 """Every key of a packed weight, without the prefix of its module."""
 
 _EXPONENTS = range(-256, 129)
 """Exponents that a finite fp32 scale can have; others come from a damaged file."""
 
 
-def to_state(packed: Packed) -> dict[str, torch.Tensor]:
+def to_state(packed: Packed, rotation: Rotation | None = None) -> dict[str, torch.Tensor]:
     """The tensors at rest, on the device of `packed`; they share no memory with it but the scale's.
 
     Raises:
@@ -41,6 +43,8 @@ def to_state(packed: Packed) -> dict[str, torch.Tensor]:
         state["scale_exponent"] = torch.tensor(exponent, dtype=torch.int32)
     if rest.multiplier is not None:
         state["multiplier"] = rest.multiplier
+    if rotation is not None:
+        state["rotation"] = torch.tensor([rotation.block, rotation.seed])
     return state
 
 
@@ -76,6 +80,30 @@ def from_state(
     except WeightShapeError as error:
         raise CheckpointError(f"{prefix}trits: {error}") from error
     return quantized
+
+
+def rotation_from_state(
+    tensors: Mapping[str, torch.Tensor], prefix: str, columns: int
+) -> Rotation | None:
+    """The rotation that `to_state` wrote, checked, or None where there is none.
+
+    Raises:
+        CheckpointError: it is none of rows of `columns`.
+    """
+    stored = tensors.get("rotation")
+    if stored is None:
+        return None
+    if stored.dtype != torch.int64 or stored.shape != (2,):
+        raise CheckpointError(
+            f"{prefix}rotation is {stored.dtype} {list(stored.shape)}; int64 [2] is wanted"
+        )
+    block, seed = stored.tolist()
+    if block < 2 or block > MAX_BLOCK or block & (block - 1) or columns % block:
+        raise CheckpointError(
+            f"{prefix}rotation has block {block}; a power of two up to {MAX_BLOCK} that divides "
+            f"{columns} columns is wanted"
+        )
+    return Rotation(block, seed)
 
 
 def _get(tensors: Mapping[str, torch.Tensor], name: str, prefix: str) -> torch.Tensor:

@@ -138,25 +138,40 @@ class Converted:
 
 
 def convert_linear(
-    module: nn.Module, name: str, config: Config, spelling: Spelling, reason: str | None
+    module: nn.Module,
+    name: str,
+    config: Config,
+    spelling: Spelling,
+    reason: str | None,
+    calibrated: Callable[[str], Decision | None] | None = None,
 ) -> Converted:
-    """A linear module -> TernaryLinear. `reason` keeps it in floating point."""
+    """A linear module -> TernaryLinear. `reason` keeps it in floating point.
+
+    `calibrated` decides by what the layer is given; where it has no answer the weight alone does.
+    """
     reason = reason or why_not(module)
     weight = None if reason else float_weight(module)
     if weight is not None:
-        matrix = weight.t() if spelling.transposed else weight
-        decision = decide(matrix, None, config, refine_rounds(config))
+        decision = calibrated(name) if calibrated is not None else None
+        if decision is None:
+            matrix = weight.t() if spelling.transposed else weight
+            decision = decide(matrix, None, config, refine_rounds(config))
+            if calibrated is not None:
+                unseen = f"{decision.reason}; not called on the calibration data"
+                decision = dataclasses.replace(decision, reason=unseen)
         reason = decision.reason
     if weight is None or decision.quantized is None:
         row = skipped_row(name, spelling.pattern, str(reason), module)
         row.shape = row.shape[::-1] if spelling.transposed else row.shape
+        row.output_error = None if weight is None else decision.output_error
         return Converted(None, [row])
     layer = TernaryLinear.from_quantized(
         decision.quantized,
-        _bias(module),
+        _bias(module) if decision.bias is None else _corrected(_bias(module), decision.bias),
         config=config,
         weight_dtype=weight.dtype,
         transposed=spelling.transposed,
+        rotation=decision.rotation,
     )
     carry_over(module, layer)
     return Converted(layer, [_rewritten_row(name, spelling.pattern, weight, decision, layer)])
@@ -170,6 +185,7 @@ def convert_tied(module: nn.Module, layer: TernaryLinear, spelling: Spelling) ->
         config=layer.config,
         weight_dtype=layer.weight_dtype,
         transposed=spelling.transposed,
+        rotation=layer.rotation,
     )
     carry_over(module, tied)
     return tied
@@ -261,6 +277,7 @@ def _rewritten_row(
         reason=decision.reason,
         bytes_before=weight.nbytes,
         weight_error=decision.error,
+        output_error=decision.output_error,
     )
 
 
@@ -270,6 +287,11 @@ def _bias(module: Any) -> nn.Parameter | None:
     if bias is None or isinstance(bias, nn.Parameter):
         return bias
     return nn.Parameter(bias.detach().clone(), bias.requires_grad)
+
+
+def _corrected(bias: nn.Parameter | None, value: torch.Tensor) -> nn.Parameter:
+    """A Parameter of its own: the bias may be shared, and the float model keeps its."""
+    return nn.Parameter(value, bias is not None and bias.requires_grad)
 
 
 _HOOKS = (

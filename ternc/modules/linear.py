@@ -5,26 +5,23 @@ The resident buffers are the weight: one copy, in the byte order that the device
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ternc.config import Config
 from ternc.decision import decide
 from ternc.errors import CheckpointError, NotTernaryError
-from ternc.formats import layouts
-from ternc.formats.packed import Packed, pack, to_layout
-from ternc.formats.quantized import Quantized, group_count
+from ternc.formats import Refusal, detect_ternary, layouts
+from ternc.formats.packed import Packed, pack
+from ternc.formats.quantized import Quantized
+from ternc.formats.rotation import Rotation
 from ternc.modules import at_rest
+from ternc.modules.relocation import moved, to_device, uncast
 from ternc.policy import refine_rounds
 from ternc.runtime import ops
-
-_MOVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Packed bytes before a move -> (the function that moved them, the result): ties survive `to()`."""
 
 
 class TernaryLinear(nn.Module):
@@ -40,12 +37,16 @@ class TernaryLinear(nn.Module):
         bias: Parameter [N] or None.
         exact: the float weight already held these values.
         transposed: the layer that it replaced held its weight as [in_features, out_features].
+        rotation: the packed weight is W R, and inputs are rotated before they are quantised.
+        signs: int8 [in_features] of the rotation, or None.
         config: how a float weight is quantised when one is loaded into this layer.
     """
 
     packed_weight: torch.Tensor
     scale: torch.Tensor
     multiplier: torch.Tensor | None
+    signs: torch.Tensor | None
+    rotation: Rotation | None
     bias: nn.Parameter | None
     group_size: int
     layout: int
@@ -59,6 +60,7 @@ class TernaryLinear(nn.Module):
         config: Config,
         weight_dtype: torch.dtype = torch.float32,
         transposed: bool = False,
+        rotation: Rotation | None = None,
     ) -> None:
         super().__init__()
         ops.register()
@@ -68,9 +70,10 @@ class TernaryLinear(nn.Module):
         self.weight_dtype = weight_dtype
         self.transposed = transposed
         # Not persistent: `_save_to_state_dict` writes the form at rest instead.
-        for name in ("packed_weight", "scale", "multiplier"):
+        for name in ("packed_weight", "scale", "multiplier", "signs"):
             self.register_buffer(name, None, persistent=False)
         self._hold(packed)
+        self._rotate_inputs(rotation)
         self.register_parameter("bias", bias)
 
     @classmethod
@@ -82,8 +85,9 @@ class TernaryLinear(nn.Module):
         config: Config | None = None,
         weight_dtype: torch.dtype = torch.float32,
         transposed: bool = False,
+        rotation: Rotation | None = None,
     ) -> TernaryLinear:
-        """Packs `quantized` for the device that it is on.
+        """Packs `quantized`, of the rotated weight if there is a `rotation`, for its device.
 
         Raises:
             WeightShapeError: no layout of that device holds its group size.
@@ -95,6 +99,7 @@ class TernaryLinear(nn.Module):
             config=config or Config(),
             weight_dtype=weight_dtype,
             transposed=transposed,
+            rotation=rotation,
         )
 
     @classmethod
@@ -133,6 +138,8 @@ class TernaryLinear(nn.Module):
         return cls(packed, bias, config=config, weight_dtype=weight_dtype, transposed=transposed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rotation is not None:
+            x = torch.ops.ternc.hadamard(x, self.signs, self.rotation.block)
         return torch.ops.ternc.linear(
             x,
             self.packed_weight,
@@ -152,7 +159,7 @@ class TernaryLinear(nn.Module):
         [out_features, in_features] ([in_features, out_features] where `transposed`) in the dtype of
         the weight that was replaced. Writing to it changes nothing.
         """
-        dtype = self.weight_dtype if self.weight_dtype != torch.float64 else torch.float32
+        keep = self.weight_dtype != torch.float64 and self.rotation is None
         weight = torch.ops.ternc.dequantize(
             self.packed_weight,
             self.scale.detach(),
@@ -161,8 +168,11 @@ class TernaryLinear(nn.Module):
             self.in_features,
             self.group_size,
             self.layout,
-            dtype,
-        ).to(self.weight_dtype)
+            self.weight_dtype if keep else torch.float32,
+        )
+        if self.rotation is not None:
+            weight = self.rotation.restore(weight)
+        weight = weight.to(self.weight_dtype)
         return weight.t() if self.transposed else weight
 
     @property
@@ -193,6 +203,7 @@ class TernaryLinear(nn.Module):
         for name in ("packed_weight", "scale", "multiplier"):
             self._place(name, getattr(other, name))
         self.group_size, self.layout, self.exact = other.group_size, other.layout, other.exact
+        self._rotate_inputs(other.rotation)
 
     def scale_requires_grad_(self, requires_grad: bool = True) -> TernaryLinear:
         """Makes `scale` a Parameter, so that it can be trained, or a buffer again."""
@@ -227,6 +238,11 @@ class TernaryLinear(nn.Module):
                 self._place(name, tensor)
         self.group_size, self.layout, self.exact = packed.group_size, packed.layout, packed.exact
 
+    def _rotate_inputs(self, rotation: Rotation | None) -> None:
+        self.rotation, self.signs = rotation, None
+        if rotation is not None:
+            self.signs = rotation.signs(self.in_features, self.packed_weight.device)
+
     def _place(self, name: str, tensor: torch.Tensor | None) -> None:
         if name in self._parameters and tensor is not None:
             tensor = nn.Parameter(tensor.detach(), self.scale.requires_grad)
@@ -242,15 +258,16 @@ class TernaryLinear(nn.Module):
         finally:
             parameters.update(self._parameters)
             self._buffers, self._parameters = buffers, parameters
-        after = _moved(before, fn)
+        after = moved(before, fn)
         if scale is None:
             self.scale = after.scale
         else:
             scale.data = after.scale
             if scale.grad is not None:
-                scale.grad.data = _uncast(scale.grad, fn)
+                scale.grad.data = uncast(scale.grad, fn)
         self.packed_weight, self.multiplier = after.weight, after.multiplier
         self.layout = after.layout
+        self._rotate_inputs(self.rotation)
         probe = fn(torch.empty(0, dtype=self.weight_dtype, device=before.weight.device))
         self.weight_dtype = probe.dtype if probe.is_floating_point() else self.weight_dtype
         return self
@@ -263,7 +280,7 @@ class TernaryLinear(nn.Module):
         self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, tensor in at_rest.to_state(self.packed).items():
+        for name, tensor in at_rest.to_state(self.packed, self.rotation).items():
             # A scale that is trained stays the fp32 Parameter that it is.
             if "scale" not in self._parameters or not name.startswith("scale"):
                 destination[prefix + name] = tensor
@@ -292,11 +309,15 @@ class TernaryLinear(nn.Module):
                 missing_keys.append(prefix + "trits")
             return
         try:
-            self._hold(self._packed_from(own, prefix))
+            packed, rotation = self._packed_from(own, prefix)
+            self._hold(packed)
+            self._rotate_inputs(rotation)
         except CheckpointError as error:
             error_msgs.append(str(error))
 
-    def _packed_from(self, own: Mapping[str, torch.Tensor], prefix: str) -> Packed:
+    def _packed_from(
+        self, own: Mapping[str, torch.Tensor], prefix: str
+    ) -> tuple[Packed, Rotation | None]:
         for name, tensor in own.items():
             if not isinstance(tensor, torch.Tensor):
                 raise CheckpointError(f"{prefix}{name} is a {type(tensor).__name__}, not a tensor")
@@ -305,7 +326,8 @@ class TernaryLinear(nn.Module):
         if "weight" not in own:
             sizes = (self.group_size, self.config.fit_group)
             quantized = at_rest.from_state(own, prefix, shape, sizes)
-            return _to_device(pack(quantized, device.type), device)
+            rotation = at_rest.rotation_from_state(own, prefix, self.in_features)
+            return to_device(pack(quantized, device.type), device), rotation
         if len(own) > 1:
             raise CheckpointError(f"{prefix}weight stands beside {sorted(set(own) - {'weight'})}")
         weight = own["weight"].t() if self.transposed else own["weight"]
@@ -314,23 +336,30 @@ class TernaryLinear(nn.Module):
                 f"{prefix}weight is {own['weight'].dtype} {list(own['weight'].shape)}; this layer "
                 f"holds a float weight of {shape[0]} outputs and {shape[1]} inputs"
             )
-        decision = decide(weight.detach().to(device), None, self.config, refine_rounds(self.config))
+        weight, rotation = weight.detach().to(device), self.rotation
+        if rotation is not None:
+            # What is ternary by value is held exactly, which a rotated weight never is.
+            exact = not isinstance(detect_ternary(weight), Refusal)
+            weight, rotation = (weight, None) if exact else (rotation.rotate(weight), rotation)
+        decision = decide(weight, None, self.config, refine_rounds(self.config))
         if decision.quantized is None:
             raise CheckpointError(
                 f"{prefix}weight cannot be held in this packed layer: {decision.reason}; "
                 "quantise the float model again instead"
             )
-        return pack(decision.quantized, device.type)
+        return pack(decision.quantized, device.type), rotation
 
 
 def describe(layer: TernaryLinear) -> str:
-    """Format for reports: `ternary x3 g128 a8`."""
+    """Format for reports: `ternary x3 g128 a8`, `ternary x1 g128 a8 rotated`."""
     if layer.group_size:
         unit = f"g{layer.group_size}"
     else:
         unit = "row" if layer.scale.shape[0] == layer.out_features else "tensor"
     bits = layer.activation_bits
-    return f"ternary x{layer.planes} {unit} " + (f"a{bits}" if bits else "float activations")
+    rotated = " rotated" if layer.rotation is not None else ""
+    activations = f"a{bits}" if bits else "float activations"
+    return f"ternary x{layer.planes} {unit} {activations}{rotated}"
 
 
 def _same_place(old: torch.Tensor | None, new: torch.Tensor) -> bool:
@@ -338,54 +367,4 @@ def _same_place(old: torch.Tensor | None, new: torch.Tensor) -> bool:
         new.shape,
         new.dtype,
         new.device,
-    )
-
-
-def _moved(packed: Packed, fn: Callable[[torch.Tensor], torch.Tensor]) -> Packed:
-    """`fn` applied as a change of device or memory, never as a cast; once for shared buffers."""
-    known = _MOVED.get(packed.weight)
-    if known is not None and known[0] is fn:
-        return known[1]
-    weight = _uncast(packed.weight, fn)
-    device = weight.device
-    after = dataclasses.replace(
-        packed,
-        weight=weight,
-        scale=_uncast(packed.scale, fn),
-        multiplier=None if packed.multiplier is None else _uncast(packed.multiplier, fn),
-    )
-    if device.type != packed.weight.device.type and device.type != "meta":
-        number = layouts.resident_layout(packed.planes, device.type)
-        if packed.weight.is_meta:
-            after = _uninitialised(after, number, device)
-        else:
-            after = to_layout(after, number)
-    if after.weight is not packed.weight:
-        _MOVED[packed.weight] = (fn, after)
-    return after
-
-
-def _uncast(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    result = fn(tensor)
-    return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-
-def _uninitialised(packed: Packed, number: int, device: torch.device) -> Packed:
-    """Memory for a weight that was on the meta device, as `to_empty` wants it."""
-    layout = layouts.get(number)
-    rows, columns = packed.shape
-    weight = torch.empty(layout.weight_shape(rows, columns), dtype=torch.uint8, device=device)
-    multiplier = None
-    if packed.multiplier is not None:
-        groups = group_count(columns, packed.group_size)
-        multiplier = weight.new_empty(layout.multiplier_shape(rows, groups))
-    return dataclasses.replace(packed, weight=weight, multiplier=multiplier, layout=number)
-
-
-def _to_device(packed: Packed, device: torch.device) -> Packed:
-    return dataclasses.replace(
-        packed,
-        weight=packed.weight.to(device),
-        scale=packed.scale.to(device),
-        multiplier=None if packed.multiplier is None else packed.multiplier.to(device),
     )
