@@ -71,8 +71,7 @@ TERNC_INLINE void retire_f32(const f32 (&acc)[FN][PN][T][SETS], const SpanF32& s
 }
 
 template <int PLANES, int T, int F0>
-TERNC_NOINLINE void tile_f32(const SpanF32& span, int part,
-                             float (&totals)[TOKENS][MAX_BLOCK_ROWS]) {
+TERNC_TILE void tile_f32(const SpanF32& span, int part, float (&totals)[TOKENS][MAX_BLOCK_ROWS]) {
   constexpr int FN = tile_fields(PLANES, T), PN = tile_parts(T), SETS = column_sets(PLANES, T);
   const int64_t stride = span.args->stride;
   f32 acc[FN][PN][T][SETS];

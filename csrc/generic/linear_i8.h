@@ -91,7 +91,7 @@ TERNC_INLINE void load_q(bytes (&q)[T], const int8_t* at, int64_t stride) {
 
 // One span x fields [F0, F0 + FN) x parts [part, part + PN) x T tokens.
 template <int PLANES, int T, int F0>
-TERNC_NOINLINE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
+TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
   constexpr int FN = tile_fields(PLANES, T), PN = tile_parts(T), SETS = tile_sets(PLANES, T);
   const int64_t stride = span.args->tokens.stride;
   const uint8_t* step = span.steps;
