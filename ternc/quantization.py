@@ -38,6 +38,7 @@ from ternc.policy import excluded, marked_int8, refuse_unsupported
 from ternc.progress import track
 from ternc.reporting import Row
 from ternc.runtime import ops
+from ternc.train.linear import QATLinear
 
 
 def quantize(
@@ -80,7 +81,7 @@ def quantize(
     # Tensors made in inference mode could never be differentiated through.
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
-            model = _copy(model)
+            model = copy_model(model)
         model, rows = _convert(model, config, progress)
         switch_off_fast_paths(model)
     model._ternc_rows = rows  # type: ignore[assignment]
@@ -91,7 +92,7 @@ def quantize(
 
 
 @dataclasses.dataclass
-class _Site:
+class ModuleSite:
     """A module that may be replaced, and every place it is found at."""
 
     module: nn.Module
@@ -105,7 +106,7 @@ class _Site:
         return self.paths[0]
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except RuntimeError as error:
@@ -120,8 +121,8 @@ def _convert(
 ) -> tuple[nn.Module, list[Row]]:
     """Replaces modules in place; returns the root, which may be a new one, and the rows."""
     earlier = {row.name: row for row in getattr(model, "_ternc_rows", ())}
-    sites = _survey(model, config)
-    ties = _Ties(model, sites, config)
+    sites = survey(model, config)
+    ties = Ties(model, sites, config)
     # A queue: nothing here may keep a float weight alive once its layer is packed.
     queue, total = deque(sites), len(sites)
     del sites
@@ -139,7 +140,7 @@ def _convert(
     return model, rows
 
 
-def _survey(model: nn.Module, config: Config) -> list[_Site]:
+def survey(model: nn.Module, config: Config) -> list[ModuleSite]:
     """Every module that deserves a row, in the order of the model."""
     inside = {
         id(part)
@@ -148,13 +149,13 @@ def _survey(model: nn.Module, config: Config) -> list[_Site]:
         for part in module.modules()
         if part is not module
     }
-    sites: dict[int, _Site] = {}
+    sites: dict[int, ModuleSite] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if id(module) not in sites and id(module) not in inside:
             spelling = spelling_of(module)
             found = spelling or is_attention(module) or isinstance(module, TernaryLinear)
             if found or (marked_int8(path, config) and _has_matrix(module)):
-                sites[id(module)] = _Site(module, spelling)
+                sites[id(module)] = ModuleSite(module, spelling)
         if id(module) in sites:
             sites[id(module)].paths.append(path)
     for parent in model.modules():
@@ -170,12 +171,12 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _convert_site(
-    site: _Site, config: Config, ties: _Ties, earlier: Mapping[str, Row]
+    site: ModuleSite, config: Config, ties: Ties, earlier: Mapping[str, Row]
 ) -> Converted:
     module, name = site.module, site.name
     if isinstance(module, TernaryLinear):
         return Converted(None, [earlier.get(name) or packed_row(name, module)])
-    reason = excluded(name, config) or ties.why_not(name)
+    reason = _excluded(module, name, config) or ties.why_not(name)
     if is_attention(module):
         return convert_attention(module, name, config, reason)
     if site.spelling is None:
@@ -188,6 +189,11 @@ def _convert_site(
     converted = convert_linear(module, name, config, site.spelling, reason)
     ties.remember(name, converted)
     return converted
+
+
+def _excluded(module: nn.Module, name: str, config: Config) -> str | None:
+    """A layer that was trained as a ternary one is packed whatever it is called."""
+    return None if isinstance(module, QATLinear) else excluded(name, config)
 
 
 def _alias_rows(rows: Sequence[Row], name: str, alias: str) -> list[Row]:
@@ -203,10 +209,10 @@ def _alias_rows(rows: Sequence[Row], name: str, alias: str) -> list[Row]:
     ]
 
 
-class _Ties:
+class Ties:
     """Which linears share their weight, with whom, and the packed layer of each such weight."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[_Site], config: Config) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[ModuleSite], config: Config) -> None:
         owners: dict[Any, dict[str, str]] = defaultdict(dict)  # weight -> module -> its name there
         for path, module in model.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -252,13 +258,13 @@ def _sources(module: Any) -> list[torch.Tensor]:
     ]
 
 
-def _within(path: str, site: _Site) -> bool:
+def _within(path: str, site: ModuleSite) -> bool:
     """`path` is the module of the site, or a part of it."""
     return any(path == own or path.startswith(f"{own}." if own else "") for own in site.paths)
 
 
 def _why_not_together(
-    members: Sequence[_Site | None], names: Sequence[str], config: Config
+    members: Sequence[ModuleSite | None], names: Sequence[str], config: Config
 ) -> str | None:
     """One weight is packed where every module that has it is a plain linear of one spelling.
 
@@ -270,7 +276,7 @@ def _why_not_together(
             and member.spelling is not None
             and member.spelling is members[0].spelling  # type: ignore[union-attr]
             and not parametrize.is_parametrized(member.module)
-            and not excluded(member.name, config)
+            and not _excluded(member.module, member.name, config)
             and not why_not(member.module)
         ):
             return f"its weight is shared with {name!r}; only plain linears can share a packed one"
