@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ternc.modules.linear import TernaryLinear
     from ternc.quantization import quantize
     from ternc.reporting import Report
+    from ternc.train.site import sites
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOME = {
     "repack": "ternc.inspection",
     "report": "ternc.inspection",
     "save": "ternc.checkpoint",
+    "sites": "ternc.train.site",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "repack",
     "report",
     "save",
+    "sites",
 ]
 
 # A source checkout keeps passes/, runtime/ and csrc/ beside ternc/, an installed package inside.

@@ -28,6 +28,7 @@ from ternc.policy import excluded, refine_rounds
 from ternc.reporting import Row
 from ternc.runtime.ops.definition import FLOAT_TYPES
 from ternc.site import Decision
+from ternc.train.linear import QATLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,13 @@ def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear) and not getattr(module, "transposed", False)
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
     """Known by its attributes, then by what it computes: x W + b with W [in_features, nf]."""
+    if isinstance(module, QATLinear):
+        return module.transposed
     weight, width = module._parameters.get("weight"), vars(module).get("nf")
     if isinstance(module, nn.Linear) or weight is None or nn.parameter.is_lazy(weight):
         return False
@@ -97,6 +100,9 @@ def float_weight(module: Any) -> torch.Tensor:
             part.training = training
 
 
+_KNOWN_FORWARDS = (nn.Linear.forward, QATLinear.forward)
+
+
 def why_not(module: Any) -> str | None:
     """Why this linear (or attention) module cannot be replaced, or None where it can."""
     cls = type(module)
@@ -107,7 +113,7 @@ def why_not(module: Any) -> str | None:
             return f"subclass {cls.__name__} overrides forward; compile it with backend='ternc'"
         weights = [module.in_proj_weight, module.q_proj_weight, module.out_proj.weight]
         return next((reason for weight in weights if (reason := _why_not_weight(weight))), None)
-    if isinstance(module, nn.Linear) and cls.forward is not nn.Linear.forward:
+    if isinstance(module, nn.Linear) and cls.forward not in _KNOWN_FORWARDS:
         return f"subclass {cls.__name__} overrides forward; compile it with backend='ternc'"
     if "weight" in vars(module):
         return "its weight is recomputed by a hook; use torch.nn.utils.parametrize instead"
@@ -152,7 +158,10 @@ def convert_linear(
     reason = reason or why_not(module)
     weight = None if reason else float_weight(module)
     if weight is not None:
-        decision = calibrated(name) if calibrated is not None else None
+        if isinstance(module, QATLinear):
+            config, decision = module.config, module.decision(name)
+        else:
+            decision = calibrated(name) if calibrated is not None else None
         if decision is None:
             matrix = weight.t() if spelling.transposed else weight
             decision = decide(matrix, None, config, refine_rounds(config))
@@ -219,12 +228,12 @@ def convert_attention(
 
 
 def switch_off_fast_paths(model: nn.Module) -> None:
-    """Makes torch's transformer encoders call their layers where one of them is packed.
+    """Makes torch's transformer encoders call their layers where one is packed or trained.
 
     Their fused inference path and their nested-tensor path read weights and call no module.
     """
     for module in model.modules():
-        if not any(isinstance(part, TernaryLinear) for part in module.modules()):
+        if not any(isinstance(part, (TernaryLinear, QATLinear)) for part in module.modules()):
             continue
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # "neither": torch then takes the plain path
@@ -283,7 +292,7 @@ def _rewritten_row(
 
 def _bias(module: Any) -> nn.Parameter | None:
     """The Parameter itself, so that it stays tied; a computed bias becomes one."""
-    bias = module.bias
+    bias = module.packed_bias() if isinstance(module, QATLinear) else module.bias
     if bias is None or isinstance(bias, nn.Parameter):
         return bias
     return nn.Parameter(bias.detach().clone(), bias.requires_grad)

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     )
     from ternc.train.distill import Distiller
     from ternc.train.linear import QATLinear
-    from ternc.train.prepare import finish, prepare, set_schedule, training_report
+    from ternc.train.preparation import finish, prepare, set_schedule, training_report
     from ternc.train.presets import PRESETS, preset
     from ternc.train.schedule import Schedule, Stage
-    from ternc.train.sites import Site, final_quantizers, sites
+    from ternc.train.site import Site, final_quantizers, sites
     from ternc.train.subln import insert_subln
     from ternc.train.trainer import Trainer
 
@@ -37,19 +37,19 @@ _HOME = {
     "QATLinear": "ternc.train.linear",
     "Regularization": "ternc.train.config",
     "Schedule": "ternc.train.schedule",
-    "Site": "ternc.train.sites",
+    "Site": "ternc.train.site",
     "Stage": "ternc.train.schedule",
     "TrainConfig": "ternc.train.config",
     "Trainer": "ternc.train.trainer",
     "TrainingCallback": "ternc.train.callbacks",
-    "final_quantizers": "ternc.train.sites",
-    "finish": "ternc.train.prepare",
+    "final_quantizers": "ternc.train.site",
+    "finish": "ternc.train.preparation",
     "insert_subln": "ternc.train.subln",
-    "prepare": "ternc.train.prepare",
+    "prepare": "ternc.train.preparation",
     "preset": "ternc.train.presets",
-    "set_schedule": "ternc.train.prepare",
-    "sites": "ternc.train.sites",
-    "training_report": "ternc.train.prepare",
+    "set_schedule": "ternc.train.preparation",
+    "sites": "ternc.train.site",
+    "training_report": "ternc.train.preparation",
 }
 
 __all__ = [
@@ -79,7 +79,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # `prepare` and `sites` are functions and files: never hold the file under the function's name.
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value

@@ -1,4 +1,4 @@
-"""`TrainConfig`: how a model is trained towards ternary weights. Small frozen parts that compose."""
+"""`TrainConfig`: how a model is trained towards ternary weights, in small frozen parts."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class TrainConfig:
         ConfigError: values that do not go together; the message names them.
     """
 
-    weights: Config = Config(planes=1)
+    weights: Config = dataclasses.field(default_factory=lambda: Config(planes=1))
     """What each weight is at the end: planes, groups, activation bits, names left out."""
     scale: Literal["fit", "absmean"] = "fit"
     """Scales of least squares, or the mean magnitude of BitNet b1.58 (one plane)."""
@@ -165,7 +165,7 @@ class TrainConfig:
     distillation: Distillation | None = None
     regularization: Regularization | None = None
     momentum: Momentum | None = None
-    optimization: Optimization = Optimization()
+    optimization: Optimization = dataclasses.field(default_factory=Optimization)
     accumulate: int = 1
     """Batches of the loader in one optimiser step."""
     autocast: Literal["bfloat16"] | None = None

@@ -167,7 +167,7 @@ class QATLinear(nn.Linear):
                 )
         quantized = self.quantized()
         error = quantized.relative_error(self.matrix())
-        return Decision(quantized, "as trained", error)
+        return Decision(quantized, "as trained", error, rotation=self.settings.rotation)
 
     def packed_bias(self) -> nn.Parameter | None:
         """The bias with shift and dead zone folded in; the Parameter itself where there is none."""

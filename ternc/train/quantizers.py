@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import torch
 
-from ternc.config import CODE_MAX, MAX_MULTIPLIED_CODE
+from ternc.config import CODE_MAX, MAX_MULTIPLIED_CODE, Config
 from ternc.formats.fit import fit as fit_quantized
-from ternc.config import Config
 from ternc.formats.quantized import Quantized, expand_groups, group_count
 from ternc.formats.scales import round_to_storage
 from ternc.train.schedule import FLOAT, TERNARY

@@ -166,9 +166,7 @@ def parse_stages(stages: Any, stage_epochs: Sequence[float] | None = None) -> tu
             raise ConfigError(
                 f"stage_epochs has {len(stage_epochs)} entries for {len(stages)} stages"
             )
-        return tuple(
-            Stage(_bits(b), float(n)) for b, n in zip(stages, stage_epochs, strict=True)
-        )
+        return tuple(Stage(_bits(b), float(n)) for b, n in zip(stages, stage_epochs, strict=True))
     parsed: list[Stage] = []
     for stage in stages:
         if isinstance(stage, Stage):
