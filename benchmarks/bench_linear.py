@@ -20,7 +20,7 @@ import common  # noqa: E402
 from reference import linear_arguments, random_quantized  # noqa: E402
 
 from ternc.formats import pack  # noqa: E402
-from ternc.runtime import ops  # noqa: E402
+from ternc.runtime import cpu, ops  # noqa: E402
 from ternc.runtime.ops import linear  # noqa: E402
 
 CHECKED_TOKENS = 4
@@ -117,6 +117,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     ops.register()
+    if cpu.isa() is None:
+        sys.exit("the C++ library is not loaded: there is nothing to measure")
     stream = common.Stream(options.threads)
     table = []
     with torch.inference_mode():
