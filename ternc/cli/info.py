@@ -67,7 +67,10 @@ def describe(info: dict[str, Any]) -> str:
         ("ternc", info["ternc"]),
         ("torch", info["torch"]),
         ("Python", f"{info['python']} on {info['machine']}, {info['threads']} threads"),
-        ("C++ library", library["why_not"] or f"{library['state']}: {library['path']}"),
+        (
+            "C++ library",
+            _first_line(library["why_not"]) or f"{library['state']}: {library['path']}",
+        ),
         ("instruction set", info["isa"] or "none: the eager reference runs"),
         ("GPU", gpu["why_not"] or f"{gpu['device']}, Triton {gpu['triton']}"),
     ]
@@ -82,6 +85,11 @@ def describe(info: dict[str, Any]) -> str:
     headers = ("layout", "name", "planes", "kernel on the CPU", "kernel on a GPU")
     parts.append(tabulate.tabulate(layouts, headers, tablefmt="simple", colalign=("left",) * 5))
     return "\n\n".join(parts)
+
+
+def _first_line(text: str | None) -> str | None:
+    """A compiler's output is long; --json has it whole."""
+    return text.splitlines()[0] if text else None
 
 
 def _library_state(path: object, homes: list[str]) -> str:
@@ -116,7 +124,7 @@ def _layouts(status: dict[str, Any]) -> list[dict[str, Any]]:
             "number": number,
             "name": layout.name,
             "planes": layout.planes,
-            "cpu": _kernel(layout, "cpu", status["isa"], f"no C++ library: {status['reason']}"),
+            "cpu": _kernel(layout, "cpu", status["isa"], "no C++ library"),
             "cuda": _kernel(layout, "cuda", None if missing else "Triton", missing),
         }
         for number, layout in sorted(layouts.ALL.items())
