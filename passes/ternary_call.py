@@ -1,4 +1,6 @@
-"""`TernaryCall`: one view of `ternc::linear` and `ternc::linears` nodes, for the rules that fuse them."""
+"""`TernaryCall`: one view of `ternc::linear` and `ternc::linears` nodes, for the rules that fuse
+them.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,9 @@ class WeightSite:
     """
 
     def empty_packed(self, like: torch.Tensor) -> Packed:
-        """Tensors of the packed form without values, in the fake mode and on the device of `like`."""
+        """Tensors of the packed form without values, in the fake mode and on the device of
+        `like`.
+        """
         rows, columns = self.row.shape
         variant = self.variant
         layout = layouts.get(variant.layout)

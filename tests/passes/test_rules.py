@@ -203,7 +203,7 @@ def test_rules_that_must_not_fire(case, absent):
 
 
 def test_different_inputs_are_not_shared():
-    _, names, context = rewritten(Refusals("different inputs").eval(), torch.randn(2, 64))
+    _, _, context = rewritten(Refusals("different inputs").eval(), torch.randn(2, 64))
     assert not any("shared" in row.pattern for row in context.rows)
 
 
