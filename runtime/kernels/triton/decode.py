@@ -215,3 +215,16 @@ def load_chunk(
     # Tile j becomes columns 64 j .. 64 j + 63; in the operand's layout nothing moves.
     fields = tl.join(tl.join(f0, f2), tl.join(f1, f3))
     return tl.reshape(tl.permute(fields, (0, 2, 3, 1)), [b0.shape[0], 256])
+
+
+@triton.jit
+def prefetch_lines(pointers):
+    """Ask for the 128-byte lines that hold the bytes pointed at; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

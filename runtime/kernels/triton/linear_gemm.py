@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.formats.p256 import CHUNK
 from ternc.runtime.kernels.triton import launch, quantize_act
-from ternc.runtime.kernels.triton.decode import NO_GROUPS, SHIFTS, load_chunk
+from ternc.runtime.kernels.triton.decode import NO_GROUPS, SHIFTS, load_chunk, prefetch_lines
 from ternc.runtime.kernels.triton.weight import Weight
 
 TOKEN_TILES_TOGETHER: tl.constexpr = tl.constexpr(16)
@@ -39,30 +39,45 @@ class GemmConfig:
     """Bound a thread, so that two programs share a multiprocessor."""
     step: int = 1
     """Chunks of K an iteration: 2 halve the waits and barriers, for twice the registers."""
+    prefetch: int = 0
+    """Lines of 128 bytes of every weight row asked into L2 before x is quantised."""
+    resident: int = 0
+    """0: every tile is split. Else programs a multiprocessor: only the tiles of the last wave,
+    which would not fill the processors, are split."""
+
+    def unsplit(self, tiles: int, processors: int) -> int:
+        """How many of the tiles are computed by one program each."""
+        if self.split == 1:
+            return tiles
+        wave = self.resident * processors
+        return tiles // wave * wave if wave else 0
 
 
 SPACE = tuple(
-    GemmConfig(rows, tokens, split, warps, stages, None, step)
+    GemmConfig(rows, tokens, split, warps, stages, None, step, prefetch)
     for rows, tokens, warps, stages, steps, splits in (
         (32, 8, 2, 4, (1, 2), (1, 2, 4, 8)),
-        (64, 8, 4, 3, (2,), (1, 4)),
+        (64, 8, 4, 3, (2,), (1, 2, 4)),
         (64, 16, 4, 4, (1, 2), (1, 2, 4, 8)),
         (64, 32, 4, 4, (1,), (1, 2, 4, 8)),
         (64, 32, 4, 3, (2,), (1, 2, 4, 8)),
         (64, 64, 4, 4, (1,), (1, 2, 4)),
         (64, 64, 4, 3, (1, 2), (1, 2, 4)),
         (128, 32, 8, 3, (1, 2), (1, 2, 4)),
-        (128, 64, 4, 3, (1,), (1, 2, 4)),
         (128, 64, 8, 3, (1, 2), (1, 2)),
         (64, 128, 4, 3, (1,), (1, 2, 4)),
     )
     for step in steps
     for split in splits
-) + tuple(GemmConfig(128, 128, split, 8, stages, 128) for split in (1, 2) for stages in (3, 4))
+    for prefetch in (0, 2, 4)
+) + tuple(
+    GemmConfig(128, 128, split, 8, 3, 128, 1, 0, resident)
+    for split, resident in ((1, 0), (2, 0), (2, 2), (4, 2), (8, 2))
+)
 """What tuning tries."""
 
 
-@triton.jit(do_not_specialize=["M", "chunks", "groups", "group_size"])
+@triton.jit(do_not_specialize=["M", "unsplit", "chunks", "groups", "group_size"])
 def gemm(
     q_ptr,
     sx_ptr,
@@ -75,6 +90,7 @@ def gemm(
     count_ptr,
     M,
     N,
+    unsplit,
     chunks,
     groups,
     group_size,
@@ -87,6 +103,7 @@ def gemm(
     BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr,
     STEP: tl.constexpr,
+    PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -95,8 +112,14 @@ def gemm(
     SHIFT: tl.constexpr = SHIFTS[PLANES]
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    tile = tl.program_id(0) // SPLIT
-    part = tl.program_id(0) % SPLIT
+    tile = tl.program_id(0)
+    first_step, last_step = 0, tl.cdiv(chunks, STEP)
+    if SPLIT > 1:  # noqa: SIM102
+        if tile >= unsplit:
+            part = (tile - unsplit) % SPLIT
+            tile = unsplit + (tile - unsplit) // SPLIT
+            first_step = last_step * part // SPLIT
+            last_step = last_step * (part + 1) // SPLIT
     band = tile // (TOKEN_TILES_TOGETHER * tiles_n)
     in_band = tile % (TOKEN_TILES_TOGETHER * tiles_n)
     first_m = band * TOKEN_TILES_TOGETHER
@@ -116,9 +139,13 @@ def gemm(
     q_tile = q_ptr + (token.to(tl.int64) * (steps * (STEP * 256)))[None, :] + k[:, None]
 
     if DEPENDENT:
+        if PREFETCH > 0:
+            # The memory is idle while the kernel ahead quantises; L2 stays coherent.
+            line = first_step * (STEP * CHUNK_BYTES) + tl.arange(0, PREFETCH)[None, :] * 128
+            prefetch_lines(weight_row + tl.minimum(line, chunks * CHUNK_BYTES - 64))
         gdc_wait()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-    for i in range(steps * part // SPLIT, steps * (part + 1) // SPLIT):
+    for i in range(first_step, last_step):
         q = tl.load(q_tile + i * (STEP * 256))
         w = load_chunk(
             weight_row, multiplier_row, i * STEP, groups, group_size, PLANES, GROUPS,
@@ -136,27 +163,24 @@ def gemm(
         gdc_launch_dependents()
 
     stored = (n[:, None] < N) & (m[None, :] < M)
-    if SPLIT > 1:
-        place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tile_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
-        tl.store(tile_ptr + part * (BLOCK_N * BLOCK_M) + place, total)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel")
-        stored = stored & (arrived == SPLIT - 1)
-        if arrived == SPLIT - 1:
-            total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-            for other in range(SPLIT):
-                partial = tile_ptr + other * (BLOCK_N * BLOCK_M) + place
-                total += tl.load(partial, cache_modifier=".cg")
-            finish(
-                total, sx_ptr, scale_ptr, bias_ptr, y_ptr, n, m, row, token, N, stored, SHIFT,
-                GROUPS, ROW_SCALES, BIAS,
-            )  # fmt: skip
-    else:
-        finish(
-            total, sx_ptr, scale_ptr, bias_ptr, y_ptr, n, m, row, token, N, stored, SHIFT,
-            GROUPS, ROW_SCALES, BIAS,
-        )  # fmt: skip
+    if SPLIT > 1:  # noqa: SIM102
+        if tl.program_id(0) >= unsplit:
+            part = (tl.program_id(0) - unsplit) % SPLIT
+            place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+            parts = partial_ptr + (tile - unsplit).to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
+            tl.store(parts + part * (BLOCK_N * BLOCK_M) + place, total)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(count_ptr + tile - unsplit, 1, sem="acq_rel")
+            stored = stored & (arrived == SPLIT - 1)
+            if arrived == SPLIT - 1:
+                total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+                for other in range(SPLIT):
+                    partial = parts + other * (BLOCK_N * BLOCK_M) + place
+                    total += tl.load(partial, cache_modifier=".cg")
+    finish(
+        total, sx_ptr, scale_ptr, bias_ptr, y_ptr, n, m, row, token, N, stored, SHIFT, GROUPS,
+        ROW_SCALES, BIAS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -203,13 +227,14 @@ def linear_gemm(
     sx = torch.empty((tokens,), dtype=torch.float32, device=device)
     y = torch.empty((tokens, weight.rows), dtype=x.dtype, device=device)
     partial = counts = None
-    if config.split > 1:
-        shape = (tiles, config.split, config.rows, config.tokens)
+    unsplit = config.unsplit(tiles, launch.processors(device.index or 0))
+    if unsplit < tiles:
+        shape = (tiles - unsplit, config.split, config.rows, config.tokens)
         partial = torch.empty(shape, dtype=torch.int32, device=device)
-        counts = torch.empty((tiles,), dtype=torch.int32, device=device)
+        counts = torch.empty((tiles - unsplit,), dtype=torch.int32, device=device)
     quantize_act.launch_rows(x, q, sx, activation_bits, counts)
     dependent = launch.dependent_launch(device)
-    gemm[(tiles * config.split,)](
+    gemm[(unsplit + (tiles - unsplit) * config.split,)](
         q,
         sx,
         weight.bytes,
@@ -221,6 +246,7 @@ def linear_gemm(
         sx if counts is None else counts,
         tokens,
         weight.rows,
+        unsplit,
         weight.chunks,
         weight.groups,
         weight.group_size,
@@ -231,8 +257,9 @@ def linear_gemm(
         BIAS=bias is not None,
         BLOCK_N=config.rows,
         BLOCK_M=config.tokens,
-        SPLIT=config.split,
+        SPLIT=config.split if unsplit < tiles else 1,
         STEP=config.step,
+        PREFETCH=config.prefetch if launch.INLINE_ASM else 0,
         DEPENDENT=dependent,
         ASM=launch.INLINE_ASM,
         num_warps=config.warps,

@@ -14,8 +14,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.runtime.kernels.triton import launch
-from ternc.runtime.kernels.triton.decode import ANY_GROUPS, HALVES, NO_GROUPS, SHIFTS
-from ternc.runtime.kernels.triton.quantize_act import magnitude_bits, round_to_byte, row_scale
+from ternc.runtime.kernels.triton.decode import (
+    ANY_GROUPS,
+    HALVES,
+    NO_GROUPS,
+    SHIFTS,
+    prefetch_lines,
+)
+from ternc.runtime.kernels.triton.quantize_act import ROUND_TO_EVEN, magnitude_bits, row_scale
 from ternc.runtime.kernels.triton.weight import Weight
 
 MAX_CHUNKS = 128
@@ -31,30 +37,35 @@ class GemvConfig:
     warps: int
     resident: int = 0
     """Programs a multiprocessor that walk over all rows; 0: a program for every `rows` rows."""
+    together: int = 0
+    """Programs that share a multiprocessor's 65,536 registers; 0: whatever the compiler uses."""
+
+    prefetch: int = 0
+    """Blocks of rows beyond the next one that are asked into L2, where `resident`."""
 
     @property
     def registers(self) -> int | None:
-        """Bound a thread, so that `resident` programs fit a multiprocessor's 65,536 registers."""
-        if not self.resident:
-            return None
-        return min(255, 65_536 // (32 * self.warps * self.resident) // 8 * 8)
+        """Bound a thread."""
+        programs = self.resident or self.together
+        return min(255, 65_536 // (32 * self.warps * programs) // 8 * 8) if programs else None
 
 
 SPACE = tuple(
-    GemvConfig(rows, warps, resident)
-    for rows, warps, residents in (
-        (4, 2, (0, 8)),
-        (4, 4, (0, 4)),
-        (8, 2, (0, 8)),
-        (8, 4, (0, 4)),
-        (8, 8, (0, 2)),
-        (16, 2, (0,)),
-        (16, 4, (0, 4)),
-        (16, 8, (0, 2)),
-        (32, 4, (0,)),
-        (32, 8, (0,)),
+    GemvConfig(rows, warps, *programs)
+    for rows, warps, choices in (
+        (4, 4, ((0,), (4,), (4, 0, 1), (4, 0, 3))),
+        (4, 8, ((0, 3), (2, 0, 1), (2, 0, 3), (3, 0, 2))),
+        (8, 2, ((0,), (8,))),
+        (8, 4, ((0,), (4,), (4, 0, 1), (4, 0, 2))),
+        (8, 8, ((0, 2), (2,), (2, 0, 1), (2, 0, 2))),
+        (16, 2, ((0,),)),
+        (16, 4, ((0,), (0, 4), (4,), (4, 0, 1))),
+        (16, 8, ((0,), (0, 2), (2,), (2, 0, 1))),
+        (16, 16, ((0, 1), (1,), (1, 0, 1))),
+        (32, 4, ((0,), (0, 2))),
+        (32, 8, ((0,), (0, 2))),
     )
-    for resident in residents
+    for programs in choices
 )
 """What tuning tries."""
 
@@ -76,6 +87,18 @@ def load_words(weight_ptr, row, CHUNKS: tl.constexpr, WORDS: tl.constexpr, PLANE
         place = word // 16 * CHUNK_WORDS + word % 8
         low = tl.load(start + 32 + place, mask=held, other=0, eviction_policy="evict_first")
     return b0, b1, low
+
+
+@triton.jit
+def prefetch_block(
+    weight_ptr, block, N, CHUNKS: tl.constexpr, LINES: tl.constexpr, PLANES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Ask for the rows of a block; L2 stays coherent, so this needs no order."""
+    ROW_WORDS: tl.constexpr = CHUNKS * (16 * PLANES if PLANES < 3 else 40)
+    row = tl.minimum(block * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    line = tl.minimum(tl.arange(0, LINES) * 32, ROW_WORDS - 1)
+    prefetch_lines(weight_ptr + row.to(tl.int64)[:, None] * ROW_WORDS + line[None, :])
 
 
 @triton.jit
@@ -148,10 +171,26 @@ def load_field(x_ptr, K, FIELD: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
-def pack_words(x, inverse):
+def pack_words(x, inverse, ASM: tl.constexpr):
     """x fp32 [WORDS, 4] -> its int8 q as words [1, WORDS]."""
-    q = round_to_byte(x, inverse, -127, 127) & 255
-    return tl.sum(q << (8 * tl.arange(0, 4))[None, :], axis=1)[None, :]
+    # A non-finite x leaves any byte here: the row's scale is NaN.
+    bits = (x * inverse + ROUND_TO_EVEN).to(tl.int32, bitcast=True)
+    even, odd = tl.split(tl.reshape(bits, [x.shape[0], 2, 2]))
+    b0, b2 = tl.split(even)
+    b1, b3 = tl.split(odd)
+    if ASM:
+        words = tl.inline_asm_elementwise(
+            "{ .reg .b32 low, high; prmt.b32 low, $1, $2, 0x0040; "
+            "prmt.b32 high, $3, $4, 0x0040; prmt.b32 $0, low, high, 0x5410; }",
+            "=r,r,r,r,r",
+            [b0, b1, b2, b3],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        words = (b0 & 255) | ((b1 & 255) << 8) | ((b2 & 255) << 16) | (b3 << 24)
+    return words[None, :]
 
 
 @triton.jit
@@ -225,18 +264,23 @@ def gemv(
     WORDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PERSISTENT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    LINES: tl.constexpr,
     STABLE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """A program takes blocks of BLOCK_N rows; the next one is loaded before this one is used."""
     block = tl.program_id(0)
+    step = tl.num_programs(0) if PERSISTENT else 1
     if DEPENDENT and not STABLE:
         gdc_wait()
     words, halves = load_block(
         weight_ptr, multiplier_ptr, block, N, groups, CHUNKS, WORDS, PLANES, GROUPS,
         HALVES_A_GROUP, BLOCK_N,
     )  # fmt: skip
+    for ahead in tl.static_range(1, PREFETCH + 1):
+        prefetch_block(weight_ptr, block + ahead * step, N, CHUNKS, LINES, PLANES, BLOCK_N)
     if DEPENDENT:
         if STABLE:
             gdc_wait()
@@ -253,14 +297,13 @@ def gemv(
     largest = tl.max(tl.max(largest, axis=1), axis=0)
     inverse, sx = row_scale(largest.to(tl.float32, bitcast=True), 127.0)
     q = (
-        pack_words(x0, inverse),
-        pack_words(x1, inverse),
-        pack_words(x2, inverse),
-        pack_words(x3, inverse),
+        pack_words(x0, inverse, ASM),
+        pack_words(x1, inverse, ASM),
+        pack_words(x2, inverse, ASM),
+        pack_words(x3, inverse, ASM),
     )
 
     blocks = tl.cdiv(N, BLOCK_N) if PERSISTENT else block + 1
-    step = tl.num_programs(0) if PERSISTENT else 1
     for current in range(block, blocks, step):
         now, halves_now = words, halves
         if PERSISTENT:
@@ -268,6 +311,9 @@ def gemv(
                 weight_ptr, multiplier_ptr, current + step, N, groups, CHUNKS, WORDS,
                 PLANES, GROUPS, HALVES_A_GROUP, BLOCK_N,
             )  # fmt: skip
+        if PREFETCH > 0:
+            later = current + (PREFETCH + 1) * step
+            prefetch_block(weight_ptr, later, N, CHUNKS, LINES, PLANES, BLOCK_N)
         n = current * BLOCK_N + tl.arange(0, BLOCK_N)
         row = tl.minimum(n, N - 1)
         total = row_sums(
@@ -310,6 +356,8 @@ def linear_gemv(
         WORDS=16 * launch.power_of_two(weight.chunks),
         BLOCK_N=config.rows,
         PERSISTENT=persistent,
+        PREFETCH=config.prefetch if persistent and launch.INLINE_ASM else 0,
+        LINES=launch.power_of_two(-(-weight.row_bytes // 128)),
         STABLE=dependent and weight.stable,
         DEPENDENT=dependent,
         ASM=launch.INLINE_ASM,

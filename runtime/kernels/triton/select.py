@@ -61,21 +61,36 @@ def default_gemv(weight: Weight) -> GemvConfig:
 
 
 def default_gemm(weight: Weight, tokens: int, device: torch.device) -> GemmConfig:
-    """Tiles that fill the processors; K is split where one wave of tiles would not."""
+    """Tiles that fill the processors; long rows are split where the tiles alone do not."""
     processors = launch.processors(device.index or 0)
-    if tokens <= 64:
-        block_m = max(8, launch.power_of_two(tokens))
-        block_n = 32 if block_m == 8 else 64
-        tiles = -(-weight.rows // block_n)
-        wanted = 4 if block_m <= 16 else 2
-        split = _split(wanted * processors // max(tiles, 1), weight.chunks, 4)
-        return GemmConfig(block_n, block_m, split, block_n // 16, 4 if block_m < 64 else 3)
-    tiles_64 = -(-weight.rows // 128) * -(-tokens // 64)
-    tiles_128 = -(-weight.rows // 128) * -(-tokens // 128)
-    if tiles_128 >= processors or tokens > 512:
+
+    def tiles(rows: int, columns: int) -> int:
+        return -(-weight.rows // rows) * -(-tokens // columns)
+
+    if tokens <= 8:
+        return GemmConfig(32, 8, _split(tiles(32, 8), weight.chunks, processors), 2, 4, None, 2, 2)
+    if tokens <= 16:
+        split = _split(tiles(64, 16), weight.chunks, processors)
+        return GemmConfig(64, 16, split, 4, 4, None, 2, 2)
+    if tokens <= 32 or (tokens <= 64 and tiles(64, 64) < 0.75 * processors):
+        split = _split(tiles(64, 32), weight.chunks, processors)
+        return GemmConfig(64, 32, split, 4, 3, None, 2, 2)
+    # A token tile that is mostly empty costs as much as a full one.
+    wide = -(-tokens // 128) * 128 <= 1.25 * tokens or tokens > 512
+    if wide and tiles(128, 128) >= 1.5 * processors:
         return GemmConfig(128, 128, 1, 8, 3, 128)
-    split = _split(2 * processors // max(tiles_64, 1), weight.chunks, 4)
-    return GemmConfig(128, 64, split, 4, 3)
+    if tokens > 64 and tiles(128, 64) >= 1.5 * processors:
+        return GemmConfig(128, 64, 1, 8, 3, None, 1, 2)
+    split = _split(2 * tiles(64, 64), weight.chunks, processors)
+    return GemmConfig(64, 64, split, 4, 3, None, 2, 2)
+
+
+def _split(tiles: int, chunks: int, processors: int) -> int:
+    """Parts of K: a power of two; parts keep 8 chunks, programs stay within four a processor."""
+    split = 1
+    while tiles * split <= 2 * processors and chunks > 16 * split:
+        split *= 2
+    return split
 
 
 def table_path(name: str) -> Path:

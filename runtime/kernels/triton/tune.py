@@ -87,7 +87,8 @@ def configurations(problem: Problem, tokens: int) -> list[GemmConfig | GemvConfi
         tiles = -(-problem.rows // config.rows) * -(-tokens // config.tokens)
         waste = -(-tokens // config.tokens) * config.tokens / tokens
         full = waste <= 2 or config.tokens <= 16
-        split = config.split == 1 or (tiles <= 600 and chunks >= 2 * config.split)
+        few = tiles <= 600 or config.resident
+        split = config.split == 1 or (few and chunks >= 2 * config.split)
         large = tokens <= 512 or config.tokens >= 128 or config.rows * config.tokens >= 8192
         return full and split and large and -(-tokens // config.tokens) <= 2 + tokens // 32
 
@@ -131,7 +132,7 @@ def compile_all(problems: list[Problem], token_counts: list[int], processes: int
     for problem in problems:
         for tokens in token_counts:
             for config in configurations(problem, tokens):
-                kind = (problem.planes, problem.group_size % 128, problem.group_size > 0)
+                kind = (problem.planes, problem.group_size)
                 # The one-token kernel is compiled for a K; the other for any.
                 key = (config, kind, problem.columns if tokens == 1 else 0)
                 small = dataclasses.replace(problem, rows=1024)

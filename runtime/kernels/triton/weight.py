@@ -38,6 +38,11 @@ class Weight:
         return -(-self.columns // p256.CHUNK)
 
     @property
+    def row_bytes(self) -> int:
+        """Packed bytes of a row."""
+        return self.chunks * p256.CHUNK_BYTES[self.planes]
+
+    @property
     def groups(self) -> int:
         """Groups of a row; 1 where there are none, for index arithmetic."""
         return group_count(self.columns, self.group_size) or 1

@@ -1,0 +1,213 @@
+"""ternc::linear on a GPU beside bf16, fp8 and int8 products of torch, each with its floor.
+
+python benchmarks/bench_linear_cuda.py --device cuda --shapes 4096x4096 --tokens 1 16
+
+Calls back to back in one CUDA graph, weights rotated beyond the L2 cache, median of replays.
+Quantisation of the activations is inside every row but `int8 raw`. The floor of a row is the
+larger of a kernel's ramp plus its bytes at read speed, and its operations at the tensor cores'
+peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import common  # noqa: E402
+from packed_weights import packed_on_gpu  # noqa: E402
+from reference import linear_arguments  # noqa: E402
+
+from ternc.runtime import dispatch, ops  # noqa: E402
+from ternc.runtime.ops import linear  # noqa: E402
+
+SHAPES = ["4096x4096", "4096x14336", "14336x4096", "2560x6912", "6912x2560", "8192x28672"]
+TOKENS = [1, 8, 13, 16, 37, 64, 100, 200, 256, 2048, 8192]
+
+RAMP_US, READ_BYTES_US = 1.87, 3.15e6
+"""A cold read of b bytes takes RAMP_US + b / READ_BYTES_US (fit of one H100, 4 to 128 MiB)."""
+PEAK_OPS_US = {"bf16": 989e6, "fp8": 1979e6, "int8": 1979e6}
+"""Dense tensor-core peaks of the same GPU by its datasheet."""
+
+CHECKED_TOKENS = 64
+
+
+@dataclasses.dataclass
+class Way:
+    """One way to compute the product: a call for every copy of its weight."""
+
+    name: str
+    calls: list[Callable[[], torch.Tensor]]
+    weight_bytes: int
+    operation: str
+
+    def floor(self, rows: int, columns: int, tokens: int) -> float:
+        """Microseconds below which no kernel of this kind gets, with a warm GPU."""
+        nbytes = self.weight_bytes + 2 * tokens * (rows + columns)
+        work = 2 * rows * columns * tokens / PEAK_OPS_US[self.operation]
+        return max(RAMP_US + nbytes / READ_BYTES_US, work)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shapes", nargs="*", default=SHAPES, help="in_features x out_features")
+    parser.add_argument("--drawn", type=int, default=4, help="shapes drawn from the commit")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--planes", type=int, nargs="+", default=[1])
+    parser.add_argument("--groups", type=int, nargs="+", default=[0, 128], help="0: row scales")
+    parser.add_argument("--commit", help="where the tree has no git folder")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--json", help="file for the rows")
+    return parser.parse_args()
+
+
+def ternc_way(
+    x: torch.Tensor, rows: int, planes: int, group_size: int, copies: Callable[[int], int]
+) -> Way:
+    """Checked bit for bit against the eager reference on the first tokens."""
+    packed = packed_on_gpu(rows, x.shape[1], planes, group_size)
+    arguments = linear_arguments(x, packed)
+    seen = torch.ops.ternc.linear(*arguments)
+    kernel = dispatch.last_kernel(packed.weight)
+    expected = linear.reference(x[:CHECKED_TOKENS], *arguments[1:])
+    assert torch.equal(seen[:CHECKED_TOKENS], expected), "the kernel differs from the reference"
+    assert kernel != "reference", "no kernel ran"
+    nbytes = sum(t.nbytes for t in (packed.weight, packed.multiplier) if t is not None)
+    calls = []
+    for _ in range(copies(nbytes)):
+        weight = packed.weight.clone()
+        multiplier = None if packed.multiplier is None else packed.multiplier.clone()
+        copy = (x, weight, arguments[2], multiplier, *arguments[4:])
+        torch.ops.ternc.linear(*copy)
+        calls.append(lambda copy=copy: torch.ops.ternc.linear(*copy))
+    scales = f"g{group_size}" if group_size else "row"
+    return Way(f"ternc x{planes} {scales}", calls, nbytes, "int8")
+
+
+def bf16_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way:
+    nbytes = 2 * rows * x.shape[1]
+    weights = [torch.randn(rows, x.shape[1], device="cuda", dtype=x.dtype)
+               for _ in range(copies(nbytes))]  # fmt: skip
+    return Way("bf16", [lambda w=w: F.linear(x, w) for w in weights], nbytes, "bf16")
+
+
+def fp8_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way | None:
+    """Row-scaled fp8 with the activations quantised by a Triton kernel, checked loosely."""
+    columns = x.shape[1]
+    if rows % 16 or columns % 16:
+        return None
+    import fp8
+
+    weight = torch.randn(rows, columns, device="cuda")
+    scale = weight.abs().amax(1) / fp8.MOST
+    codes = (weight / scale[:, None]).to(torch.float8_e4m3fn)
+    weights = [codes.clone() for _ in range(copies(codes.nbytes))]
+
+    def run(w: torch.Tensor) -> torch.Tensor:
+        q, sx = fp8.quantize_rows(x)
+        return torch._scaled_mm(
+            q, w.T, scale_a=sx, scale_b=scale[None], out_dtype=x.dtype, use_fast_accum=True
+        )
+
+    exact = x[:CHECKED_TOKENS].double() @ weight.double().T
+    error = (run(weights[0])[:CHECKED_TOKENS].double() - exact).norm() / exact.norm()
+    assert error < 0.06, f"fp8 peer is wrong: relative error {error:.3g}"
+    return Way("fp8 rowwise", [lambda w=w: run(w) for w in weights], codes.nbytes, "fp8")
+
+
+def int8_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way | None:
+    """torch._int_mm alone: no quantisation, no scales; it wants more than 16 tokens."""
+    tokens, columns = max(x.shape[0], 32), x.shape[1]
+    if rows % 8 or columns % 8:
+        return None
+    q = torch.randint(-127, 128, (tokens, columns), device="cuda", dtype=torch.int8)
+    weights = [torch.randint(-1, 2, (rows, columns), device="cuda", dtype=torch.int8)
+               for _ in range(copies(rows * columns))]  # fmt: skip
+    calls = [lambda w=w: torch._int_mm(q, w.T) for w in weights]
+    return Way("int8 raw", calls, rows * columns, "int8")
+
+
+def measure(columns: int, rows: int, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row of the table for every way."""
+    from ternc.runtime.kernels.triton import launch, timing
+
+    def copies(nbytes: int) -> int:
+        return timing.rotation(common.ROTATED if tokens <= 512 else 4 * nbytes, nbytes)
+
+    x = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
+    makers: list[Callable[[], Way | None]] = [
+        lambda p=p, g=g: ternc_way(x, rows, p, g, copies) for p in args.planes for g in args.groups
+    ]
+    if not args.no_peers:
+        peers = (bf16_way, fp8_way, int8_way)
+        makers += [lambda peer=peer: peer(x, rows, copies) for peer in peers]
+    found = []
+    for make in makers:
+        way = make()
+        if way is None:
+            continue
+        us = timing.graph_time(way.calls)
+        row = {"K": columns, "N": rows, "M": tokens, "way": way.name, "us": us}
+        if way.name.startswith("ternc"):
+            with launch.alone():
+                row["us, not overlapped"] = timing.graph_time(way.calls)
+        floor = way.floor(rows, columns, tokens)
+        row |= {"floor us": floor, "x floor": us / floor}
+        row["TOP/s"] = 2 * rows * columns * tokens / us / 1e6
+        found.append(row)
+        del way
+    by_name = {row["way"]: row["us"] for row in found}
+    for row in found:
+        row["x bf16"] = by_name["bf16"] / row["us"] if "bf16" in by_name else None
+    return found
+
+
+def facts(args: argparse.Namespace) -> dict[str, Any]:
+    import triton
+
+    return {
+        "commit": args.commit or common.commit(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "gemlite": "not run" if importlib.util.find_spec("gemlite") else "not run: not installed",
+    }
+
+
+def main() -> None:
+    args = parse()
+    if args.device != "cuda":
+        print("bench_linear_cuda.py measures GPUs: --device cuda")
+        return
+    ops.register()
+    torch.manual_seed(0)
+    if args.commit:
+        common.commit = lambda: args.commit
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    shapes += [(columns, rows) for rows, columns in common.drawn_shapes(args.drawn)]
+    table = []
+    for columns, rows in shapes:
+        for tokens in args.tokens:
+            found = measure(columns, rows, tokens, args)
+            table += found
+            times = ", ".join(f"{row['way']} {row['us']:.2f}" for row in found)
+            print(f"{columns}->{rows} M={tokens}: {times}", flush=True)
+            torch.cuda.empty_cache()
+    common.show(table, facts(args), args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: equal to the references bit for bit.
+
+`test_in_the_interpreter` runs the others in a process of their own: Triton decides at import
+whether it interprets.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packed_weights import assert_same
+from reference import dequantize_arguments, linear_arguments, random_quantized
+
+from ternc.formats import pack
+from ternc.runtime import dispatch
+from ternc.runtime.ops import dequantize, linear, quantize_act
+
+ROOT = Path(__file__).parent.parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+inside = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the process of test_in_the_interpreter"
+)
+
+WEIGHTS = [
+    # (N, K, planes, group_size, scales)
+    (5, 33, 1, 0, "row"),
+    (1, 1, 1, 0, "row"),
+    (129, 3, 1, 0, "tensor"),
+    (40, 300, 1, 128, "row"),
+    (9, 50, 1, 16, "row"),
+    (9, 77, 1, 6, "row"),
+    (7, 40, 2, 0, "tensor"),
+    (40, 700, 2, 128, "row"),
+    (33, 300, 3, 0, "row"),
+    (3, 600, 3, 256, "row"),
+    (6, 24, 3, 8, "row"),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the process")
+def test_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+@inside
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 40])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_activations(shape, tokens, bits):
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    packed = pack(random_quantized(*shape), "cuda")
+    x = torch.randn(tokens, shape[1])
+    if tokens > 1:
+        x[1, 0] = torch.nan
+    arguments = linear_arguments(x, packed, torch.randn(shape[0]), bits)
+    assert_same(kernels.linear(*arguments), linear.reference(*arguments))
+
+
+@inside
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_half_precision(tokens):
+    """The interpreter cuts float32 to bfloat16 without rounding: that type is left to GPUs."""
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    packed = pack(random_quantized(40, 300, 1), "cuda")
+    arguments = linear_arguments(torch.randn(tokens, 300, dtype=torch.float16), packed)
+    assert_same(kernels.linear(*arguments), linear.reference(*arguments))
+    kernel = "triton_gemv" if tokens == 1 else "triton_gemm"
+    kernels.linear(*arguments)
+    assert dispatch.last_kernel(packed.weight) == kernel
+
+
+@inside
+@pytest.mark.parametrize("split", [1, 2, 4])
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("resident", [0, 1])
+def test_split_and_step(split, step, resident):
+    """Every way to walk over K gives the same integers: 5 tiles, 5 chunks."""
+    from ternc.runtime.kernels.triton import linear as kernels
+    from ternc.runtime.kernels.triton.linear_gemm import GemmConfig, linear_gemm
+
+    packed = pack(random_quantized(150, 1200, 1), "cuda")
+    arguments = linear_arguments(torch.randn(5, 1200), packed)
+    weight = kernels._packed(*arguments[1:4], 150, 1200, 0, packed.layout)
+    config = GemmConfig(32, 8, split, 2, 2, None, step, 0, resident)
+    y = linear_gemm(arguments[0], weight, None, 8, config)
+    assert_same(y, linear.reference(*arguments))
+
+
+@inside
+@pytest.mark.parametrize("shape", WEIGHTS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_floating_point_activations(shape, tokens):
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    packed = pack(random_quantized(*shape), "cuda")
+    x = torch.randn(tokens, shape[1])
+    x[0, 0] = torch.inf
+    arguments = linear_arguments(x, packed, None, 0)
+    y, expected = kernels.linear(*arguments), linear.reference(*arguments)
+    torch.testing.assert_close(y, expected, equal_nan=True, rtol=1e-5, atol=1e-3)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("columns", [1, 127, 300, 17000])
+def test_quantize_act(dtype, bits, columns):
+    from ternc.runtime.kernels.triton import quantize_act as kernels
+
+    x = torch.randn(5, columns, dtype=dtype)
+    x[1], x[2, 0], x[3, 0] = 0, torch.nan, torch.inf
+    q, scale = kernels.quantize_act(x, bits)
+    expected_q, expected_scale = quantize_act.reference(x, bits)
+    assert torch.equal(q, expected_q)
+    assert_same(scale, expected_scale)
+
+
+@inside
+@pytest.mark.parametrize("shape", [*WEIGHTS, (6, 24, 3, 8, "free")], ids=str)
+def test_dequantize(shape):
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    arguments = dequantize_arguments(pack(random_quantized(*shape), "cuda"))
+    assert_same(kernels.dequantize(*arguments), dequantize.reference(*arguments))
+
+
+@inside
+def test_what_no_kernel_takes_goes_to_the_reference():
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    for case, target in (((9, 50, 1, 16, "free"), "cuda"), ((9, 50, 1), "cpu")):
+        packed = pack(random_quantized(*case), target)
+        arguments = linear_arguments(torch.randn(2, 50), packed)
+        assert_same(kernels.linear(*arguments), linear.reference(*arguments))
+        assert dispatch.last_kernel(packed.weight) == "reference"
