@@ -18,7 +18,7 @@ from ternc.errors import ConfigError, UnknownOptionError
 from ternc.passes import pipeline
 from ternc.passes.context import Context
 from ternc.passes.graph import copy_graph
-from ternc.policy import refuse_unsupported
+from ternc.policy import refuse_live
 from ternc.runtime import ops
 from ternc.runtime.inductor import INNER_COMPILERS, inner_compiler
 from ternc.runtime.lower import CompiledGraph
@@ -75,7 +75,7 @@ def parse_options(options: Mapping[str, Any] | None) -> tuple[Config, str, dict[
             f"method={config.method!r} belongs to ternc.quantize: the backend quantises live "
             "weights with one closed-form fit"
         )
-    refuse_unsupported(config, calibrated=False)
+    refuse_live(config)
     return config, inner, dict(settings)
 
 

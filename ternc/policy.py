@@ -1,8 +1,9 @@
-"""What the configuration says about a layer by its name, and what this version cannot do yet."""
+"""What the configuration says about a layer by its name, and what a way in cannot obey."""
 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable, Mapping
 
 from ternc.config import Config
 from ternc.errors import ConfigError
@@ -33,8 +34,17 @@ def refine_rounds(config: Config) -> int:
     return 0 if config.method == "rtn" else REFINE_ROUNDS
 
 
-def refuse_unsupported(config: Config, calibrated: bool) -> None:
-    """Refuses settings that no part of this version obeys, so that none is ever ignored.
+def refuse_live(config: Config) -> None:
+    """Refuses settings that belong to `ternc.quantize`, where the backend packs live weights.
+
+    Raises:
+        ConfigError: names the setting and what to use instead.
+    """
+    _refuse(config, _OFFLINE_ONLY, "belongs to ternc.quantize")
+
+
+def refuse_offline(config: Config, calibrated: bool) -> None:
+    """Refuses settings that `ternc.quantize` could not obey, so that none is ever ignored.
 
     Args:
         calibrated: calibration data were given.
@@ -42,24 +52,30 @@ def refuse_unsupported(config: Config, calibrated: bool) -> None:
     Raises:
         ConfigError: names the setting and what to use instead.
     """
-    if calibrated:
+    if not calibrated:
+        _refuse(config, _CALIBRATED_ONLY, "needs calibration data: give calibration=batches")
+    if config.bits_budget is not None and config.planes != "auto":
         raise ConfigError(
-            "calibration data are not used by this version yet; leave calibration out"
+            f"bits_budget={config.bits_budget!r} stands beside planes={config.planes!r}; it "
+            "chooses the planes, so use planes='auto'"
         )
-    for field, (holds, instead) in _NOT_YET.items():
-        if not holds(getattr(config, field)):
-            raise ConfigError(
-                f"{field}={getattr(config, field)!r} is not in this version yet; use {instead}"
-            )
 
 
-_NOT_YET = {
+_OFFLINE_ONLY = {
     "rotation": (lambda value: value != "hadamard", "rotation='none'"),
     "method": (lambda value: value != "gptq", "method='als'"),
     "bits_budget": (lambda value: value is None, "error_budget, or a fixed number of planes"),
     "tie_scales": (lambda value: value, "tie_scales=True"),
 }
-"""Field -> (what this version takes, what to use instead)."""
+"""Field -> (what the backend takes, what to use instead)."""
+
+_CALIBRATED_ONLY = {field: _OFFLINE_ONLY[field] for field in ("method", "bits_budget")}
+
+
+def _refuse(config: Config, rules: Mapping[str, tuple[Callable, str]], why: str) -> None:
+    for field, (holds, instead) in rules.items():
+        if not holds(getattr(config, field)):
+            raise ConfigError(f"{field}={getattr(config, field)!r} {why}, or use {instead}")
 
 
 def _first_match(name: str, globs: tuple[str, ...]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,8 +18,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ternc.calibration.batches import arguments
+from ternc.calibration.calibrator import Calibrator, Layer
+from ternc.calibration.distance import Loss
+from ternc.calibration.session import Session
+from ternc.calibration.tune import Tuning
 from ternc.config import Config
-from ternc.errors import UnsupportedModelError
+from ternc.errors import ConfigError, UnsupportedModelError
 from ternc.modules.conversion import (
     Converted,
     Spelling,
@@ -34,7 +40,7 @@ from ternc.modules.conversion import (
 )
 from ternc.modules.linear import TernaryLinear
 from ternc.modules.ties import memory_key
-from ternc.policy import excluded, marked_int8, refuse_unsupported
+from ternc.policy import excluded, marked_int8, refuse_offline
 from ternc.progress import track
 from ternc.reporting import Row
 from ternc.runtime import ops
@@ -47,6 +53,9 @@ def quantize(
     *,
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    tuning: Tuning | None = None,
+    resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -66,7 +75,14 @@ def quantize(
         example_inputs: a tuple of arguments (or a mapping of keyword arguments, or one tensor). The
             finished model is run on them once, without gradients and in eval mode; a packed layer
             that was not called then says so in its report row.
-        calibration: not in this version.
+        calibration: batches of model inputs (each as `example_inputs` may be). Layers are then
+            fitted in the order in which the model calls them, to the inputs that the already
+            quantised layers before them give; one batch in eight is kept for judging the fits.
+        loss: (output of the quantised model, of the float model, batch) -> scalar; default: KL of
+            logits, else one minus the cosine of the outputs. `bits_budget` and `tuning` lower it.
+        tuning: train scales, norms and biases against the float model afterwards.
+        resume: a folder. Fitted layers are kept there; a run that finds some goes on after them,
+            with the same result. Delete it when the model is saved.
         inplace: replace the modules of `model` itself. A root that is a Linear cannot be replaced
             in place: use the returned module.
         progress: show progress on stderr; None shows it on a terminal.
@@ -76,14 +92,24 @@ def quantize(
         UnsupportedModelError: the model cannot be copied.
     """
     config = config or Config()
-    refuse_unsupported(config, calibration is not None)
+    refuse_offline(config, calibration is not None)
     ops.register()
+    session = Session.of(config, calibration, loss, tuning, resume, progress)
+    if session is not None and tuning is not None and inplace:
+        raise ConfigError("tuning needs the float model beside the quantised one: inplace=False")
+    teacher = model
     # Tensors made in inference mode could never be differentiated through.
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
             model = copy_model(model)
-        model, rows = _convert(model, config, progress)
+        if session is not None:
+            model = session.enter(model)
+        model, rows = _convert(model, config, progress, session)
+        if session is not None:
+            model = session.leave(model)
         switch_off_fast_paths(model)
+    if session is not None and tuning is not None:
+        session.tune(model, teacher, rows)
     model._ternc_rows = rows  # type: ignore[assignment]
     model._ternc_config = config  # type: ignore[assignment]
     if example_inputs is not None:
@@ -117,27 +143,46 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def _convert(
-    model: nn.Module, config: Config, progress: bool | None
+    model: nn.Module, config: Config, progress: bool | None, session: Session | None
 ) -> tuple[nn.Module, list[Row]]:
     """Replaces modules in place; returns the root, which may be a new one, and the rows."""
     earlier = {row.name: row for row in getattr(model, "_ternc_rows", ())}
     sites = survey(model, config)
     ties = Ties(model, sites, config)
+    position = {site.name: index for index, site in enumerate(sites)}
+    calibrator = None
+    if session is not None:
+        calibrator = session.calibrator(model, _layers_to_fit(sites, ties, config))
+        order = calibrator.order(position)
+        sites.sort(key=lambda site: order.index(site.name))
     # A queue: nothing here may keep a float weight alive once its layer is packed.
     queue, total = deque(sites), len(sites)
     del sites
-    rows: list[Row] = []
+    found: list[tuple[int, list[Row]]] = []
     for site in track((queue.popleft() for _ in range(total)), total, "quantize", progress):
-        converted = _convert_site(site, config, ties, earlier)
-        rows += converted.rows
+        converted = _convert_site(site, config, ties, earlier, calibrator)
+        rows = list(converted.rows)
         for alias in site.paths[1:]:
             rows += _alias_rows(converted.rows, site.name, alias)
+        found.append((position[site.name], rows))
         if converted.module is not None:
             for parent, name in site.parents:
                 parent._modules[name] = converted.module
             model = converted.module if "" in site.paths else model
         site.module = converted.module or site.module
-    return model, rows
+    found.sort(key=lambda item: item[0])
+    return model, [row for _, rows in found for row in rows]
+
+
+def _layers_to_fit(sites: Sequence[ModuleSite], ties: Ties, config: Config) -> dict[str, Layer]:
+    """What calibration fits, by name: plain linears that nothing keeps in floating point."""
+    return {
+        site.name: Layer.of(site.module, site.spelling)
+        for site in sites
+        if site.spelling is not None
+        and not isinstance(site.module, QATLinear)
+        and not (excluded(site.name, config) or ties.why_not(site.name) or why_not(site.module))
+    }
 
 
 def survey(model: nn.Module, config: Config) -> list[ModuleSite]:
@@ -171,7 +216,11 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _convert_site(
-    site: ModuleSite, config: Config, ties: Ties, earlier: Mapping[str, Row]
+    site: ModuleSite,
+    config: Config,
+    ties: Ties,
+    earlier: Mapping[str, Row],
+    calibrator: Calibrator | None,
 ) -> Converted:
     module, name = site.module, site.name
     if isinstance(module, TernaryLinear):
@@ -186,7 +235,8 @@ def _convert_site(
         row, layer = tied
         packed = convert_tied(module, layer, site.spelling)
         return Converted(packed, _alias_rows([row], row.name, name))
-    converted = convert_linear(module, name, config, site.spelling, reason)
+    calibrated = None if calibrator is None else calibrator.decide
+    converted = convert_linear(module, name, config, site.spelling, reason, calibrated)
     ties.remember(name, converted)
     return converted
 
@@ -299,7 +349,7 @@ def _mark_uncalled(model: nn.Module, example_inputs: Any, rows: Sequence[Row]) -
         for layer in names
     ]
     modes = [(module, module.training) for module in model.modules()]
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments(example_inputs)
     try:
         with torch.no_grad():
             model.eval()(*args, **kwargs)
@@ -313,11 +363,3 @@ def _mark_uncalled(model: nn.Module, example_inputs: Any, rows: Sequence[Row]) -
             row.reason += (
                 "; not called on the example inputs: its caller may read the weight itself"
             )
-
-
-def _arguments(example_inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), example_inputs
-    if isinstance(example_inputs, (tuple, list)):
-        return example_inputs, {}
-    return (example_inputs,), {}

@@ -4,7 +4,7 @@ import pytest
 
 from ternc.config import Config
 from ternc.errors import ConfigError
-from ternc.policy import excluded, marked_int8, refine_rounds, refuse_unsupported
+from ternc.policy import excluded, marked_int8, refine_rounds, refuse_live, refuse_offline
 
 
 @pytest.mark.parametrize(
@@ -46,25 +46,37 @@ def test_method_decides_the_rounds():
     assert refine_rounds(Config()) == refine_rounds(Config(method="als"))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "instead"),
-    [
-        ("rotation", "hadamard", "rotation='none'"),
-        ("method", "gptq", "method='als'"),
-        ("bits_budget", 2.0, "error_budget"),
-        ("tie_scales", False, "tie_scales=True"),
-    ],
-)
-def test_what_is_missing_is_refused(field, value, instead):
-    with pytest.raises(ConfigError, match=f"{field}=.*not in this version.*{instead}"):
-        refuse_unsupported(Config(**{field: value}), calibrated=False)
+OFFLINE = [
+    ("rotation", "hadamard", "rotation='none'"),
+    ("method", "gptq", "method='als'"),
+    ("bits_budget", 2.0, "error_budget"),
+    ("tie_scales", False, "tie_scales=True"),
+]
 
 
-def test_calibration_is_refused():
-    with pytest.raises(ConfigError, match="calibration"):
-        refuse_unsupported(Config(), calibrated=True)
+@pytest.mark.parametrize(("field", "value", "instead"), OFFLINE)
+def test_the_backend_refuses_what_belongs_to_quantize(field, value, instead):
+    with pytest.raises(ConfigError, match=f"{field}=.*ternc.quantize.*{instead}"):
+        refuse_live(Config(**{field: value}))
+
+
+@pytest.mark.parametrize(("field", "value", "instead"), OFFLINE)
+def test_quantize_refuses_what_needs_calibration_data(field, value, instead):
+    config = Config(**{field: value})
+    refuse_offline(config, calibrated=True)
+    if field in ("method", "bits_budget"):
+        with pytest.raises(ConfigError, match=f"{field}=.*calibration=batches.*{instead}"):
+            refuse_offline(config, calibrated=False)
+    else:
+        refuse_offline(config, calibrated=False)
+
+
+def test_a_budget_of_bits_chooses_the_planes():
+    with pytest.raises(ConfigError, match="planes='auto'"):
+        refuse_offline(Config(planes=2, bits_budget=2.5), calibrated=True)
 
 
 def test_the_rest_is_taken():
     config = Config(planes=1, group_size="tensor", activation_bits=4, rotation="none", method="rtn")
-    refuse_unsupported(config, calibrated=False)
+    refuse_live(config)
+    refuse_offline(config, calibrated=False)

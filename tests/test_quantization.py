@@ -144,14 +144,38 @@ def test_int8_is_reported_as_missing():
     assert all("not in this version" in rows[name].reason for name in ("embed", "fc"))
 
 
-@pytest.mark.parametrize(
-    "config", [Config(rotation="hadamard"), Config(method="gptq"), Config(tie_scales=False)]
-)
-def test_settings_of_later_versions_are_refused(config):
-    with pytest.raises(ConfigError, match="not in this version"):
-        quantize(nn.Linear(4, 4), config)
+@pytest.mark.parametrize("config", [Config(bits_budget=2.0), Config(method="gptq")])
+def test_settings_that_need_calibration_data_are_refused_without(config):
     with pytest.raises(ConfigError, match="calibration"):
-        quantize(nn.Linear(4, 4), calibration=[torch.zeros(1, 4)])
+        quantize(nn.Linear(4, 4), config)
+
+
+@pytest.mark.parametrize("name", ["loss", "tuning", "resume"])
+def test_arguments_that_need_calibration_data_are_refused_without(name):
+    with pytest.raises(ConfigError, match=f"{name} needs calibration"):
+        quantize(nn.Linear(4, 4), **{name: "anything"})
+
+
+def test_rotation_without_calibration_data():
+    model = Net(up=nn.Linear(96, 40), down=nn.Linear(40, 7))
+    q = quantize(model, Config(rotation="hadamard", planes=3, activation_bits=None))
+    assert q.up.rotation.block == 32 and q.down.rotation.block == 8
+    assert "rotated" in rows_of(q)["up"].format
+    x = torch.randn(50, 96)
+    error = (q(x) - model(x)).norm() / model(x).norm()
+    assert error < 0.1
+    torch.testing.assert_close(q.up.weight, model.up.weight, atol=0.02, rtol=0)
+    exact = Net(fc=nn.Linear(16, 16))
+    exact.fc.weight.data = ternary(16, 16)
+    assert quantize(exact, Config(rotation="hadamard")).fc.rotation is None
+
+
+def test_free_scales():
+    model = Net(fc=nn.Linear(64, 24))
+    q = quantize(model, Config(tie_scales=False, planes=2, group_size=16, activation_bits=None))
+    assert q.fc.scale.shape == (24, 4) and q.fc.multiplier is None
+    x = torch.randn(50, 64)
+    assert (q(x) - model(x)).norm() / model(x).norm() < 0.15
 
 
 # Tied and shared weights.

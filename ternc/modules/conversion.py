@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from ternc.config import Config
 from ternc.decision import decide
+from ternc.formats.rotation import Rotation
 from ternc.modules.attention import (
     TernaryMultiheadAttention,
     separate_float_projections,
@@ -164,7 +165,7 @@ def convert_linear(
             decision = calibrated(name) if calibrated is not None else None
         if decision is None:
             matrix = weight.t() if spelling.transposed else weight
-            decision = decide(matrix, None, config, refine_rounds(config))
+            decision = _decide_by_weight(matrix, config)
             if calibrated is not None:
                 unseen = f"{decision.reason}; not called on the calibration data"
                 decision = dataclasses.replace(decision, reason=unseen)
@@ -184,6 +185,17 @@ def convert_linear(
     )
     carry_over(module, layer)
     return Converted(layer, [_rewritten_row(name, spelling.pattern, weight, decision, layer)])
+
+
+def _decide_by_weight(w: torch.Tensor, config: Config) -> Decision:
+    """The decision for a weight [N, K] whose inputs are not known, rotated if `config` says so."""
+    refine = refine_rounds(config)
+    decision = decide(w, None, config, refine)
+    rotation = Rotation.of(w.shape[1], config.seed)
+    exact = decision.quantized is not None and decision.quantized.exact
+    if config.rotation != "hadamard" or exact or rotation.block == 1:
+        return decision
+    return dataclasses.replace(decide(rotation.rotate(w), None, config, refine), rotation=rotation)
 
 
 def convert_tied(module: nn.Module, layer: TernaryLinear, spelling: Spelling) -> TernaryLinear:

@@ -1,0 +1,240 @@
+"""`Calibrator`: the name of a layer -> what it becomes, fitted to the inputs that it gets now.
+
+Layers are asked for in the order in which the model runs them, and each is packed before the next
+is asked for: activations come from the already quantised prefix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ternc.calibration.activations import Activations
+from ternc.calibration.batches import evaluating
+from ternc.calibration.execution import record
+from ternc.calibration.fit import Metric, fit
+from ternc.calibration.guard import Candidate, fell_back, judged
+from ternc.calibration.moments import SplitMoments
+from ternc.calibration.refit import corrected_bias
+from ternc.calibration.resume import Store
+from ternc.config import CODE_MAX, Config
+from ternc.formats.detect import detect_ternary
+from ternc.formats.fit import over_budget, refuse
+from ternc.formats.quantized import Refusal
+from ternc.formats.rotation import Rotation
+from ternc.modules.conversion import Spelling, float_weight
+from ternc.site import Decision
+
+ROTATION_PLANES = 2
+"""Plane count at which rotated and unrotated fits are compared where planes="auto"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear module that calibration may fit."""
+
+    module: nn.Module
+    transposed: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, spelling: Spelling) -> Layer:
+        return cls(module, spelling.transposed)
+
+    def weight(self) -> torch.Tensor:
+        """The float weight [N, K], its parametrisations evaluated."""
+        weight = float_weight(self.module)
+        return weight.t() if self.transposed else weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+
+class Calibrator:
+    """Fits the layers of one model that is being converted."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Layer],
+        batches: Sequence[Any],
+        config: Config,
+        planes: Mapping[str, int],
+        store: Store | None,
+    ) -> None:
+        """Runs the float model once to see what it calls and when.
+
+        Args:
+            planes: plane counts decided before, by layer; `config.planes` for the others.
+            store: where fitted layers are kept for a run that takes over after an interruption.
+        """
+        self._model, self._layers = model, dict(layers)
+        self._config, self._planes, self._store = config, planes, store
+        modules = {name: layer.module for name, layer in layers.items()}
+        with evaluating(model):
+            execution = record(model, modules, batches[0])
+            self._activations = Activations(model, batches, execution)
+        self._group_of = {name: group for group in execution.groups for name in group}
+        self._decided: dict[str, Decision] = {}
+
+    def order(self, names: Iterable[str]) -> list[str]:
+        """The names in the order in which the model calls them; those it does not call last."""
+        rank = {name: position for position, name in enumerate(self._group_of)}
+        return sorted(names, key=lambda name: rank.get(name, len(rank)))
+
+    def decide(self, name: str) -> Decision | None:
+        """What the layer becomes; None where calibration has never seen it called.
+
+        The layers that share its input are fitted with it, and answered for when they are asked
+        for.
+        """
+        if name not in self._group_of:
+            self._layers.pop(name, None)
+            return None
+        if name not in self._decided:
+            group = [n for n in self._group_of[name] if n in self._layers]
+            self._decided.update(self._restored(group) or self._fitted(group))
+        self._layers.pop(name, None)
+        return self._decided.pop(name)
+
+    def _restored(self, group: list[str]) -> dict[str, Decision] | None:
+        device = self._layers[group[0]].weight().device
+        return None if self._store is None else self._store.read(group, device)
+
+    def _fitted(self, group: list[str]) -> dict[str, Decision]:
+        decided = {name: self._by_value(name) for name in group}
+        open_ = [name for name, decision in decided.items() if decision is None]
+        if open_:
+            with evaluating(self._model):
+                layer = self._layers[open_[0]]
+                moments = self._activations.moments(open_[0], layer.module)
+            decided.update(self._fit_group(open_, moments))
+        found = {name: decision for name, decision in decided.items() if decision is not None}
+        if self._store is not None:
+            self._store.write(found)
+        return found
+
+    def _by_value(self, name: str) -> Decision | None:
+        """The decision where the values of the weight make it alone."""
+        w, size = self._layers[name].weight(), self._config.group_size
+        found = detect_ternary(w, size if isinstance(size, int) else None)
+        if not isinstance(found, Refusal):
+            return Decision(found, "ternary by value: lowered exactly", 0.0, 0.0)
+        refusal = refuse(w)
+        return Decision(None, refusal.reason) if refusal else None
+
+    def _fit_group(self, group: list[str], moments: SplitMoments) -> dict[str, Decision]:
+        fits = _GroupFits(moments, self._config)
+        layers = {name: self._layers[name] for name in group}
+        weights = {name: layer.weight().float() for name, layer in layers.items()}
+        rotation = fits.choose_rotation(
+            {name: (w, layers[name].bias is not None) for name, w in weights.items()},
+            {name: self._planes_to_compare(name) for name in group},
+        )
+        return {
+            name: self._decide(name, weights[name], layers[name].bias, fits, rotation)
+            for name in group
+        }
+
+    def _planes_to_compare(self, name: str) -> int:
+        planes = self._planes.get(name, self._config.planes)
+        return planes if isinstance(planes, int) else ROTATION_PLANES
+
+    def _decide(
+        self,
+        name: str,
+        w: torch.Tensor,
+        bias: torch.Tensor | None,
+        fits: _GroupFits,
+        rotation: Rotation | None,
+    ) -> Decision:
+        planes, budget = self._planes.get(name, self._config.planes), self._config.error_budget
+        for count in CODE_MAX if planes == "auto" else (int(planes),):
+            candidates = fits.candidates(w, bias is not None, count, rotation)
+            chosen = min(candidates, key=lambda candidate: candidate.error)
+            if planes != "auto" or chosen.error <= budget:
+                break
+        else:
+            refusal = over_budget(count, "held-out output error", chosen.error, budget)
+            return Decision(None, refusal.reason, output_error=chosen.error)
+        if planes == "auto":
+            reason = (
+                f"{count} planes are the fewest within error_budget {budget:g} on held-out data"
+            )
+        elif name in self._planes:
+            reason = f"planes={count} by measured sensitivity"
+        else:
+            reason = f"planes={count} as configured"
+        return Decision(
+            quantized=chosen.quantized,
+            reason=f"{reason}; {chosen.method}{fell_back(chosen, candidates)}",
+            error=float(chosen.difference.norm() / w.norm()) if w.any() else 0.0,
+            output_error=chosen.error,
+            rotation=rotation,
+            bias=None if bias is None else fits.corrected(bias, chosen),
+        )
+
+
+class _GroupFits:
+    """Fits of layers that share their input: metrics and rotated moments are computed once."""
+
+    def __init__(self, moments: SplitMoments, config: Config) -> None:
+        self._config = config
+        self._moments: dict[Rotation | None, SplitMoments] = {None: moments}
+        self._metrics: dict[tuple[Rotation | None, bool], Metric] = {}
+        columns = len(moments.fitted.mean)
+        self._rotation = Rotation.of(columns, config.seed)
+        method = "gptq" if config.method == "auto" else config.method
+        self._methods = ("gptq", "als") if method == "gptq" else (method,)
+
+    def choose_rotation(
+        self, weights: Mapping[str, tuple[torch.Tensor, bool]], planes: Mapping[str, int]
+    ) -> Rotation | None:
+        """The rotation of the whole group: its layers read one input, rotated once or not."""
+        if self._config.rotation == "none" or self._rotation.block == 1:
+            return None
+        if self._config.rotation == "hadamard":
+            return self._rotation
+        errors = {
+            rotation: sum(
+                min(c.error for c in self.candidates(w, centred, planes[name], rotation)) ** 2
+                for name, (w, centred) in weights.items()
+            )
+            for rotation in (None, self._rotation)
+        }
+        return min(errors, key=lambda rotation: errors[rotation])
+
+    def candidates(
+        self, w: torch.Tensor, centred: bool, planes: int, rotation: Rotation | None
+    ) -> list[Candidate]:
+        """One candidate a method, in a fixed order."""
+        moments = self._rotated(rotation)
+        w = w if rotation is None else rotation.rotate(w)
+        found = []
+        for method in self._methods:
+            metric = self._metric(rotation, centred)
+            quantized = fit(w, metric, planes, self._config, method)
+            found.append(judged(w, quantized, method, rotation, moments.held_out, centred))
+        return found
+
+    def corrected(self, bias: torch.Tensor, chosen: Candidate) -> torch.Tensor:
+        """The bias that takes up the mean of the error."""
+        mean = self._rotated(chosen.rotation).fitted.mean
+        return corrected_bias(bias, chosen.difference, mean)
+
+    def _rotated(self, rotation: Rotation | None) -> SplitMoments:
+        if rotation not in self._moments:
+            assert rotation is not None
+            self._moments[rotation] = self._moments[None].rotated(rotation)
+        return self._moments[rotation]
+
+    def _metric(self, rotation: Rotation | None, centred: bool) -> Metric:
+        key = (rotation, centred)
+        if key not in self._metrics:
+            self._metrics[key] = Metric.of(self._rotated(rotation).fitted, centred)
+        return self._metrics[key]

@@ -1,0 +1,88 @@
+"""W [N, K], H -> codes by columns, the error of each spread over the columns still to come.
+
+    U = upper Cholesky factor of inv(H + damping)
+    per group: step fitted to the compensated weights, metric 1 / U_jj^2
+    per column j: q_j = snap(w_j);  w_rest -= (w_j - q_j) / U_jj * U_j,rest
+
+Frantar et al., "GPTQ" (2023), equations 2 and 4, with the scales fitted group by group (Lazy): a
+scale fitted once in front would not know the weights that compensation has changed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ternc.calibration.grid import Grid
+
+BLOCK = 128
+"""Columns whose updates to the columns beyond are applied as one product."""
+
+
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """H + damping * mean(diag H) * I, fp32 [K, K]; a column without input gets 1 on its diagonal.
+
+    Raises nothing for a rank-deficient H: that is what the damping is for.
+    """
+    diagonal = hessian.diagonal()
+    ridge = float(diagonal.mean()) * damping
+    result = hessian.clone()
+    result.diagonal().add_(ridge if ridge > 0 else 1.0)
+    result.diagonal()[diagonal <= 0] = 1.0
+    return result
+
+
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor U of inv(H), U^T U = inv(H); computed in fp64, fp32 [K, K]."""
+    lower = torch.linalg.cholesky(hessian.double())
+    inverse = torch.cholesky_inverse(lower)
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def compensate(w: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """w fp32 [N, K] -> codes fp32 [N, K] on `grid`, whose steps are set group by group.
+
+    Args:
+        factor: `inverse_factor` of the damped Hessian.
+        grid: its `steps` [N, G] are written.
+    """
+    w = w.clone()
+    codes = torch.empty_like(w)
+    columns = w.shape[1]
+    weight = factor.diagonal().square().reciprocal()
+    size = grid.columns_per_group
+    for first in range(0, columns, size):
+        last = min(first + size, columns)
+        for start in range(first, last, BLOCK):
+            stop = min(start + BLOCK, last)
+            if start == first:
+                # A group wider than a block is fitted to what is known of it: its start is exact,
+                # the rest lacks the updates of its own blocks.
+                step = grid.fit_group(first // size, w[:, first:last], weight[first:last])
+            errors = _compensate_block(w, codes, factor, step, grid.cmax, slice(start, stop))
+            if stop < columns:
+                w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes
+
+
+def _compensate_block(
+    w: torch.Tensor,
+    codes: torch.Tensor,
+    factor: torch.Tensor,
+    step: torch.Tensor,
+    cmax: int,
+    block: slice,
+) -> torch.Tensor:
+    """Codes of the columns in `block`; returns their errors / U_jj, [N, block]."""
+    # Transposed: a column is then one run of memory.
+    local = w[:, block].T.contiguous()
+    local_factor = factor[block, block]
+    errors = torch.empty_like(local)
+    found = torch.empty_like(local)
+    safe = torch.where(step == 0, 1.0, step)
+    for j, pivot in enumerate(local_factor.diagonal().tolist()):
+        code = (local[j] / safe).round_().clamp_(-cmax, cmax)
+        found[j] = code
+        errors[j] = (local[j] - code * step) / pivot
+        local[j + 1 :].addr_(local_factor[j, j + 1 :], errors[j], alpha=-1)
+    codes[:, block] = torch.where(step == 0, 0.0, found).T
+    return errors.T

@@ -1,0 +1,81 @@
+"""`Moments`: inputs x of a layer -> E[x x^T] and E[x], for fitting and for judging apart.
+
+Rows of calibration data are taken in once and let go of: K x K numbers stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ternc.formats.rotation import Rotation
+
+
+@dataclasses.dataclass
+class Moments:
+    """First and second moments of input rows [M, K]."""
+
+    second: torch.Tensor
+    """E[x x^T], fp32 [K, K]."""
+    mean: torch.Tensor
+    """E[x], fp32 [K]."""
+    count: int
+    """Rows taken in."""
+
+    @classmethod
+    def empty(cls, columns: int, device: torch.device) -> Moments:
+        """No rows yet."""
+        zeros = torch.zeros(columns, columns, device=device)
+        return cls(zeros, zeros.new_zeros(columns), 0)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Takes in rows [M, K] of any float dtype; rows with NaN or infinity are left out."""
+        rows = rows.float()
+        rows = rows[rows.isfinite().all(1)]
+        total = self.count + len(rows)
+        if not len(rows):
+            return
+        # A running mean, so that the numbers keep their size however much data there is.
+        keep = self.count / total
+        self.second.mul_(keep).addmm_(rows.T, rows, alpha=1 / total)
+        self.mean.mul_(keep).add_(rows.sum(0), alpha=1 / total)
+        self.count = total
+
+    def covariance(self) -> torch.Tensor:
+        """E[(x - E x)(x - E x)^T]: what is left of an error once a bias takes up its mean."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+    def rotated(self, rotation: Rotation) -> Moments:
+        """Moments of the rotated rows: R^T E[x x^T] R."""
+        half = rotation.rotate(self.second)
+        second = rotation.rotate(half.T.contiguous())
+        return Moments((second + second.T) / 2, rotation.rotate(self.mean), self.count)
+
+
+@dataclasses.dataclass
+class SplitMoments:
+    """Moments of the rows that codes are fitted to, and of those that the fit is judged by."""
+
+    fitted: Moments
+    held_out: Moments
+
+    @classmethod
+    def empty(cls, columns: int, device: torch.device) -> SplitMoments:
+        return cls(Moments.empty(columns, device), Moments.empty(columns, device))
+
+    def rotated(self, rotation: Rotation) -> SplitMoments:
+        return SplitMoments(self.fitted.rotated(rotation), self.held_out.rotated(rotation))
+
+
+def output_error(difference: torch.Tensor, w: torch.Tensor, moments: torch.Tensor) -> float:
+    """sqrt(tr(D H D^T) / tr(W H W^T)): relative error of the outputs on the rows behind H.
+
+    Args:
+        difference: W - Q, fp32 [N, K].
+        w: fp32 [N, K].
+        moments: second moment or covariance of the inputs, fp32 [K, K].
+    """
+    numerator = ((difference @ moments) * difference).sum(dtype=torch.float64)
+    denominator = ((w @ moments) * w).sum(dtype=torch.float64)
+    return float((numerator.clamp(min=0) / denominator.clamp(min=1e-300)).sqrt())

@@ -1,0 +1,89 @@
+"""`Session`: the calibration of one call of `quantize`, from its arguments to the tuned model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ternc.calibration.allocate import allocate
+from ternc.calibration.attention import Expanded, expand_attention, settle_attention
+from ternc.calibration.batches import materialised
+from ternc.calibration.calibrator import Calibrator, Layer
+from ternc.calibration.distance import Loss, default_loss
+from ternc.calibration.resume import Store, fingerprint
+from ternc.calibration.tune import Tuning, tune
+from ternc.config import Config
+from ternc.errors import ConfigError
+from ternc.reporting import Row
+
+
+@dataclasses.dataclass
+class Session:
+    """What `quantize` was asked to do with calibration data."""
+
+    config: Config
+    batches: list[Any]
+    loss: Loss
+    tuning: Tuning | None
+    resume: str | os.PathLike[str] | None
+    progress: bool | None
+    expanded: list[Expanded] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        batches: Iterable[Any] | None,
+        loss: Loss | None,
+        tuning: Tuning | None,
+        resume: str | os.PathLike[str] | None,
+        progress: bool | None,
+    ) -> Session | None:
+        """None without calibration data.
+
+        Raises:
+            ConfigError: a setting was given that needs calibration data.
+            InputError: the data are empty or hold no tensors.
+        """
+        if batches is not None:
+            found = materialised(batches)
+            return cls(config, found, loss or default_loss, tuning, resume, progress)
+        given = {"loss": loss, "tuning": tuning, "resume": resume}
+        if asked := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{asked[0]} needs calibration data: give calibration=batches")
+        return None
+
+    def enter(self, model: nn.Module) -> nn.Module:
+        """The model with its attention modules split into projections; in place."""
+        model, self.expanded = expand_attention(model, self.config)
+        return model
+
+    def calibrator(self, model: nn.Module, layers: Mapping[str, Layer]) -> Calibrator:
+        """What fits these layers of the model, plane counts allocated first if asked for."""
+        store = None
+        if self.resume is not None:
+            store = Store(self.resume, fingerprint(model, self.config, self.batches))
+        planes: dict[str, int] = {}
+        if self.config.bits_budget is not None:
+            planes = (store.read_planes() if store else None) or allocate(
+                model, layers, self.batches, self.config, self.loss, self.progress
+            )
+            if store:
+                store.write_planes(planes)
+        return Calibrator(model, layers, self.batches, self.config, planes, store)
+
+    def leave(self, model: nn.Module) -> nn.Module:
+        """Undoes `enter` where nothing was packed; in place."""
+        return settle_attention(model, self.expanded)
+
+    def tune(self, model: nn.Module, teacher: nn.Module, rows: list[Row]) -> None:
+        """Trains scales, norms and biases of `model`, and says so in its rows."""
+        assert self.tuning is not None
+        tune(model, teacher, self.batches, self.loss, self.tuning, self.progress)
+        for row in rows:
+            if row.action == "rewritten":
+                row.reason += "; scales tuned after these errors were measured"
