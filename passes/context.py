@@ -30,6 +30,8 @@ class Context:
     abstract: bool
     sites: list[WeightSite] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """Facts for the report that belong to no single weight."""
     packed_inputs: list[tuple[WeightSite, str]] = dataclasses.field(default_factory=list)
     """Inputs appended to the graph: which site, which field of its packed tensors."""
     row_positions: list[tuple[Row, int]] = dataclasses.field(default_factory=list)

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from ternc.passes.attention_fast_paths import decompose_attention
+from ternc.passes.attention_regions import report_regions
 from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import (
     dotted_path,
@@ -16,6 +17,7 @@ from ternc.passes.graph import (
     mark_inputs,
     source_of,
 )
+from ternc.passes.hand_written_attention import fuse_attention
 from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.activation import ActivationRule
 from ternc.passes.rules.linear import LinearRule
@@ -48,10 +50,14 @@ def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     simplify(gm)
     verify(gm, "simplify")
     _find_packed_modules(gm, context)
+    for skip in fuse_attention(gm):
+        context.notes.append(f"attention left as written: {skip.reason}")
+    verify(gm, "fuse_attention")
     for rule in RULES:
         apply(rule, gm, context)
         _drop_unused(gm)
         verify(gm, rule.name)
+    report_regions(gm, context)
     gm.recompile()
     return gm
 

@@ -101,7 +101,11 @@ class Totals:
         held = {_storage(tensor) for tensor in replaced}
         rest = [tensor for tensor in _unique(model) if _storage(tensor) not in held]
         rest_bytes = sum(_bytes(tensor) for tensor in rest)
-        counted = [row for row in rows if row.action == "rewritten" and row.shared_with is None]
+        counted = [
+            row
+            for row in rows
+            if row.action == "rewritten" and row.shared_with is None and row.shape
+        ]
         moved = [row for row in counted if row.name not in kept]
         return cls(
             weights=sum(t.numel() for t in rest) + sum(math.prod(row.shape) for row in moved),
@@ -164,12 +168,18 @@ class Report:
     @property
     def rewritten(self) -> list[Row]:
         """Rows whose weight now is packed."""
-        return [row for row in self.rows if row.action == "rewritten"]
+        return [row for row in self.rows if row.action == "rewritten" and row.shape]
+
+    @property
+    def attention(self) -> list[Row]:
+        """Rows of attention regions: they name their projections and have no weight of their own."""
+        return [row for row in self.rows if row.pattern.startswith("attention: ")]
 
     @property
     def skipped(self) -> list[Row]:
         """Rows left as they were."""
-        return [row for row in self.rows if row.action == "skipped"]
+        regions = {id(row) for row in self.attention}
+        return [r for r in self.rows if r.action == "skipped" and id(r) not in regions]
 
     @property
     def reference_rows(self) -> list[Row]:
@@ -209,6 +219,8 @@ class Report:
             parts.append(_table(self.rewritten))
         if self.skipped:
             parts.append(_refusals(self.skipped))
+        if self.attention:
+            parts.append(_attention(self.attention))
         if self.rows or self.totals:
             parts.append(_summary(self))
         parts += [_wrapped(f"note: {note}", "      ") for note in self.notes]
@@ -311,8 +323,19 @@ def _refusals(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _attention(rows: list[Row]) -> str:
+    """Attention regions, one line for each pattern."""
+    groups: dict[str, list[str]] = {}
+    for row in rows:
+        groups.setdefault(row.pattern.removeprefix("attention: "), []).append(row.name)
+    lines = [f"attention regions ({len(rows)}):"]
+    lines += [_wrapped(f"  {p}: {', '.join(names)}", "    ") for p, names in groups.items()]
+    return "\n".join(lines)
+
+
 def _summary(report: Report) -> str:
-    line = f"{len(report.rewritten)} of {len(report.rows)} rewritten."
+    weights = len(report.rewritten) + len(report.skipped)
+    line = f"{len(report.rewritten)} of {weights} rewritten."
     if totals := report.totals:
         line += (
             f" Whole model: {format_bytes(totals.bytes_before)} -> "

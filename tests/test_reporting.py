@@ -66,7 +66,7 @@ def report():
                 "exact", format="ternary x1 row a8", weight_error=0.0, reason="ternary by value"
             ),
             linear_row("tied", shared_with="exact", kernel=None),
-            Row("attention", "attention", "rewritten", "scaled dot product", format="region"),
+            Row("attention", "attention: q, k, v -> softmax(q k) v -> o", "rewritten", "fused"),
             skipped_row("lm_head", "excluded by name (exclude='lm_head')"),
             skipped_row("odd.0", refused),
             skipped_row("odd.1", refused),
