@@ -328,7 +328,12 @@ _HOOKS = (
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Mode and hooks. The very same dictionaries: a handle of a hook still removes it."""
+    """Mode and hooks. The very same dictionaries: a handle of a hook still removes it.
+
+    The submodules of a linear belong to its hooks, and move with them.
+    """
     new.training = old.training
+    if isinstance(old, nn.Linear):
+        new._modules.update(old._modules)
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ternc.train.callbacks import TrainingCallback
+    from ternc.train.callbacks import TrainingHooks, hf_callback
     from ternc.train.config import (
         Distillation,
         Hadamard,
@@ -41,9 +41,10 @@ _HOME = {
     "Stage": "ternc.train.schedule",
     "TrainConfig": "ternc.train.config",
     "Trainer": "ternc.train.trainer",
-    "TrainingCallback": "ternc.train.callbacks",
+    "TrainingHooks": "ternc.train.callbacks",
     "final_quantizers": "ternc.train.site",
     "finish": "ternc.train.preparation",
+    "hf_callback": "ternc.train.callbacks",
     "insert_subln": "ternc.train.subln",
     "prepare": "ternc.train.preparation",
     "preset": "ternc.train.presets",
@@ -66,9 +67,10 @@ __all__ = [
     "Stage",
     "TrainConfig",
     "Trainer",
-    "TrainingCallback",
+    "TrainingHooks",
     "final_quantizers",
     "finish",
+    "hf_callback",
     "insert_subln",
     "prepare",
     "preset",

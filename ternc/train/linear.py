@@ -10,6 +10,7 @@ The quantisers are ternc::fake_quantize (or mean magnitudes) and ternc::fake_qua
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from ternc.errors import BlendedWeightError
 from ternc.formats.quantized import Quantized
 from ternc.formats.rotation import Rotation
 from ternc.runtime import ops
+from ternc.runtime.ops.linear import integer_linear
 from ternc.site import Decision
 from ternc.train.quantizers import blended, ternary, values_by_bits
 from ternc.train.schedule import FLOAT, TERNARY, BlendState
@@ -101,13 +103,21 @@ class QATLinear(nn.Linear):
         self.register_buffer("activation_state", acts if settings.activation_formats else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.effective_weight()
+        """x [..., in_features] -> [..., out_features].
+
+        Without gradients, and with the final quantisers, the sums are the integer sums of
+        ternc::linear: bit for bit what the packed layer gives. A compiled graph keeps the floating
+        point product of the same values.
+        """
         if self.settings.rotation is not None:
             x = torch.ops.ternc.hadamard(x, self.signs, self.settings.rotation.block)
-        bias = self._bias(weight)
+        if self._gives_integers():
+            return self._integer_product(x)
+        weight = self.effective_weight()
+        dead = weight.detach() == 0 if self.settings.dead_zone else None
         if self.offset is not None:
             weight = weight + self.offset
-        return F.linear(self._quantized_input(x), weight, bias)
+        return F.linear(self._quantized_input(x), weight, self._bias(weight, dead))
 
     def matrix(self) -> torch.Tensor:
         """The weight [out_features, in_features], learnt scales folded in, differentiable."""
@@ -151,15 +161,19 @@ class QATLinear(nn.Linear):
         """The current quantiser in words, `1.58` or `8 -> 4 (0.31)`. Waits for the device."""
         return _describe(self.weight_state)
 
+    @property
+    def is_final(self) -> bool:
+        """Nothing is blended any more. Waits for the device where there is a schedule."""
+        return all(_is_at(state, bits) for _, state, bits in self._states())
+
     def decision(self, name: str = "") -> Decision:
         """What packing makes of the weight.
 
         Raises:
             BlendedWeightError: the schedule has not reached its final quantiser.
         """
-        for what, state in (("weight", self.weight_state), ("input", self.activation_state)):
-            bits = TERNARY if what == "weight" else float(self.settings.activation_bits or FLOAT)
-            if state is not None and (abs(state[1].item() - bits) > 1e-3 or state[2].item() != 1.0):
+        for what, state, bits in self._states():
+            if not _is_at(state, bits):
                 raise BlendedWeightError(
                     f"{name or 'layer'}: the {what} is quantised as {_describe(state)} bits, "
                     f"not yet as {bits:g}; train to the end of the schedule, or call "
@@ -175,7 +189,7 @@ class QATLinear(nn.Linear):
             return self.bias
         with torch.no_grad():
             weight = self.quantized().dequantize().to(self.weight.dtype)
-            folded = self._bias(weight)
+            folded = self._bias(weight, weight == 0 if self.settings.dead_zone else None)
         assert folded is not None
         return nn.Parameter(folded.clone(), self.bias is None or self.bias.requires_grad)
 
@@ -188,6 +202,26 @@ class QATLinear(nn.Linear):
             f"activation_bits={settings.activation_bits}{turned}"
         )
 
+    def _states(self) -> Iterator[tuple[str, torch.Tensor, float]]:
+        """What follows a schedule, its state, and the bits at the schedule's end."""
+        if self.settings.formats != (TERNARY,):
+            yield "weight", self.weight_state, TERNARY
+        if self.activation_state is not None:
+            yield "input", self.activation_state, float(self.settings.activation_bits or FLOAT)
+
+    def _gives_integers(self) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.offset is not None:
+            return False
+        return bool(self.settings.activation_bits) and self.is_final
+
+    def _integer_product(self, x: torch.Tensor) -> torch.Tensor:
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            q, scale = torch.ops.ternc.quantize_act(x, self.settings.activation_bits)
+            return integer_linear(q, scale, self.quantized(), self.packed_bias()).to(x.dtype)
+
     def _final(self, weight: torch.Tensor) -> torch.Tensor:
         """fp32 or the weight's dtype [N, K]: values of the final quantiser."""
         settings = self.settings
@@ -195,15 +229,15 @@ class QATLinear(nn.Linear):
             return torch.ops.ternc.fake_quantize(weight, settings.planes, settings.group_size)
         return ternary(weight, 1, settings.group_size, settings.scale).dequantize().to(weight.dtype)
 
-    def _bias(self, weight: torch.Tensor) -> torch.Tensor | None:
+    def _bias(self, weight: torch.Tensor, dead: torch.Tensor | None) -> torch.Tensor | None:
+        """b + W shift + lambda sum of the master weights whose trit is 0 (`dead`, bool [N, K])."""
         bias = self.bias
         if self.hadamard_shift is not None:
             shift = F.linear(self.hadamard_shift, weight)
             bias = shift if bias is None else bias + shift
-        if self.settings.dead_zone:
-            dead = (weight.detach() == 0).to(weight.dtype)
-            dead = self.settings.dead_zone * (self.matrix() * dead).sum(1)
-            bias = dead if bias is None else bias + dead
+        if dead is not None:
+            asleep = self.settings.dead_zone * (self.matrix() * dead).sum(1)
+            bias = asleep if bias is None else bias + asleep
         return bias
 
     def _quantized_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -217,6 +251,11 @@ class QATLinear(nn.Linear):
             for bits in settings.activation_formats
         }
         return blended(values, self.activation_state) + (x - given)
+
+
+def _is_at(state: torch.Tensor, bits: float) -> bool:
+    _, target, blend = state.tolist()
+    return abs(target - bits) < 1e-3 and blend == 1.0
 
 
 def _write(state: torch.Tensor, new: BlendState) -> None:

@@ -1,0 +1,68 @@
+"""Named recipes: `preset("warm_start")` -> TrainConfig.
+
+    bitnet_b158    mean-magnitude scales per tensor, ternary from the first step (arXiv 2402.17764)
+    modern         least-squares scales in groups of 128, flat learning rate with a warm-down
+    warm_start     modern, floating point for the first 40 % of the steps, then a ramp over 10 %
+    stages         modern, 8 -> 4 -> 2 -> 1.58 bits
+    full           warm_start with the teacher's KL and the dead-zone bias
+
+`warm_start` is the recommendation where there is no teacher: the shape of 16 -> 1.58 continual
+training (ACL Findings 2025), of which the seed's four stages are a slow variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ternc.config import Config
+from ternc.errors import ConfigError
+from ternc.train.config import Distillation, Optimization, TrainConfig
+from ternc.train.schedule import FLOAT, TERNARY, Schedule, Stage
+
+WARM_START = Schedule(stages=(Stage(FLOAT, 0.4, 0.0), Stage(TERNARY, 0.6, 1 / 6)), unit="fraction")
+"""40 % floating point, a ramp over 10 %, 50 % ternary."""
+
+STAGES = Schedule(
+    stages=(Stage(8, 0.2), Stage(4, 0.2), Stage(2, 0.2), Stage(TERNARY, 0.4)), unit="fraction"
+)
+
+
+def _bitnet_b158() -> TrainConfig:
+    return TrainConfig(weights=Config(planes=1, group_size="tensor"), scale="absmean")
+
+
+def _modern() -> TrainConfig:
+    return TrainConfig(optimization=Optimization(schedule="wsd", weight_decay=0.0))
+
+
+def _warm_start() -> TrainConfig:
+    return _modern().replace(schedule=WARM_START)
+
+
+def _stages() -> TrainConfig:
+    return _modern().replace(schedule=STAGES)
+
+
+def _full() -> TrainConfig:
+    return _warm_start().replace(distillation=Distillation(), dead_zone=1e-3)
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "bitnet_b158": _bitnet_b158,
+    "modern": _modern,
+    "warm_start": _warm_start,
+    "stages": _stages,
+    "full": _full,
+}
+
+
+def preset(name: str = "warm_start", **changes: Any) -> TrainConfig:
+    """The configuration of a named recipe, with other values in some fields.
+
+    Raises:
+        ConfigError: no such recipe.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    return PRESETS[name]().replace(**changes)

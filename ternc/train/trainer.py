@@ -1,0 +1,388 @@
+"""`Trainer`: model, data -> a trained model that `ternc.quantize` packs.
+
+One optimiser step, in this order: schedules -> forward and backward of every batch (task, KL,
+logit gradients, features) -> weight-gradient alignment -> sum over processes -> sensitivities ->
+DR-QAP -> ESTE-M -> clip -> optimiser -> log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ternc.config import Config
+from ternc.errors import TrainingError
+from ternc.train import checkpoint, gradients
+from ternc.train import resume as resume_files
+from ternc.train.config import TrainConfig, as_train_config
+from ternc.train.distill import Distiller
+from ternc.train.log import TrainingLog, plot_curves
+from ternc.train.metrics import TritMonitor
+from ternc.train.momentum import MomentumTransform
+from ternc.train.optimizer import make_optimizers, set_rates
+from ternc.train.preparation import finish, prepare, set_schedule, states_at
+from ternc.train.regularize import Penalty
+from ternc.train.schedule import Schedule
+from ternc.train.site import final_quantizers, sites, unwrap
+from ternc.train.task import (
+    Example,
+    Loss,
+    call,
+    cross_entropy,
+    example_of,
+    logits_of,
+    scored,
+    to_device,
+)
+
+BALANCE_EVERY = 50
+"""Steps between two measurements of the gradient norms that balance the terms."""
+
+
+class Trainer:
+    """Trains `model`, which may be float (it is prepared in place), prepared, compiled or DDP.
+
+    Args:
+        config: default: the one the model was prepared with.
+        teacher: any float module with the student's outputs; needed for `config.distillation`.
+        loss: (output, batch) -> scalar; default: cross-entropy of logits and targets (task.py).
+        folder: checkpoints, log.csv and curves.png go here.
+        log_every: optimiser steps between two rows of the log.
+        progress: lines on stderr; None shows them on a terminal.
+        callbacks: called as callback(trainer, row) with every row of the log.
+
+    Attributes:
+        model: as it was given. `inner` is the user's module inside it.
+        step: optimiser steps made.
+        log: `log.rows` is the history.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig | Config | None = None,
+        teacher: nn.Module | None = None,
+        *,
+        loss: Loss | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        log_every: int = 10,
+        progress: bool | None = None,
+        callbacks: Iterable[Callable[[Trainer, dict[str, Any]], None]] = (),
+    ) -> None:
+        known = getattr(unwrap(model), "_ternc_train_config", None)
+        self.config = known if config is None and known is not None else as_train_config(config)
+        if known is None:
+            prepared = prepare(unwrap(model), self.config, inplace=True)
+            model = prepared if unwrap(model) is model else model
+        self.model, self.inner = model, unwrap(model)
+        self.sites = sites(model)
+        self.device = next(self.inner.parameters()).device
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = TrainingLog(self.folder if _rank() == 0 else None, progress)
+        self.log_every, self._callbacks = log_every, list(callbacks)
+        self._loss = loss or cross_entropy
+        self.teacher: nn.Module | None = None
+        self.distiller: Distiller | None = None
+        self.penalty = self.config.regularization and Penalty(
+            self.sites, self.config.regularization
+        )
+        self.momentum = self.config.momentum and MomentumTransform(self.config.momentum)
+        self.monitor = TritMonitor()
+        self.step = self.epoch = self.batch = 0
+        self.best = math.inf
+        self._epoch_start: dict[str, torch.Tensor] = {}
+        self._resumed: dict[str, torch.Tensor] | None = None
+        self._generator: torch.Generator | None = None
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.set_teacher_model(teacher)
+
+    def set_teacher_model(self, teacher: nn.Module | None) -> None:
+        """Sets the teacher, before training: projections belong to the optimiser."""
+        if self.step:
+            raise TrainingError("the teacher is set before the first step, not during a run")
+        self.teacher = teacher
+        self.distiller = None
+        if teacher is not None and self.config.distillation is not None:
+            teacher.requires_grad_(False)
+            self.distiller = Distiller(self.model, teacher, self.config.distillation)
+        self.optimizers = make_optimizers(self.model, self.config.optimization, self.distiller)
+
+    def train(
+        self,
+        train_loader: Any,
+        val_loader: Any = None,
+        num_epochs: int = 1,
+        save_every: int | None = None,
+        eval_every: int | None = 1,
+        resume: str | os.PathLike[str] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Trains for `num_epochs` passes over a loader that has a length; returns the log's rows.
+
+        Args:
+            save_every, eval_every: epochs between two checkpoints, two evaluations of the final
+                quantisers on `val_loader`; None = never.
+            resume: a checkpoint folder: the run goes on as if it had not been interrupted.
+
+        Raises:
+            TrainingError: distillation without a teacher, no folder to save to, a loss that is not
+                finite.
+        """
+        if self.config.distillation is not None and self.distiller is None:
+            raise TrainingError("config.distillation needs a teacher: Trainer(..., teacher=model)")
+        if save_every is not None and self.folder is None:
+            raise TrainingError("save_every needs a folder: Trainer(..., folder='runs/one')")
+        self._steps_per_epoch = math.ceil(len(train_loader) / self.config.accumulate)
+        self.total_steps = num_epochs * self._steps_per_epoch
+        if resume is not None:
+            self.load(resume)
+        self.model.train()
+        while self.epoch < num_epochs:
+            self._run_epoch(train_loader)
+            self.epoch, self.batch = self.epoch + 1, 0
+            if val_loader is not None and eval_every and self.epoch % eval_every == 0:
+                self._validate(val_loader)
+            if save_every is not None and self.epoch % save_every == 0:
+                self.save(self.folder / f"epoch-{self.epoch}")  # type: ignore[operator]
+        finish(self.inner)
+        if self.folder is not None and _rank() == 0:
+            with contextlib.suppress(ImportError):
+                plot_curves(self.log.rows, self.folder / "curves.png")
+        return self.log.rows
+
+    @torch.no_grad()
+    def evaluate(self, loader: Any, final: bool = True) -> dict[str, float]:
+        """Mean task loss per valid token, and its perplexity.
+
+        Args:
+            final: with the final quantisers, as the model would be packed; else as it is trained.
+        """
+        training = self.inner.training
+        self.inner.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        with final_quantizers(self.inner) if final else contextlib.nullcontext():
+            for batch in loader:
+                batch = to_device(batch, self.device)
+                example = example_of(batch)
+                with self._autocast():
+                    output = call(self.inner, example)
+                    value = self._loss(output, batch)
+                count = 1
+                if example.targets is not None:
+                    count = int(scored(logits_of(output), example)[2].sum())
+                total += torch.tensor([value.item() * count, count], device=self.device)
+        if self.distiller is not None:
+            self.distiller.release()
+        self.inner.train(training)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        mean = (total[0] / total[1].clamp(min=1)).item()
+        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint (resume.py); every process calls it."""
+        resume_files.save_run(self, Path(folder))
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Takes up the run that `save` wrote.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or of another model or configuration.
+        """
+        self._resumed = resume_files.load_run(self, Path(folder))
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """What has state beside model and optimisers, by the prefix of its tensors."""
+        yield "monitor", self.monitor
+        for prefix in ("distiller", "penalty", "momentum"):
+            if (part := getattr(self, prefix)) is not None:
+                yield prefix, part
+
+    def random_states(self) -> dict[str, torch.Tensor]:
+        """The generators of this process, now and at the start of the epoch."""
+        return {**self._random_state("now"), **self._epoch_start}
+
+    def _run_epoch(self, loader: Any) -> None:
+        sampler = getattr(loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(self.epoch)
+        batches = self._batches(loader)
+        size = self.config.accumulate
+        while chunk := [batch for _, batch in zip(range(size), batches, strict=False)]:
+            self.batch += len(chunk)
+            self._optimize([to_device(batch, self.device) for batch in chunk])
+
+    def _batches(self, loader: Any) -> Iterator[Any]:
+        """The batches of the epoch that are left, with the random state of an unbroken run."""
+        self._generator = getattr(loader, "generator", None)
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            self._restore_random(resumed, "epoch" if self.batch else "now")
+        self._epoch_start = self._random_state("epoch")
+        batches = iter(loader)
+        for _ in range(self.batch):
+            next(batches)
+        if resumed is not None and self.batch:
+            self._restore_random(resumed, "now")
+        return batches
+
+    def _random_state(self, moment: str) -> dict[str, torch.Tensor]:
+        """State of every generator, that of the loader included, by names that start with
+        `moment`.
+        """
+        state = checkpoint.random_state()
+        if self._generator is not None:
+            state["loader"] = self._generator.get_state()
+        return {f"{moment}.{name}": value for name, value in state.items()}
+
+    def _restore_random(self, state: dict[str, torch.Tensor], moment: str) -> None:
+        own = {name.partition(".")[2]: v for name, v in state.items() if name.startswith(moment)}
+        checkpoint.restore_random_state(own)
+        if self._generator is not None and "loader" in own:
+            self._generator.set_state(own["loader"])
+
+    def _optimize(self, batches: list[Any]) -> None:
+        """One optimiser step."""
+        self._set_schedules()
+        set_rates(self.optimizers, self.config.optimization, self.step, self.total_steps)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        if self.distiller is not None and self.config.distillation.balance:  # type: ignore[union-attr]
+            self._balance(batches[0])
+        values: dict[str, torch.Tensor] = {}
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                self._backward(batch, 1 / len(batches), values)
+        self._align_gradients(batches, values)
+        if self.penalty is not None:
+            self.penalty.observe(self.sites)
+            strength = self.penalty.strength(
+                self.step / self.total_steps, self.step / self._steps_per_epoch
+            )
+            values["penalty"] = self.penalty.add_gradient(self.sites, strength)
+        if self.momentum is not None:
+            self.momentum.apply(self.sites)
+        if self.config.optimization.clip is not None:
+            every = [p for o in self.optimizers for g in o.param_groups for p in g["params"]]
+            nn.utils.clip_grad_norm_(every, self.config.optimization.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        if self.step % self.log_every == 0 or self.step == self.total_steps:
+            self._record(values)
+
+    def _backward(self, batch: Any, share: float, values: dict[str, torch.Tensor]) -> None:
+        example = example_of(batch)
+        with self._autocast():
+            output = call(self.model, example)
+            terms = {"loss": self._loss(output, batch)}
+            total = terms["loss"]
+            if self.distiller is not None:
+                total = total * self.config.distillation.task  # type: ignore[union-attr]
+                extra = self.distiller.terms(output, example)
+                terms.update(extra)
+                total = total + sum(extra.values())
+        (total * share).backward()
+        if self.distiller is not None:
+            self.distiller.release()
+        for name, term in terms.items():
+            values[name] = values.get(name, 0) + share * term.detach()
+
+    def _align_gradients(self, batches: list[Any], values: dict[str, torch.Tensor]) -> None:
+        """The weight-gradient modes of distillation; every process aligns its own batches."""
+        config = self.config.distillation
+        if self.teacher is None or config is None or not config.beta or config.gradient == "logit":
+            return
+        add = (
+            gradients.add_alignment_gradient
+            if config.gradient == "hvp"
+            else gradients.add_exact_alignment_gradient
+        )
+        for batch in batches:
+            loss = self._task_loss(batch)
+            target = gradients.teacher_gradients(self.inner, self.teacher, loss)
+            weight = config.beta / (len(batches) * _world())
+            value = add(self.inner, loss, target, weight)
+            values["gradient"] = values.get("gradient", 0) + config.beta * value / len(batches)
+
+    def _task_loss(self, batch: Any) -> gradients.ScalarLoss:
+        def loss(model: nn.Module) -> torch.Tensor:
+            with self._autocast():
+                return self._loss(call(model, example_of(batch)), batch)
+
+        return loss
+
+    def _balance(self, batch: Any) -> None:
+        if self.step % BALANCE_EVERY:
+            return
+        example: Example = example_of(batch)
+        with self._autocast():
+            self.distiller.measure_balance(  # type: ignore[union-attr]
+                self.inner, example, lambda output: self._loss(output, batch)
+            )
+
+    def _set_schedules(self) -> None:
+        weights, activations = self.config.schedule, self.config.activation_schedule
+        if weights is not None or activations is not None:
+            progress = [self._progress(schedule) for schedule in (weights, activations)]
+            set_schedule(self.inner, *states_at(self.config, *progress))
+
+    def _progress(self, schedule: Schedule | None) -> float:
+        """Where the run is, in the unit of a schedule: a function of the step alone."""
+        if schedule is None or schedule.unit == "step":
+            return float(self.step)
+        whole = self._steps_per_epoch if schedule.unit == "epoch" else self.total_steps
+        return self.step / whole
+
+    def _record(self, values: dict[str, torch.Tensor]) -> None:
+        row: dict[str, Any] = {"step": self.step, "epoch": self.step / self._steps_per_epoch}
+        row.update({name: float(value) for name, value in values.items()})
+        if not math.isfinite(row["loss"]):
+            raise TrainingError(
+                f"step {self.step}: the loss is {row['loss']}; lower the learning rate "
+                f"({self.config.optimization.learning_rate:g}) or look at the data"
+            )
+        row["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
+        row.update(self.monitor.look(self.sites))
+        self._add_row(row)
+
+    def _validate(self, loader: Any) -> None:
+        found = self.evaluate(loader)
+        row = {"step": self.step, "epoch": float(self.epoch)}
+        row.update({f"validation_{name}": value for name, value in found.items()})
+        self._add_row(row)
+        if found["loss"] < self.best:
+            self.best = found["loss"]
+            if self.folder is not None:
+                self.save(self.folder / "best")
+
+    def _add_row(self, row: dict[str, Any]) -> None:
+        self.log.add(row, self.total_steps)
+        for callback in self._callbacks:
+            callback(self, row)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
+        return getattr(self.model, "no_sync", contextlib.nullcontext)()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
