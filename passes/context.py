@@ -11,7 +11,7 @@ from torch import fx
 from ternc.config import Config
 from ternc.passes.graph import calling_module, module_path, source_of
 from ternc.passes.rule import Skip
-from ternc.reporting import Row
+from ternc.reporting import GraphNode, Row
 from ternc.site import WeightSite
 
 
@@ -36,6 +36,8 @@ class Context:
     """Inputs appended to the graph: which site, which field of its packed tensors."""
     row_positions: list[tuple[Row, int]] = dataclasses.field(default_factory=list)
     """Rows of weights that were packed before compilation, and the position of their bytes."""
+    nodes_before: list[GraphNode] = dataclasses.field(default_factory=list)
+    """The graph before the first pass, as plain data for the report."""
 
     def skip(self, name: str, pattern: str, why: Skip, weight: torch.Tensor | None) -> None:
         """Adds the row of a weight that stays floating point."""

@@ -10,6 +10,7 @@ from torch import fx
 from ternc.passes.attention_fast_paths import decompose_attention
 from ternc.passes.attention_regions import report_regions
 from ternc.passes.context import Context, weight_name
+from ternc.passes.describe import describe_graph
 from ternc.passes.graph import (
     dotted_path,
     example_value,
@@ -26,6 +27,7 @@ from ternc.passes.rules.residual import ResidualRule
 from ternc.passes.rules.shared_input import SharedInputRule
 from ternc.passes.simplify import simplify
 from ternc.passes.spellings import spell_linears
+from ternc.passes.trace import trace
 from ternc.passes.verify import verify
 from ternc.passes.weight_expression import WeightExpression
 from ternc.reporting import Row
@@ -42,6 +44,7 @@ RULES: tuple[Rule, ...] = (
 def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """Rewrites `gm` in place; sites, rows and new inputs are left in `context`."""
     mark_inputs(gm, context.inputs)
+    context.nodes_before = describe_graph(gm.graph)
     for skip in decompose_attention(gm):
         context.skip(str(skip.node), "attention", skip, None)
     verify(gm, "decompose_attention")
@@ -68,6 +71,7 @@ def apply(rule: Rule, gm: fx.GraphModule, context: Context) -> None:
         if node._erased or (match := rule.match(node)) is None:
             continue
         skip = rule.check(match, context) or rule.rewrite(match, context)
+        trace(rule.name, node, skip)
         if isinstance(skip, Skip) and "weight" in match.parts:
             _record_skip(node, match.parts["weight"], match.parts["expression"], skip, context)
 

@@ -20,7 +20,7 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from ternc.reporting import Row
+from ternc.reporting import GraphNode, Row
 from ternc.runtime.inductor import keep_static
 from ternc.runtime.pack import PackCache, PackedWeight
 from ternc.site import WeightSite
@@ -49,6 +49,7 @@ class CompiledGraph:
         sites: weights that are packed, in the order of the rows.
         order: rises with every graph compiled in this process.
         notes: what happened at run time that a report should say.
+        nodes_before: the graph as it came from Dynamo, as plain data for the report.
     """
 
     def __init__(
@@ -60,10 +61,12 @@ class CompiledGraph:
         inputs: Sequence[Any],
         inner: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
         abstract: bool,
+        nodes_before: list[GraphNode],
     ) -> None:
         self.sites = sites
         self.rows = rows
         self.row_positions = row_positions
+        self.nodes_before = nodes_before
         self.notes: list[str] = []
         self._abstract = abstract
         self._warned: set[str] = set()

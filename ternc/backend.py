@@ -56,6 +56,7 @@ def ternc_backend(
         list(example_inputs),
         compile_inner,
         context.abstract,
+        context.nodes_before,
     )
 
 

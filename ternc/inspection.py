@@ -14,7 +14,8 @@ from torch import fx
 from ternc.backend import rewrite
 from ternc.config import Config
 from ternc.modules.linear import TernaryLinear
-from ternc.reporting import Report, Row, Totals, describe_graph
+from ternc.passes.describe import describe_graph, prefixed
+from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
 from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
 from ternc.site import WeightSite
@@ -45,7 +46,8 @@ def explain(
     """
     ops.register()
     rows: list[Row] = []
-    nodes = []
+    nodes: list[GraphNode] = []
+    nodes_before: list[GraphNode] = []
     replaced: list[torch.Tensor] = []
     kept: set[str] = set()
     graphs = 0
@@ -54,7 +56,8 @@ def explain(
         nonlocal graphs
         rewritten, context = rewrite(gm, inputs, config or Config())
         rows.extend(context.rows)
-        nodes.extend(describe_graph(rewritten.graph, f"{graphs}:" if graphs else ""))
+        nodes.extend(describe_graph(rewritten.graph, _prefix(graphs)))
+        nodes_before.extend(prefixed(context.nodes_before, _prefix(graphs)))
         still_read = _still_read(rewritten)
         replaced.extend(_replaced(still_read, context.sites, inputs))
         kept.update(_kept(still_read, context.sites))
@@ -67,6 +70,7 @@ def explain(
         totals=Totals.of(model, rows, replaced, kept),
         notes=_notes(rows, graphs),
         nodes=nodes,
+        nodes_before=nodes_before,
     )
 
 
@@ -83,14 +87,16 @@ def report(model: torch.nn.Module) -> Report:
     replaced: list[torch.Tensor] = []
     kept: set[str] = set()
     notes: list[str] = []
-    nodes = []
+    nodes: list[GraphNode] = []
+    nodes_before: list[GraphNode] = []
     for index, (graph, instance) in enumerate(graphs):
         rows.update((row.name, row) for row in _rows_of(graph, instance))
         still_read = _still_read(graph.graph_module)
         replaced.extend(_replaced(still_read, graph.sites, instance))
         kept.update(_kept(still_read, graph.sites))
         notes.extend(note for note in graph.notes if note not in notes)
-        nodes.extend(describe_graph(graph.graph_module.graph, f"{index}:" if index else ""))
+        nodes.extend(describe_graph(graph.graph_module.graph, _prefix(index)))
+        nodes_before.extend(prefixed(graph.nodes_before, _prefix(index)))
     if packed is not None:
         for row in packed:
             rows[row.name] = _with_kernel(row, model)
@@ -102,6 +108,7 @@ def report(model: torch.nn.Module) -> Report:
         totals=Totals.of(model, found, replaced, kept),
         notes=_notes([row for row in found if row.name not in held_packed], 1) + notes,
         nodes=nodes,
+        nodes_before=nodes_before,
     )
 
 
@@ -133,6 +140,11 @@ def _notes(rows: list[Row], graphs: int) -> list[str]:
     if graphs > 1:
         notes.append(f"Dynamo split the model into {graphs} graphs")
     return notes
+
+
+def _prefix(index: int) -> str:
+    """Keeps the node names of several graphs apart; none for the first."""
+    return f"{index}:" if index else ""
 
 
 def _graphs_of(

@@ -141,7 +141,7 @@ class Totals:
 
 @dataclasses.dataclass(frozen=True)
 class GraphNode:
-    """One node of a rewritten graph, without its tensors."""
+    """One node of a traced graph, without its tensors."""
 
     name: str
     op: str
@@ -149,7 +149,11 @@ class GraphNode:
     target: str
     inputs: tuple[str, ...]
     layer: str | None = None
-    """Module path of the layer the node belongs to."""
+    """Module path of the layer the node belongs to; None for the whole model."""
+    value: str = ""
+    """What it computes, `float32[2, 12, 64]`; empty where unknown."""
+    weight: bool = False
+    """A graph input that is a parameter, a buffer or a packed tensor."""
 
 
 @dataclasses.dataclass
@@ -164,6 +168,8 @@ class Report:
     """Why there is nothing to report yet; empty when there is."""
     nodes: list[GraphNode] = dataclasses.field(default_factory=list)
     """The rewritten graph as plain data; `graph` is the same as a networkx graph."""
+    nodes_before: list[GraphNode] = dataclasses.field(default_factory=list)
+    """The graph as Dynamo traced it, before anything was rewritten."""
 
     @property
     def rewritten(self) -> list[Row]:
@@ -172,7 +178,7 @@ class Report:
 
     @property
     def attention(self) -> list[Row]:
-        """Rows of attention regions: they name their projections and have no weight of their own."""
+        """Rows of attention regions: they name their projections, and have no weight."""
         return [row for row in self.rows if row.pattern.startswith("attention: ")]
 
     @property
@@ -207,6 +213,7 @@ class Report:
             "notes": list(self.notes),
             "rows": [row.to_dict() for row in self.rows],
             "graph": [dataclasses.asdict(node) for node in self.nodes],
+            "graph_before": [dataclasses.asdict(node) for node in self.nodes_before],
         }
 
     def to_json(self, path: str | Path) -> None:
@@ -230,20 +237,6 @@ class Report:
 def model_bytes(model: torch.nn.Module) -> int:
     """Resident bytes of all parameters and buffers, each storage once (tied weights count once)."""
     return sum(_bytes(tensor) for tensor in _unique(model))
-
-
-def describe_graph(graph: torch.fx.Graph, prefix: str = "") -> list[GraphNode]:
-    """A torch.fx graph -> plain nodes; `prefix` keeps the names of several graphs apart."""
-    return [
-        GraphNode(
-            name=prefix + node.name,
-            op=node.op,
-            target=node.target if isinstance(node.target, str) else _target_name(node.target),
-            inputs=tuple(prefix + source.name for source in node.all_input_nodes),
-            layer=_layer(node),
-        )
-        for node in graph.nodes
-    ]
 
 
 def format_bytes(count: int) -> str:
@@ -272,17 +265,6 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage().nbytes())
-
-
-def _target_name(target: Any) -> str:
-    name = getattr(target, "__name__", str(target))
-    module = getattr(target, "__module__", None) or ""
-    return str(target) if isinstance(target, torch._ops.OpOverload) else f"{module}.{name}"
-
-
-def _layer(node: torch.fx.Node) -> str | None:
-    stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else None
 
 
 def _table(rows: list[Row]) -> str:

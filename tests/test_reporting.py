@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ternc.reporting import Report, Row, Totals, describe_graph, format_bytes, model_bytes
+from ternc.passes.describe import describe_graph
+from ternc.reporting import Report, Row, Totals, format_bytes, model_bytes
 
 GOLDEN = Path(__file__).parent / "golden"
 
