@@ -89,6 +89,7 @@ def examine(name: str, inner: str) -> dict[str, Any]:
         "share": len([n for n in wanted if n in done]) / max(1, len(wanted)),
         "refused": dict(refused),
         "unseen": unseen,
+        "attention": len(report.attention),
         "products": ops["ternc.linear.default"] + ops["ternc.linears.default"],
         "norms": ops["ternc.norm_quantize.default"],
         "activations": ops["ternc.activate_quantize.default"],
@@ -130,7 +131,16 @@ def _is_linear(module: nn.Module) -> bool:
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     if "failed" in row:
         return {"model": row["model"], "failed": row["failed"][:100]}
-    keys = ("model", "linears", "rewritten", "share", "products", "norms", "activations")
+    keys = (
+        "model",
+        "linears",
+        "rewritten",
+        "share",
+        "attention",
+        "products",
+        "norms",
+        "activations",
+    )
     shown = {key: row[key] for key in keys}
     shown.update(
         {

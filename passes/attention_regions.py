@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os.path
+import itertools
 
 from torch import fx
 from torch.nn import functional as F
@@ -28,8 +28,10 @@ def report_regions(gm: fx.GraphModule, context: Context) -> None:
 
 def _row(node: fx.Node, inputs: list[str], outputs: list[str], context: Context) -> Row:
     names = [*inputs, *outputs]
-    prefix = os.path.commonprefix([name.split(".") for name in names]) if names else []
-    path = ".".join(prefix) or calling_module(node) or str(node)
+    steps = itertools.takewhile(
+        lambda step: len(set(step)) == 1, zip(*(name.split(".") for name in names), strict=False)
+    )
+    path = ".".join(step[0] for step in steps) or calling_module(node) or str(node)
 
     def short(listed: list[str]) -> str:
         return ", ".join(name.removeprefix(f"{path}.") for name in listed) or "float"

@@ -21,6 +21,7 @@ from ternc.passes.graph import (
 from ternc.passes.hand_written_attention import fuse_attention
 from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.activation import ActivationRule
+from ternc.passes.rules.experts import ExpertsRule
 from ternc.passes.rules.linear import LinearRule
 from ternc.passes.rules.norm import NormRule
 from ternc.passes.rules.residual import ResidualRule
@@ -34,6 +35,7 @@ from ternc.reporting import Row
 
 RULES: tuple[Rule, ...] = (
     LinearRule(),
+    ExpertsRule(),
     SharedInputRule(),
     NormRule(),
     ActivationRule(),

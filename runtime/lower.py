@@ -174,7 +174,27 @@ class _OpByOp(fx.Interpreter):
             return self._product(x, None, packed, bias, (rows, group, layout), bits, x.dtype, site)
         if "ternc_call" in n.meta:
             return self._products(n)
+        if "ternc_stack" in n.meta:
+            return self._experts(n)
         return super().run_node(n)
+
+    def _experts(self, n: fx.Node) -> torch.Tensor:
+        """`ternc::grouped_linear` with the stack that the site has now."""
+        x, offsets, _, _, _, experts, rows, _, bits, _ = self.fetch_args_kwargs_from_env(n)[0]
+        site, entry = self.entries[id(n.meta["ternc_stack"])]
+        now = entry.packed
+        if now is not None:
+            packed = (now.weight, now.scale, now.multiplier)
+            return torch.ops.ternc.grouped_linear.default(
+                x, offsets, *packed, experts, rows, now.group_size, bits, now.layout
+            )
+        stack = site.evaluate([self.originals[position] for position in site.inputs])
+        weights = stack.unflatten(0, (experts, -1))[:, :rows].to(x.dtype)
+        y, begin = x.new_zeros((x.shape[0], rows)), 0
+        for weight, end in zip(weights, offsets.tolist(), strict=True):
+            y[begin:end] = F.linear(x[begin:end], weight)
+            begin = max(begin, end)
+        return y
 
     def _products(self, n: fx.Node) -> list[torch.Tensor]:
         """`ternc::linears`, one weight after another."""

@@ -63,6 +63,8 @@ class WeightSite:
     variant: Variant
     device: str
     """Device type of the weight."""
+    shape: tuple[int, int]
+    """(N, K) of the weight that is packed, padding included."""
     row: Row
     own_quantizer: bool = False
     """The model quantised the activations itself; that code was removed from the graph."""
@@ -75,7 +77,7 @@ class WeightSite:
         """Tensors of the packed form without values, in the fake mode and on the device of
         `like`.
         """
-        rows, columns = self.row.shape
+        rows, columns = self.shape
         variant = self.variant
         layout = layouts.get(variant.layout)
         groups = group_count(columns, variant.group_size)

@@ -4,31 +4,30 @@ training.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from functools import partial
-
 import torch
 from torch import fx
 from torch.nn import functional as F
 
 from ternc.config import MAX_IN_FEATURES
-from ternc.decision import decide
-from ternc.formats import layouts
-from ternc.formats.layouts import at_rest_layout, resident_layout
-from ternc.formats.quantized import group_count
 from ternc.passes.activation_quantizer import unquantized_source
 from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import argument, example_value
-from ternc.passes.inline import carry_provenance, inline
+from ternc.passes.inline import inline
 from ternc.passes.rule import Match, Skip
 from ternc.passes.weight_expression import WeightExpression, weight_expression
+from ternc.passes.weight_site import (
+    add_site,
+    decide_now,
+    describe_row,
+    packed_inputs,
+    planes_of,
+    replace,
+    requires_grad,
+)
 from ternc.policy import excluded
-from ternc.reporting import Row
-from ternc.site import Decision, Variant, WeightSite
+from ternc.site import Decision
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_DEFAULT_PLANES = 3
 
 
 class LinearRule:
@@ -67,7 +66,7 @@ class LinearRule:
             return Skip(reason)
         if (
             context.grad_enabled
-            and _requires_grad(expression, context)
+            and requires_grad(expression, context)
             and not expression.is_identity
         ):
             return Skip("in training the model's own weight quantiser or reparametrisation is kept")
@@ -76,14 +75,13 @@ class LinearRule:
     def rewrite(self, match: Match, context: Context) -> Skip | None:
         expression: WeightExpression = match.parts["expression"]
         name = context.unique_name(_name(match))
-        rule = partial(decide, config=context.config)
-        decision = _decide_now(expression, context, rule)
+        decision = decide_now(expression.evaluate, expression.positions, context)
         if isinstance(decision, Skip):
             return decision
-        if context.grad_enabled and _requires_grad(expression, context):
+        if context.grad_enabled and requires_grad(expression, context):
             _rewrite_training(match, context, name, decision)
         else:
-            _rewrite_packed(match, context, name, decision, rule)
+            _rewrite_packed(match, context, name, decision)
         return None
 
 
@@ -91,32 +89,10 @@ def _name(match: Match) -> str:
     return weight_name(match.root, match.parts["weight"], match.parts["expression"].inputs)
 
 
-def _requires_grad(expression: WeightExpression, context: Context) -> bool:
-    return any(context.inputs[position].requires_grad for position in expression.positions)
-
-
-def _decide_now(
-    expression: WeightExpression, context: Context, rule: partial[Decision]
-) -> Decision | Skip:
-    """The decision from the real weight; from the configuration alone where there are no values."""
-    if context.abstract:
-        return Decision(None, "default policy: the values are not known while the graph is split")
-    decision = rule(expression.evaluate([context.inputs[i] for i in expression.positions]), None)
-    if decision.quantized is None:
-        return Skip(decision.reason)
-    return decision
-
-
-def _planes(decision: Decision, context: Context) -> int:
-    if decision.quantized is not None:
-        return decision.quantized.planes
-    return context.config.planes if isinstance(context.config.planes, int) else _DEFAULT_PLANES
-
-
 def _rewrite_training(match: Match, context: Context, name: str, decision: Decision) -> None:
     """linear(x, W, b) -> linear(fake_quantize_act(x), fake_quantize(W), b), straight-through."""
     config, node = context.config, match.root
-    planes = _planes(decision, context)
+    planes = planes_of(decision, context)
     ops = torch.ops.ternc
 
     def fake_quantised(
@@ -127,9 +103,9 @@ def _rewrite_training(match: Match, context: Context, name: str, decision: Decis
         return F.linear(x, ops.fake_quantize.default(weight, planes, config.fit_group), bias)
 
     new = inline(node, fake_quantised, match.parts["x"], match.parts["weight"], match.parts["bias"])
-    _replace(node, new, LinearRule.name)
+    replace(node, new, LinearRule.name)
     weight = example_value(match.parts["weight"])
-    row = _row(name, "linear (training)", weight, decision, context, planes)
+    row = describe_row(name, "linear (training)", weight, decision, context)
     row.reason = (
         "gradients are enabled and the weight requires grad: fake-quantised, straight-through"
     )
@@ -138,56 +114,12 @@ def _rewrite_training(match: Match, context: Context, name: str, decision: Decis
     context.rows.append(row)
 
 
-def _rewrite_packed(
-    match: Match, context: Context, name: str, decision: Decision, rule: partial[Decision]
-) -> None:
+def _rewrite_packed(match: Match, context: Context, name: str, decision: Decision) -> None:
+    node, bits = match.root, context.config.op_activation_bits
     expression: WeightExpression = match.parts["expression"]
     weight = example_value(match.parts["weight"])
-    planes = _planes(decision, context)
-    row = _row(name, "linear", weight, decision, context, planes)
-    site = WeightSite(
-        name=name,
-        inputs=expression.positions,
-        key=expression.key,
-        evaluate=expression.evaluate,
-        decide=rule,
-        planes=planes,
-        variant=_variant(decision, weight, planes, context),
-        device=weight.device.type,
-        row=row,
-        first=decision if decision.quantized is not None else None,
-    )
-    row.shared_with = next((s.name for s in context.sites if _same_weight(s, site)), None)
-    context.sites.append(site)
-    context.rows.append(row)
-    _emit(match, context, site)
-
-
-def _variant(decision: Decision, weight: torch.Tensor, planes: int, context: Context) -> Variant:
-    layout = resident_layout(planes, weight.device.type)
-    quantized = decision.quantized
-    if quantized is not None:
-        return Variant(
-            layout,
-            quantized.group_size,
-            tuple(quantized.scale.shape),
-            quantized.multiplier is not None,
-        )
-    group = context.config.fit_group
-    if group >= weight.shape[1]:  # one group is a row
-        group = 0
-    return Variant(layout, max(group, 0), (1 if group < 0 else int(weight.shape[0]),), group > 0)
-
-
-def _emit(match: Match, context: Context, site: WeightSite) -> None:
-    node, variant = match.root, site.variant
-    bits = context.config.op_activation_bits
-    fields = ["weight", "scale"] + (["multiplier"] if variant.has_multiplier else [])
-    example = site.empty_packed(example_value(match.parts["weight"]))
-    packed = {
-        field: _packed_input(node.graph, context, site, field, getattr(example, field))
-        for field in fields
-    }
+    site = add_site(name, "linear", weight, expression, expression.evaluate, decision, context)
+    packed = packed_inputs(node.graph, context, site, weight)
     x, out = match.parts["x"], example_value(node)
     source = unquantized_source(x, bits) if bits and not context.abstract else None
     if source is not None:
@@ -204,78 +136,12 @@ def _emit(match: Match, context: Context, site: WeightSite) -> None:
                 packed["scale"],
                 packed.get("multiplier"),
                 match.parts["bias"],
-                int(example_value(match.parts["weight"]).shape[0]),
-                variant.group_size,
+                int(weight.shape[0]),
+                site.variant.group_size,
                 bits,
-                variant.layout,
+                site.variant.layout,
             ),
         )
     new.meta["example_value"] = out
     new.meta["ternc_site"] = site
-    _replace(node, new, LinearRule.name)
-
-
-def _packed_input(
-    graph: fx.Graph, context: Context, site: WeightSite, field: str, example: torch.Tensor
-) -> fx.Node:
-    """A new graph input for one tensor of a packed weight; a tied weight reuses the input it
-    has.
-    """
-    for node in graph.find_nodes(op="placeholder"):
-        known = node.meta.get("ternc_packed")
-        if known and known[1] == field and _same_weight(known[0], site):
-            return node
-    last = graph.find_nodes(op="placeholder")[-1]
-    with graph.inserting_after(last):
-        node = graph.placeholder(f"ternc_{field}_{len(context.packed_inputs)}")
-    node.meta["ternc_packed"] = (site, field)
-    node.meta["example_value"] = example
-    context.packed_inputs.append((site, field))
-    return node
-
-
-def _same_weight(a: WeightSite, b: WeightSite) -> bool:
-    return (a.inputs, a.key, a.variant) == (b.inputs, b.key, b.variant)
-
-
-def _replace(node: fx.Node, new: fx.Node, rule: str) -> None:
-    carry_provenance(node, new)
-    new.meta["ternc_rule"] = rule
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-
-
-def _row(
-    name: str, pattern: str, weight: torch.Tensor, decision: Decision, context: Context, planes: int
-) -> Row:
-    """Report row of a rewritten weight; sizes follow from the layout, before anything is packed."""
-    quantized, bits = decision.quantized, context.config.activation_bits
-    rows, columns = int(weight.shape[0]), int(weight.shape[1])
-    variant = _variant(decision, weight, planes, context)
-    nbytes = packed_bytes(rows, columns, variant)
-    label = quantized.describe() if quantized is not None else f"ternary x{planes}"
-    return Row(
-        name=name,
-        pattern=pattern,
-        action="rewritten",
-        reason=decision.reason,
-        format=f"{label} a{bits}" if bits else f"{label} float activations",
-        shape=(rows, columns),
-        bytes_before=weight.numel() * weight.element_size(),
-        bytes_after=nbytes,
-        bytes_at_rest=packed_bytes(
-            rows, columns, dataclasses.replace(variant, layout=at_rest_layout(planes))
-        ),
-        bits_per_weight=8.0 * nbytes / max(1, rows * columns),
-        weight_error=decision.error,
-    )
-
-
-def packed_bytes(rows: int, columns: int, variant: Variant) -> int:
-    """Bytes of the tensors of a packed weight; a scale takes 2 bytes at rest where it was
-    fitted.
-    """
-    layout = layouts.get(variant.layout)
-    groups = group_count(columns, variant.group_size)
-    multipliers = math.prod(layout.multiplier_shape(rows, groups)) if variant.has_multiplier else 0
-    return layout.nbytes(rows, columns) + multipliers + 4 * math.prod(variant.scale_shape)
+    replace(node, new, LinearRule.name)

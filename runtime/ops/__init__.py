@@ -14,6 +14,7 @@ from ternc.runtime.ops.definition import OpDefinition
 from ternc.runtime.ops.dequantize import DEQUANTIZE
 from ternc.runtime.ops.fake_quantize import FAKE_QUANTIZE, FAKE_QUANTIZE_ACT
 from ternc.runtime.ops.fit import FIT
+from ternc.runtime.ops.grouped_linear import GROUPED_LINEAR
 from ternc.runtime.ops.hadamard import HADAMARD
 from ternc.runtime.ops.linear import LINEAR
 from ternc.runtime.ops.linears import LINEARS
@@ -23,6 +24,7 @@ from ternc.runtime.ops.quantize_act import QUANTIZE_ACT
 ALL = (
     LINEAR,
     LINEARS,
+    GROUPED_LINEAR,
     QUANTIZE_ACT,
     NORM_QUANTIZE,
     ACTIVATE_QUANTIZE,

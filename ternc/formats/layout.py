@@ -21,6 +21,11 @@ class Layout(abc.ABC):
     group_multiple: int
     """Group sizes must be a multiple of this."""
 
+    @property
+    def row_dim(self) -> int:
+        """Dimension of the weight tensor that runs over rows or blocks of rows."""
+        return 0
+
     @abc.abstractmethod
     def weight_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """Shape of the uint8 weight tensor of codes [rows, columns]."""

@@ -11,6 +11,10 @@ from ternc.formats.layout import Layout
 class Rows(Layout):
     """Byte = sum over i of (T_p[5 j + i] + 1) 3**i; multipliers stay [N, G]."""
 
+    @property
+    def row_dim(self) -> int:
+        return 1
+
     def weight_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         return self.planes, rows, trits.packed_width(columns)
 

@@ -1,0 +1,182 @@
+"""From a weight in the graph to its site: the decision, the row, the packed inputs of the graph.
+
+What every rule that packs a weight does the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import fx
+
+from ternc.decision import decide
+from ternc.formats import layouts
+from ternc.formats.layouts import at_rest_layout, resident_layout
+from ternc.formats.quantized import group_count
+from ternc.passes.context import Context
+from ternc.passes.inline import carry_provenance
+from ternc.passes.rule import Skip
+from ternc.passes.weight_expression import WeightExpression
+from ternc.reporting import Row
+from ternc.site import Decision, Variant, WeightSite
+
+_DEFAULT_PLANES = 3
+
+Evaluate = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+def requires_grad(expression: WeightExpression, context: Context) -> bool:
+    """Whether any tensor that the weight is computed from requires grad."""
+    return any(context.inputs[position].requires_grad for position in expression.positions)
+
+
+def decide_now(evaluate: Evaluate, positions: Sequence[int], context: Context) -> Decision | Skip:
+    """The decision from the real weight; from the configuration alone where there are no values."""
+    if context.abstract:
+        return Decision(None, "default policy: the values are not known while the graph is split")
+    weight = evaluate([context.inputs[position] for position in positions])
+    decision = decide(weight, None, context.config)
+    return Skip(decision.reason) if decision.quantized is None else decision
+
+
+def planes_of(decision: Decision, context: Context) -> int:
+    """Plane count of a decision; the default policy's where there are no values."""
+    if decision.quantized is not None:
+        return decision.quantized.planes
+    return context.config.planes if isinstance(context.config.planes, int) else _DEFAULT_PLANES
+
+
+def add_site(
+    name: str,
+    pattern: str,
+    weight: torch.Tensor,
+    expression: WeightExpression,
+    evaluate: Evaluate,
+    decision: Decision,
+    context: Context,
+) -> WeightSite:
+    """Registers the site and the row of a weight [N, K] that is going to be packed.
+
+    Args:
+        weight: example value whose shape, dtype and device are those of the weight.
+        evaluate: tensors at `expression.positions` -> weight [N, K].
+    """
+    planes = planes_of(decision, context)
+    row = describe_row(name, pattern, weight, decision, context)
+    site = WeightSite(
+        name=name,
+        inputs=expression.positions,
+        key=expression.key,
+        evaluate=evaluate,
+        decide=partial(decide, config=context.config),
+        planes=planes,
+        variant=_variant(decision, weight, planes, context),
+        device=weight.device.type,
+        shape=(int(weight.shape[0]), int(weight.shape[1])),
+        row=row,
+        first=decision if decision.quantized is not None else None,
+    )
+    row.shared_with = next((s.name for s in context.sites if _same_weight(s, site)), None)
+    context.sites.append(site)
+    context.rows.append(row)
+    return site
+
+
+def packed_inputs(
+    graph: fx.Graph, context: Context, site: WeightSite, like: torch.Tensor
+) -> dict[str, fx.Node]:
+    """Graph inputs `weight`, `scale` and, where there is one, `multiplier` of a site."""
+    fields = ["weight", "scale"] + (["multiplier"] if site.variant.has_multiplier else [])
+    example = site.empty_packed(like)
+    return {
+        field: _packed_input(graph, context, site, field, getattr(example, field))
+        for field in fields
+    }
+
+
+def replace(node: fx.Node, new: fx.Node, rule: str) -> None:
+    """`new` takes the place of `node` and says which rule made it."""
+    carry_provenance(node, new)
+    new.meta["ternc_rule"] = rule
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def describe_row(
+    name: str, pattern: str, weight: torch.Tensor, decision: Decision, context: Context
+) -> Row:
+    """Report row of a rewritten weight; sizes follow from the layout, before anything is packed."""
+    planes = planes_of(decision, context)
+    quantized, bits = decision.quantized, context.config.activation_bits
+    rows, columns = int(weight.shape[0]), int(weight.shape[1])
+    variant = _variant(decision, weight, planes, context)
+    nbytes = packed_bytes(rows, columns, variant)
+    label = quantized.describe() if quantized is not None else f"ternary x{planes}"
+    return Row(
+        name=name,
+        pattern=pattern,
+        action="rewritten",
+        reason=decision.reason,
+        format=f"{label} a{bits}" if bits else f"{label} float activations",
+        shape=(rows, columns),
+        bytes_before=weight.numel() * weight.element_size(),
+        bytes_after=nbytes,
+        bytes_at_rest=packed_bytes(
+            rows, columns, dataclasses.replace(variant, layout=at_rest_layout(planes))
+        ),
+        bits_per_weight=8.0 * nbytes / max(1, rows * columns),
+        weight_error=decision.error,
+    )
+
+
+def packed_bytes(rows: int, columns: int, variant: Variant) -> int:
+    """Bytes of the tensors of a packed weight; a scale takes 2 bytes at rest where it was
+    fitted.
+    """
+    layout = layouts.get(variant.layout)
+    groups = group_count(columns, variant.group_size)
+    multipliers = math.prod(layout.multiplier_shape(rows, groups)) if variant.has_multiplier else 0
+    return layout.nbytes(rows, columns) + multipliers + 4 * math.prod(variant.scale_shape)
+
+
+def _variant(decision: Decision, weight: torch.Tensor, planes: int, context: Context) -> Variant:
+    layout = resident_layout(planes, weight.device.type)
+    quantized = decision.quantized
+    if quantized is not None:
+        return Variant(
+            layout,
+            quantized.group_size,
+            tuple(quantized.scale.shape),
+            quantized.multiplier is not None,
+        )
+    group = context.config.fit_group
+    if group >= weight.shape[1]:  # one group is a row
+        group = 0
+    return Variant(layout, max(group, 0), (1 if group < 0 else int(weight.shape[0]),), group > 0)
+
+
+def _packed_input(
+    graph: fx.Graph, context: Context, site: WeightSite, field: str, example: torch.Tensor
+) -> fx.Node:
+    """A new graph input for one tensor of a packed weight; a tied weight reuses the input it
+    has.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        known = node.meta.get("ternc_packed")
+        if known and known[1] == field and _same_weight(known[0], site):
+            return node
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(f"ternc_{field}_{len(context.packed_inputs)}")
+    node.meta["ternc_packed"] = (site, field)
+    node.meta["example_value"] = example
+    context.packed_inputs.append((site, field))
+    return node
+
+
+def _same_weight(a: WeightSite, b: WeightSite) -> bool:
+    return (a.inputs, a.key, a.variant) == (b.inputs, b.key, b.variant)

@@ -1,0 +1,166 @@
+"""grouped_linear(x, offsets, W) -> rows of x times the weight of their expert.
+
+Rows offsets[e - 1] .. offsets[e] of x (sorted by expert) meet expert e of a stack of packed
+weights: what a mixture of experts computes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ternc.errors import KernelError
+from ternc.formats import layouts
+from ternc.runtime import dispatch
+from ternc.runtime.ops import dequantize
+from ternc.runtime.ops.definition import (
+    FLOAT_TYPES,
+    OpDefinition,
+    refuse_gradient,
+    unreachable_backward,
+)
+
+PADDED_ROWS = 128
+"""Rows of every expert are padded to a multiple of this: no block of any layout has two experts."""
+
+
+def check_grouped_linear(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    experts: int,
+    out_features: int,
+    group_size: int,
+    activation_bits: int,
+    layout: int,
+) -> None:
+    """Raise KernelError for what no kernel takes."""
+    if x.dtype not in FLOAT_TYPES or x.dim() != 2:
+        raise KernelError(
+            f"ternc::grouped_linear: x is {x.dtype} {list(x.shape)}, not float [M, K]"
+        )
+    if offsets.dtype != torch.int32 or tuple(offsets.shape) != (experts,):
+        raise KernelError(
+            f"ternc::grouped_linear: offsets are {offsets.dtype} {list(offsets.shape)}, not int32 "
+            f"[{experts}]"
+        )
+    dequantize.check_packed(
+        "grouped_linear",
+        weight,
+        scale,
+        multiplier,
+        experts * padded_rows(out_features),
+        x.shape[-1],
+        group_size,
+        layout,
+    )
+
+
+def padded_rows(out_features: int) -> int:
+    """Rows that one expert takes in the stack."""
+    return -(-out_features // PADDED_ROWS) * PADDED_ROWS
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    experts: int,
+    out_features: int,
+    group_size: int,
+    activation_bits: int,
+    layout: int,
+) -> torch.Tensor:
+    """x [M, K] sorted by expert, offsets int32 [E] (ends of the experts' rows) -> [M, N] in x.dtype.
+
+    One `ternc::linear` an expert that has rows, on its slice of the stack; rows past the last
+    offset give 0. Runs on any device through the kernels of `ternc::linear`.
+    """
+    check_grouped_linear(
+        x,
+        offsets,
+        weight,
+        scale,
+        multiplier,
+        experts,
+        out_features,
+        group_size,
+        activation_bits,
+        layout,
+    )
+    y = x.new_zeros((x.shape[0], out_features))
+    rows = padded_rows(out_features)
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > begin:
+            part = _expert(weight, scale, multiplier, expert, experts, rows, layout)
+            product = torch.ops.ternc.linear(
+                x[begin:end], *part, None, rows, group_size, activation_bits, layout
+            )
+            y[begin:end] = product[:, :out_features]
+            dispatch.record(weight, dispatch.last_kernel(part[0]) or "reference")
+        begin = max(begin, end)
+    return y
+
+
+def _expert(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    expert: int,
+    experts: int,
+    rows: int,
+    layout: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Packed tensors of one expert: views of the stack, which are contiguous in every layout."""
+    order = layouts.get(layout)
+    dim = order.row_dim
+    blocks = weight.shape[dim] // experts
+    part = weight.narrow(dim, expert * blocks, blocks)
+    if scale.shape[0] != 1 or scale.dim() == 2:
+        scale = scale.narrow(0, expert * rows, rows)
+    if multiplier is not None:
+        count = multiplier.shape[0] // experts
+        multiplier = multiplier.narrow(0, expert * count, count)
+    return part, scale, multiplier
+
+
+def fake(
+    x: torch.Tensor,
+    offsets: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    multiplier: torch.Tensor | None,
+    experts: int,
+    out_features: int,
+    group_size: int,
+    activation_bits: int,
+    layout: int,
+) -> torch.Tensor:
+    check_grouped_linear(
+        x,
+        offsets,
+        weight,
+        scale,
+        multiplier,
+        experts,
+        out_features,
+        group_size,
+        activation_bits,
+        layout,
+    )
+    return x.new_empty((x.shape[0], out_features))
+
+
+GROUPED_LINEAR = OpDefinition(
+    name="grouped_linear",
+    schema="(Tensor x, Tensor offsets, Tensor weight, Tensor scale, Tensor? multiplier, "
+    "int experts, int out_features, int group_size, int activation_bits, int layout) -> Tensor",
+    reference=grouped_linear,
+    fake=fake,
+    setup_context=refuse_gradient("grouped_linear", "train the experts in floating point"),
+    backward=unreachable_backward,
+)
