@@ -4,6 +4,8 @@
 //   q, packed weight [N, K] --linear_i8--> y [M, N]      y = (float(sum) * sx) * s[n] + b[n]
 //   x, packed weight [N, K] --linear_f32--> y [M, N]     y = sum(x * c) * s[n] + b[n]
 //   w [N, K] --fit--> codes, scale, multiplier
+//   x --norm--> y --rotate--> q, sx                      one pass over a token
+//   gate, up --activate--> act(gate) * up --rotate--> q, sx
 //
 // M = tokens, N = weight rows (out_features), K = columns (in_features) in every kernel.
 //
@@ -44,7 +46,11 @@ constexpr int step_bytes(int planes) { return planes == 3 ? 320 : 64; }
 constexpr int code_max(int planes) { return planes == 1 ? 1 : planes == 2 ? 4 : 13; }
 constexpr int multiplier_max(int planes) { return 127 / code_max(planes); }
 
+constexpr int64_t MAX_HADAMARD = 4096;
+constexpr int64_t ROW_ALIGN = 16;  // values: fp32 scratch rows are padded to the widest vector
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t padded(int64_t columns) { return ceil_div(columns, ROW_ALIGN) * ROW_ALIGN; }
 
 struct Weight {
   const uint8_t* bytes;
@@ -68,6 +74,7 @@ struct Output {
   Dtype dtype;
   const void* bias;  // [N] or null
   Dtype bias_dtype;
+  const void* residual;  // [M, N] in `dtype` or null: added after the rounding, rounded again
 };
 
 struct QuantizeArgs {
@@ -89,6 +96,56 @@ struct LinearF32Args {
   const float* x;  // [M, stride], columns past K hold 0
   int64_t stride;
   Output out;
+};
+
+// Tokens in memory, `stride` elements from one to the next.
+struct Rows {
+  const void* values;
+  Dtype dtype;
+  int64_t stride;
+};
+
+// x -> (x * signs) blockdiag(H_block) / sqrt(block); block 0: x.
+struct Rotation {
+  const int8_t* signs;  // [padded(K)], +1 and -1; null: all +1
+  int64_t block;        // a power of two that divides K
+};
+
+struct QuantizedRows {
+  int8_t* q;     // [M, K]
+  float* scale;  // [M]
+  int bits;      // 8 or 4
+};
+
+enum class Norm : int { rms, layer };
+
+struct NormArgs {
+  Rows x;
+  int64_t columns;
+  Norm kind;
+  float eps;
+  const float *gain, *bias;  // [padded(K)] or null
+  bool round_first;          // n is rounded to the dtype of x before the gain
+  void* y;                   // [M, K] in the dtype of x, or null: not wanted
+  Rotation rotation;
+  QuantizedRows out;
+};
+
+enum class Activation : int { none, silu, gelu, gelu_tanh, relu, relu2 };
+
+struct ActivateArgs {
+  Rows gate, up;  // up.values null: no product
+  int64_t columns;
+  Activation function;
+  Rotation rotation;
+  QuantizedRows out;
+};
+
+struct HadamardArgs {
+  Rows x;
+  int64_t columns;
+  Rotation rotation;
+  void* y;  // [M, K] in the dtype of x
 };
 
 // Half-open ranges of weight blocks and of tokens: one call computes their product.
@@ -133,6 +190,13 @@ struct Kernels {
   void (*quantize)(const QuantizeArgs&, int64_t token_begin, int64_t token_end);
   void (*widen)(const void* x, Dtype, int64_t columns, float* out, int64_t stride,
                 int64_t token_begin, int64_t token_end);
+  // sums[token, g] of q [M, stride] over the columns of each group.
+  void (*sum_groups)(const Tokens&, int64_t columns, int64_t group_size, int64_t groups,
+                     int64_t token_begin, int64_t token_end);
+  // scratch: padded(K) floats, and as many again for activate.
+  void (*norm)(const NormArgs&, int64_t token_begin, int64_t token_end, float* scratch);
+  void (*activate)(const ActivateArgs&, int64_t token_begin, int64_t token_end, float* scratch);
+  void (*hadamard)(const HadamardArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*linear_i8[MAX_PLANES])(const LinearI8Args&, const Range&);
   void (*linear_f32[MAX_PLANES])(const LinearF32Args&, const Range&);
   void (*dequantize)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);

@@ -67,3 +67,30 @@ template <int J>
 TERNC_INLINE f32 byte_f32(bytes a) {
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * J), 24));
 }
+
+TERNC_INLINE f32 load_i8_f32(const int8_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+TERNC_INLINE f32 sub_f32(f32 a, f32 b) { return _mm256_sub_ps(a, b); }
+TERNC_INLINE f32 div_f32(f32 a, f32 b) { return _mm256_div_ps(a, b); }
+// a < b ? x : y, y where a or b is NaN.
+TERNC_INLINE f32 select_less(f32 a, f32 b, f32 x, f32 y) {
+  return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+// 2^n for an integer n from -126 to 127.
+TERNC_INLINE f32 power_of_two(f32 n) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+// Lanes i and i + H -> their sum and their difference, for every i without bit H. One rounding:
+// the product with +-1 is exact.
+template <int H>
+TERNC_INLINE f32 butterfly_lanes(f32 a) {
+  f32 other = _mm256_permute2f128_ps(a, a, 0x01);
+  if constexpr (H == 1) other = _mm256_permute_ps(a, 0xb1);
+  if constexpr (H == 2) other = _mm256_permute_ps(a, 0x4e);
+  constexpr float A = H == 1 ? -1.0f : 1.0f, B = H == 2 ? -1.0f : 1.0f, C = H == 4 ? -1.0f : 1.0f;
+  const f32 sign = _mm256_setr_ps(1, A, B, A * B, C, A * C, B * C, A * B * C);
+  return _mm256_fmadd_ps(a, sign, other);
+}

@@ -58,3 +58,33 @@ template <int J>
 TERNC_INLINE f32 byte_f32(bytes a) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, 24 - 8 * J), 24));
 }
+
+TERNC_INLINE f32 load_i8_f32(const int8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+TERNC_INLINE f32 sub_f32(f32 a, f32 b) { return _mm512_sub_ps(a, b); }
+TERNC_INLINE f32 div_f32(f32 a, f32 b) { return _mm512_div_ps(a, b); }
+// a < b ? x : y, y where a or b is NaN.
+TERNC_INLINE f32 select_less(f32 a, f32 b, f32 x, f32 y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
+// 2^n for an integer n from -126 to 127.
+TERNC_INLINE f32 power_of_two(f32 n) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+// Lanes i and i + H -> their sum and their difference, for every i without bit H. One rounding:
+// the product with +-1 is exact.
+template <int H>
+TERNC_INLINE f32 butterfly_lanes(f32 a) {
+  f32 other = _mm512_shuffle_f32x4(a, a, 0x4e);
+  if constexpr (H == 1) other = _mm512_permute_ps(a, 0xb1);
+  if constexpr (H == 2) other = _mm512_permute_ps(a, 0x4e);
+  if constexpr (H == 4) other = _mm512_shuffle_f32x4(a, a, 0xb1);
+  constexpr float A = H == 1 ? -1.0f : 1.0f, B = H == 2 ? -1.0f : 1.0f;
+  constexpr float C = H == 4 ? -1.0f : 1.0f, D = H == 8 ? -1.0f : 1.0f;
+  const f32 sign = _mm512_setr_ps(1, A, B, A * B, C, A * C, B * C, A * B * C, D, A * D, B * D,
+                                  A * B * D, C * D, A * C * D, B * C * D, A * B * C * D);
+  return _mm512_fmadd_ps(a, sign, other);
+}

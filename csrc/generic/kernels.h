@@ -2,15 +2,22 @@
 // its simd.h; the headers of this folder contain no intrinsics.
 #pragma once
 
+#include "activation.h"
 #include "dequantize.h"
 #include "fit.h"
+#include "hadamard.h"
 #include "linear_f32.h"
 #include "linear_i8.h"
+#include "norm.h"
 #include "quantize.h"
 
 constexpr Kernels ALL_KERNELS = {
     quantize,
     widen,
+    sum_groups,
+    norm,
+    activate,
+    hadamard,
     {linear_i8<1>, linear_i8<2>, linear_i8<3>},
     {linear_f32<1>, linear_f32<2>, linear_f32<3>},
     dequantize,

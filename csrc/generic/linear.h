@@ -57,6 +57,13 @@ TERNC_NOINLINE void store_outputs(const float* total, float sx, const RowFactors
   for (int64_t r = 0; r < factors.count; ++r) y[r] = (total[r] * sx) * factors.scale[r];
   if (out.bias != nullptr)
     for (int64_t r = 0; r < factors.count; ++r) y[r] += factors.bias[r];
+  if (out.residual != nullptr) {
+    float residual[MAX_BLOCK_ROWS];
+    widen_values(out.residual, out.dtype, token * weight.rows + factors.first, factors.count,
+                 residual);
+    round_values(y, factors.count, out.dtype);
+    for (int64_t r = 0; r < factors.count; ++r) y[r] += residual[r];
+  }
   store_values(y, factors.count, out.dtype, out.values, token * weight.rows + factors.first);
 }
 

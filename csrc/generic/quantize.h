@@ -46,35 +46,58 @@ inline Grid token_grid(const void* x, int64_t begin, int64_t columns, int bits) 
   return {multiply, wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f, size / numerator};
 }
 
+// x[begin, begin + columns) -> q, and its scale.
 template <Dtype D>
-inline void quantize_token(const QuantizeArgs& args, int64_t token) {
-  const int64_t columns = args.columns, begin = token * columns;
-  int8_t* q = args.out.q + token * args.out.stride;
-  const Grid grid = token_grid<D>(args.x, begin, columns, args.bits);
-  args.out.scale[token] = grid.scale;
+inline float quantize_row(const void* x, int64_t begin, int64_t columns, int bits, int8_t* q) {
+  const Grid grid = token_grid<D>(x, begin, columns, bits);
   if (grid.multiply == 0.0f) {
     __builtin_memset(q, 0, size_t(columns));
   } else {
     for (int64_t k = 0; k < columns; ++k)
       q[k] = int8_t(
-          round_even(clamp(load_value<D>(args.x, begin + k) * grid.multiply, grid.low, grid.high)));
+          round_even(clamp(load_value<D>(x, begin + k) * grid.multiply, grid.low, grid.high)));
   }
-  for (int64_t k = columns; k < args.out.stride; ++k) q[k] = 0;
-  for (int64_t g = 0; args.out.sums != nullptr && g < args.groups; ++g) {
-    const int64_t first = g * args.group_size;
-    const int64_t last = first + args.group_size < columns ? first + args.group_size : columns;
-    int32_t sum = 0;
-    for (int64_t k = first; k < last; ++k) sum += q[k];
-    args.out.sums[token * args.groups + g] = sum;
-  }
+  return grid.scale;
+}
+
+// Sum of q[0, count).
+inline int32_t sum_bytes(const int8_t* q, int64_t count) {
+  constexpr int STEP = LANES * STEP_COLUMNS;
+  i32 vector = splat_i32(0);
+  int64_t k = 0;
+  for (; k + STEP <= count; k += STEP) vector = dot(vector, splat_byte(1), load_bytes(q + k));
+  int32_t lanes[LANES], sum = 0;
+  store_i32(lanes, vector);
+  for (int i = 0; i < LANES; ++i) sum += lanes[i];
+  for (; k < count; ++k) sum += q[k];
+  return sum;
+}
+
+inline void sum_groups(const Tokens& tokens, int64_t columns, int64_t group_size, int64_t groups,
+                       int64_t token_begin, int64_t token_end) {
+  for (int64_t token = token_begin; token < token_end; ++token)
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = g * group_size, left = columns - first;
+      tokens.sums[token * groups + g] = sum_bytes(tokens.q + token * tokens.stride + first,
+                                                  left < group_size ? left : group_size);
+    }
 }
 
 // Tokens [token_begin, token_end) of x.
 inline void quantize(const QuantizeArgs& args, int64_t token_begin, int64_t token_end) {
   for (int64_t token = token_begin; token < token_end; ++token) {
-    if (args.dtype == Dtype::f32) quantize_token<Dtype::f32>(args, token);
-    if (args.dtype == Dtype::bf16) quantize_token<Dtype::bf16>(args, token);
-    if (args.dtype == Dtype::f16) quantize_token<Dtype::f16>(args, token);
+    const int64_t begin = token * args.columns;
+    int8_t* q = args.out.q + token * args.out.stride;
+    float& scale = args.out.scale[token];
+    if (args.dtype == Dtype::f32)
+      scale = quantize_row<Dtype::f32>(args.x, begin, args.columns, args.bits, q);
+    if (args.dtype == Dtype::bf16)
+      scale = quantize_row<Dtype::bf16>(args.x, begin, args.columns, args.bits, q);
+    if (args.dtype == Dtype::f16)
+      scale = quantize_row<Dtype::f16>(args.x, begin, args.columns, args.bits, q);
+    for (int64_t k = args.columns; k < args.out.stride; ++k) q[k] = 0;
+    if (args.out.sums != nullptr)
+      sum_groups(args.out, args.columns, args.group_size, args.groups, token, token + 1);
   }
 }
 

@@ -73,6 +73,15 @@ TERNC_NOINLINE void store_values(const float* values, int64_t count, Dtype dtype
     for (int64_t i = 0; i < count; ++i) halves[begin + i] = float_to_half(values[i]);
 }
 
+// Each value rounded to `dtype`.
+TERNC_NOINLINE void round_values(float* values, int64_t count, Dtype dtype) {
+  if (dtype == Dtype::bf16)
+    for (int64_t i = 0; i < count; ++i)
+      values[i] = float_of(uint32_t(float_to_bfloat(values[i])) << 16);
+  if (dtype == Dtype::f16)
+    for (int64_t i = 0; i < count; ++i) values[i] = half_to_float(float_to_half(values[i]));
+}
+
 // Largest |value| as the bits of a float, which order like integers; NaN and infinity on top.
 template <Dtype D>
 inline uint32_t largest_as(const void* values, int64_t begin, int64_t count) {

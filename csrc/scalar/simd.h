@@ -65,3 +65,21 @@ template <int J>
 TERNC_INLINE f32 byte_f32(bytes a) {
   return float(signed_at(a, J));
 }
+
+TERNC_INLINE f32 load_i8_f32(const int8_t* p) { return float(*p); }
+TERNC_INLINE f32 sub_f32(f32 a, f32 b) { return a - b; }
+TERNC_INLINE f32 div_f32(f32 a, f32 b) { return a / b; }
+// a < b ? x : y, y where a or b is NaN.
+TERNC_INLINE f32 select_less(f32 a, f32 b, f32 x, f32 y) { return a < b ? x : y; }
+// 2^n for an integer n from -126 to 127; no cast from float, which a NaN would make undefined.
+TERNC_INLINE f32 power_of_two(f32 n) {
+  n += 0x1.8p23f + 127.0f;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &n, 4);
+  bits <<= 23;
+  __builtin_memcpy(&n, &bits, 4);
+  return n;
+}
+// One lane has no neighbour: declared for the sake of two-phase lookup, never called.
+template <int H>
+f32 butterfly_lanes(f32 a);

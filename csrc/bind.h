@@ -1,0 +1,130 @@
+// What the implementations of the ternc:: operators share: reading and checking their tensors.
+// Through LibTorch's stable ABI: one binary for every torch from TORCH_TARGET_VERSION on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "ternc.h"
+
+namespace ternc {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Values that are worth waking a second thread for.
+constexpr int64_t VALUES_PER_THREAD = 1 << 15;
+constexpr size_t ALIGNMENT = 64;
+
+struct FreeAligned {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(ALIGNMENT)); }
+};
+template <class T>
+using Scratch = std::unique_ptr<T[], FreeAligned>;
+
+template <class T>
+Scratch<T> scratch(int64_t count) {
+  void* p = ::operator new(size_t(count) * sizeof(T) + ALIGNMENT, std::align_val_t(ALIGNMENT));
+  return Scratch<T>(static_cast<T*>(p));
+}
+
+inline const Isa& isa() {
+  const char* error = nullptr;
+  const Isa* active = active_isa(&error);
+  STD_TORCH_CHECK(active != nullptr, error);
+  return *active;
+}
+
+inline Dtype dtype_of(ScalarType type, const char* op, const char* name) {
+  if (type == ScalarType::Float) return Dtype::f32;
+  if (type == ScalarType::BFloat16) return Dtype::bf16;
+  STD_TORCH_CHECK(type == ScalarType::Half, "ternc::", op, ": ", name, " is ",
+                  torch::headeronly::toString(type), ", not float32, bfloat16 or float16");
+  return Dtype::f16;
+}
+
+inline int64_t tokens_of(const Tensor& x) {
+  int64_t count = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) count *= x.size(d);
+  return count;
+}
+
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() = last;
+  return shape;
+}
+
+// Tokens a thread takes at least, of `columns` values each.
+inline int64_t token_grain(int64_t columns) { return VALUES_PER_THREAD / (columns + 1) + 1; }
+
+// A packed weight as an op receives it; keeps contiguous copies alive.
+struct WeightTensors {
+  Tensor bytes, scale;
+  std::optional<Tensor> multiplier;
+  Weight weight;
+  int planes;
+};
+
+inline WeightTensors read_weight(const char* op, const Tensor& bytes, const Tensor& scale,
+                                 const std::optional<Tensor>& multiplier, int64_t rows,
+                                 int64_t columns, int64_t group_size, int64_t layout) {
+  const bool at_rest = layout < 10;
+  const int planes = int(layout % 10);
+  STD_TORCH_CHECK((layout >= 1 && layout <= 3) || (layout >= 11 && layout <= 13), "ternc::", op,
+                  ": layout ", layout, " is unknown; layouts are 1..3 (rows) and 11..13 (lanes)");
+  STD_TORCH_CHECK(columns <= MAX_COLUMNS, "ternc::", op, ": in_features=", columns,
+                  " is over 131,072: the integer sum of a row would not fit 32 bits");
+  STD_TORCH_CHECK(group_size >= 0 && (at_rest || group_size % STEP_COLUMNS == 0), "ternc::", op,
+                  ": group_size=", group_size, " is not a multiple of 4 (layout ", layout, ")");
+  const int64_t groups = group_size == 0 ? 1 : ceil_div(columns, group_size);
+  const int64_t blocks = at_rest ? rows : ceil_div(rows, block_rows(planes));
+  const int64_t block_groups = groups * (at_rest ? 1 : block_rows(planes));
+  const int64_t block_bytes = at_rest ? planes * ceil_div(columns, 5)
+                                      : ceil_div(columns, STEP_COLUMNS) * step_bytes(planes);
+  STD_TORCH_CHECK(bytes.scalar_type() == ScalarType::Byte && bytes.numel() == blocks * block_bytes,
+                  "ternc::", op, ": weight holds ", bytes.numel(), " elements; layout ", layout,
+                  " of [", rows, ", ", columns, "] is ", blocks * block_bytes, " uint8");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "ternc::", op,
+                  ": scale is not float32");
+  const bool free_scales = scale.dim() == 2;
+  STD_TORCH_CHECK(free_scales ? scale.size(0) == rows && scale.size(1) == groups &&
+                                    group_size > 0 && !multiplier.has_value()
+                              : scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == rows),
+                  "ternc::", op, ": scale has ", scale.numel(), " elements; wanted [1], [", rows,
+                  "], or [", rows, ", ", groups, "] without multiplier and with group_size");
+  WeightTensors held{dense(bytes), dense(scale), std::nullopt, {}, planes};
+  if (multiplier.has_value()) {
+    STD_TORCH_CHECK(multiplier->scalar_type() == ScalarType::Byte && group_size > 0 &&
+                        multiplier->numel() == blocks * block_groups,
+                    "ternc::", op, ": multiplier holds ", multiplier->numel(), " elements; wanted ",
+                    blocks * block_groups, " uint8 and group_size > 0");
+    held.multiplier = dense(*multiplier);
+  }
+  held.weight.bytes = static_cast<const uint8_t*>(held.bytes.const_data_ptr());
+  held.weight.scale = static_cast<const float*>(held.scale.const_data_ptr());
+  held.weight.multiplier =
+      held.multiplier ? static_cast<const uint8_t*>(held.multiplier->const_data_ptr()) : nullptr;
+  held.weight.scale_kind = free_scales                       ? ScaleKind::group
+                           : scale.numel() == 1 && rows != 1 ? ScaleKind::tensor
+                                                             : ScaleKind::row;
+  held.weight.rows = rows;
+  held.weight.columns = columns;
+  held.weight.group_size = group_size == 0 ? columns : group_size;
+  held.weight.groups = groups;
+  return held;
+}
+
+}  // namespace ternc

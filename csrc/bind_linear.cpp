@@ -1,0 +1,260 @@
+// torch tensors -> the linear kernels: the CPU implementations of ternc::linear and ternc::linears.
+//
+//   x --quantize or widen, once, over tokens--> Tokens --one parallel region over the blocks of
+//   every weight--> y_i
+#include "bind.h"
+
+namespace ternc {
+namespace {
+
+// Multiply-adds that are worth waking a second thread for: about 5 us on one.
+constexpr int64_t WORK_PER_THREAD = 1 << 20;
+constexpr int64_t TOKENS_PER_PIECE = 16;
+constexpr int64_t UNIT_BYTES = 64;  // of a step: what a unit of work is counted in
+
+// One weight of a call: what the kernels read, and where its result goes.
+struct Product {
+  WeightTensors held;
+  Tensor y;
+  std::optional<Tensor> bias, residual;  // kept alive
+  Output out;
+};
+
+// The blocks of one weight and the kernel for them; a block is `units` units of work.
+template <class Args>
+struct Job {
+  void (*kernel)(const Args&, const Range&);
+  Args args;
+  int64_t blocks, units;
+};
+
+// Splits the blocks of all jobs, and tokens where there are few blocks, over the threads. Token
+// pieces are multiples of four from token 0, so that the split never changes which tokens share a
+// tile. A block belongs to the thread that has its first unit.
+template <class Args>
+void split(const std::vector<Job<Args>>& jobs, int64_t tokens, int64_t stride) {
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t blocks = 0, units = 0;
+  for (const Job<Args>& job : jobs) blocks += job.blocks, units += job.blocks * job.units;
+  const int64_t pieces = blocks >= 4 * threads ? 1 : ceil_div(tokens, TOKENS_PER_PIECE);
+  const int64_t piece = pieces == 1 ? tokens : TOKENS_PER_PIECE;
+  const int64_t work = UNIT_BYTES * stride * piece;
+  const int64_t grain = work > WORK_PER_THREAD ? 1 : WORK_PER_THREAD / (work > 0 ? work : 1);
+  torch::stable::parallel_for(0, units * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin / units; p * units < end; ++p) {
+      const int64_t token_end = (p + 1) * piece < tokens ? (p + 1) * piece : tokens;
+      int64_t start = p * units;  // of the job's first block
+      for (const Job<Args>& job : jobs) {
+        const int64_t from = begin > start ? ceil_div(begin - start, job.units) : 0;
+        const int64_t reach = end > start ? ceil_div(end - start, job.units) : 0;
+        const int64_t to = reach < job.blocks ? reach : job.blocks;
+        if (from < to) job.kernel(job.args, Range{from, to, p * piece, token_end});
+        start += job.blocks * job.units;
+      }
+    }
+  });
+}
+
+template <class Args>
+Job<Args> job_of(void (*const (&kernels)[MAX_PLANES])(const Args&, const Range&),
+                 const WeightTensors& held, const Args& args) {
+  return {kernels[held.planes - 1], args, ceil_div(held.weight.rows, block_rows(held.planes)),
+          step_bytes(held.planes) / UNIT_BYTES};
+}
+
+// What the products multiply: floating-point x, or integers q with their scales.
+struct Input {
+  const void* values;  // [tokens, columns]
+  Dtype dtype;
+  const float* scale;  // null: values are floating point
+  int64_t tokens, columns;
+};
+
+void multiply_integers(const Kernels& kernels, const Input& x, int bits,
+                       const std::vector<Product>& products) {
+  const int64_t stride = ceil_div(x.columns, STEP_COLUMNS) * STEP_COLUMNS;
+  const bool in_place = x.scale != nullptr && stride == x.columns;
+  const int8_t* given = static_cast<const int8_t*>(x.values);
+  const auto own_q = scratch<int8_t>(in_place ? 0 : x.tokens * stride);
+  const auto own_scale = scratch<float>(x.scale != nullptr ? 0 : x.tokens);
+  // Sums of q for each size of group among the weights.
+  std::vector<const Weight*> sizes;
+  std::vector<size_t> size_of;
+  int64_t all_groups = 0;
+  for (const Product& product : products) {
+    const Weight& weight = product.held.weight;
+    size_t i = 0;
+    while (i < sizes.size() && sizes[i]->group_size != weight.group_size) ++i;
+    if (i == sizes.size()) sizes.push_back(&weight), all_groups += weight.groups;
+    size_of.push_back(i);
+  }
+  const auto sums = scratch<int32_t>(x.tokens * all_groups);
+  std::vector<Tokens> tokens;
+  int64_t first_sum = 0;
+  for (const Weight* weight : sizes) {
+    tokens.push_back({in_place ? const_cast<int8_t*>(given) : own_q.get(),
+                      x.scale != nullptr ? const_cast<float*>(x.scale) : own_scale.get(),
+                      sums.get() + first_sum, x.tokens, stride});
+    first_sum += x.tokens * weight->groups;
+  }
+  torch::stable::parallel_for(0, x.tokens, token_grain(x.columns), [&](int64_t begin, int64_t end) {
+    if (x.scale == nullptr) {
+      Tokens out = tokens[0];
+      out.sums = nullptr;
+      kernels.quantize({x.values, x.dtype, x.columns, x.columns, 1, bits, out}, begin, end);
+    } else if (!in_place) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t k = 0; k < stride; ++k)
+          own_q[t * stride + k] = k < x.columns ? given[t * x.columns + k] : int8_t(0);
+    }
+    for (size_t i = 0; i < sizes.size(); ++i)
+      kernels.sum_groups(tokens[i], x.columns, sizes[i]->group_size, sizes[i]->groups, begin, end);
+  });
+  std::vector<Job<LinearI8Args>> jobs;
+  for (size_t i = 0; i < products.size(); ++i) {
+    const WeightTensors& held = products[i].held;
+    jobs.push_back(job_of(kernels.linear_i8, held,
+                          LinearI8Args{held.weight, tokens[size_of[i]], products[i].out}));
+  }
+  split(jobs, x.tokens, stride);
+}
+
+void multiply_floats(const Kernels& kernels, const Input& x, const std::vector<Product>& products) {
+  const int64_t stride = ceil_div(x.columns, STEP_COLUMNS) * STEP_COLUMNS;
+  const auto wide = scratch<float>(x.tokens * stride);
+  torch::stable::parallel_for(0, x.tokens, token_grain(stride), [&](int64_t begin, int64_t end) {
+    kernels.widen(x.values, x.dtype, x.columns, wide.get(), stride, begin, end);
+  });
+  std::vector<Job<LinearF32Args>> jobs;
+  for (const Product& product : products)
+    jobs.push_back(job_of(kernels.linear_f32, product.held,
+                          LinearF32Args{product.held.weight, wide.get(), stride, product.out}));
+  split(jobs, x.tokens, stride);
+}
+
+void multiply(const Input& x, int64_t activation_bits, const std::vector<Product>& products) {
+  const Isa& used = isa();
+  if (x.tokens > 0) {
+    if (activation_bits == 0)
+      multiply_floats(*used.kernels, x, products);
+    else
+      multiply_integers(*used.kernels, x, int(activation_bits), products);
+  }
+  for (const Product& product : products) record_kernel(product.held.weight.bytes, &used);
+}
+
+// The weight as it is read, a new y for it, and its bias.
+Product product_of(const char* op, const Tensor& x, ScalarType type, WeightTensors held,
+                   std::optional<Tensor> bias) {
+  const int64_t rows = held.weight.rows;
+  Tensor y = torch::stable::new_empty(x, shape_with_last(x, rows), type);
+  Product product{std::move(held), y, std::nullopt, std::nullopt, {}};
+  product.out = {y.mutable_data_ptr(), dtype_of(type, op, "x"), nullptr, Dtype::f32, nullptr};
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == rows, "ternc::", op, ": bias has ",
+                    bias->numel(), " elements, wanted [", rows, "]");
+    product.bias = dense(*bias);
+    product.out.bias = product.bias->const_data_ptr();
+    product.out.bias_dtype = dtype_of(bias->scalar_type(), op, "bias");
+  }
+  return product;
+}
+
+void check_input(const char* op, const Tensor& x, int64_t activation_bits) {
+  STD_TORCH_CHECK(x.dim() >= 1, "ternc::", op, ": x is a scalar; it needs a dimension of features");
+  STD_TORCH_CHECK(activation_bits == 8 || activation_bits == 4 || activation_bits == 0,
+                  "ternc::", op, ": activation_bits=", activation_bits, ", not 8, 4 or 0");
+}
+
+void check_layout(const char* op, int64_t layout) {
+  STD_TORCH_CHECK(layout > 10, "ternc::", op, ": layout ", layout,
+                  " (rows) is the form at rest and is not computed on by CPU kernels; "
+                  "pack the weight for \"cpu\" (layouts 11 to 13)");
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
+              const std::optional<Tensor>& multiplier, const std::optional<Tensor>& bias,
+              int64_t out_features, int64_t group_size, int64_t activation_bits, int64_t layout) {
+  check_input("linear", x, activation_bits);
+  check_layout("linear", layout);
+  const int64_t columns = x.size(x.dim() - 1);
+  const Dtype dtype = dtype_of(x.scalar_type(), "linear", "x");
+  const Tensor input = dense(x);
+  std::vector<Product> products;
+  products.push_back(product_of(
+      "linear", x, x.scalar_type(),
+      read_weight("linear", weight, scale, multiplier, out_features, columns, group_size, layout),
+      bias));
+  multiply({input.const_data_ptr(), dtype, nullptr, tokens_of(x), columns}, activation_bits,
+           products);
+  return products[0].y;
+}
+
+// An empty tensor in a list stands for none.
+std::optional<Tensor> given(const Tensor& tensor) {
+  return tensor.numel() == 0 ? std::nullopt : std::optional<Tensor>(tensor);
+}
+
+void check_residual(const Tensor& residual, const Product& product, size_t weights, int64_t tokens,
+                    ScalarType dtype) {
+  STD_TORCH_CHECK(weights == 1 && residual.scalar_type() == dtype &&
+                      residual.dim() == product.y.dim() &&
+                      residual.numel() == tokens * product.held.weight.rows,
+                  "ternc::linears: a residual goes with one weight and has its output's shape");
+}
+
+std::vector<Tensor> linears(const Tensor& x, const std::optional<Tensor>& sx,
+                            const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
+                            const std::vector<Tensor>& multipliers,
+                            const std::vector<Tensor>& biases,
+                            const std::optional<Tensor>& residual,
+                            const std::vector<int64_t>& out_features,
+                            const std::vector<int64_t>& group_sizes, int64_t activation_bits,
+                            const std::vector<int64_t>& layouts, ScalarType dtype) {
+  check_input("linears", x, activation_bits);
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0 && scales.size() == count && multipliers.size() == count &&
+                      biases.size() == count && out_features.size() == count &&
+                      group_sizes.size() == count && layouts.size() == count,
+                  "ternc::linears: lists of different lengths, or empty");
+  const int64_t columns = x.size(x.dim() - 1), tokens = tokens_of(x);
+  const Tensor input = dense(x);
+  Input in{input.const_data_ptr(), Dtype::f32, nullptr, tokens, columns};
+  std::optional<Tensor> input_scale;
+  if (sx.has_value()) {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && activation_bits != 0 &&
+                        sx->scalar_type() == ScalarType::Float && sx->numel() == tokens,
+                    "ternc::linears: q and its scales are not int8 [..., K] and float32 [..., 1]");
+    input_scale = dense(*sx);
+    in.scale = static_cast<const float*>(input_scale->const_data_ptr());
+  } else {
+    in.dtype = dtype_of(x.scalar_type(), "linears", "x");
+    STD_TORCH_CHECK(x.scalar_type() == dtype, "ternc::linears: x and its outputs differ in dtype");
+  }
+  std::vector<Product> products;
+  std::vector<Tensor> outputs;
+  for (size_t i = 0; i < count; ++i) {
+    check_layout("linears", layouts[i]);
+    products.push_back(
+        product_of("linears", x, dtype,
+                   read_weight("linears", weights[i], scales[i], given(multipliers[i]),
+                               out_features[i], columns, group_sizes[i], layouts[i]),
+                   given(biases[i])));
+    outputs.push_back(products[i].y);
+  }
+  if (residual.has_value()) {
+    check_residual(*residual, products[0], count, tokens, dtype);
+    products[0].residual = dense(*residual);
+    products[0].out.residual = products[0].residual->const_data_ptr();
+  }
+  multiply(in, activation_bits, products);
+  return outputs;
+}
+
+}  // namespace
+}  // namespace ternc
+
+STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
+  m.impl("linear", TORCH_BOX(&ternc::linear));
+  m.impl("linears", TORCH_BOX(&ternc::linears));
+}
