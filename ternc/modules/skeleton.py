@@ -101,11 +101,13 @@ def _empty(module: nn.Module, path: str, packed: PackedModule, source: Path) -> 
         shape = (columns, rows) if packed.transposed else (rows, columns)
         device = weight.device
     bias = getattr(module, "bias", None)
-    if shape != packed.shape or (bias is not None) != packed.bias:
+    if shape != packed.shape or (bias is not None and not packed.bias):
         raise CheckpointError(
             f"{source}: module {path!r} is {list(packed.shape)}, bias={packed.bias}; "
             f"in the model it is {list(shape)}, bias={bias is not None}"
         )
+    if bias is None and packed.bias:  # calibration or training gave the layer one
+        bias = torch.empty(packed.shape[0], dtype=packed.dtype, device=device)
     layer = TernaryLinear.empty(
         packed.shape,
         bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach()),

@@ -137,10 +137,11 @@ def load_optimizer_state(
         )
     for i, (optimizer, saved) in enumerate(zip(optimizers, settings, strict=True)):
         state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in saved["state"].items()}
+        prefix = f"optimizer.{i}."
         for name, tensor in tensors.items():
-            kind, number, parameter, *key = name.split(".")
-            if kind == "optimizer" and int(number) == i:
-                state.setdefault(int(parameter), {})[".".join(key)] = tensor
+            if name.startswith(prefix):
+                parameter, _, key = name.removeprefix(prefix).partition(".")
+                state.setdefault(int(parameter), {})[key] = tensor
         groups = [
             {k: tuple(v) if isinstance(v, list) and k == "betas" else v for k, v in group.items()}
             for group in saved["groups"]

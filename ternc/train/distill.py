@@ -125,8 +125,11 @@ class Distiller(nn.Module):
         output = call(inner, example)
         weights = [site.weight for site in sites(inner) if site.weight.requires_grad]
         wanted = self.config.balance_target * _gradient_norm(task(output), weights)
-        for name, term in self.terms(output, example).items():
-            norm = _gradient_norm(term, weights)
+        norms = {
+            name: _gradient_norm(term, weights)
+            for name, term in self.terms(output, example).items()
+        }
+        for name, norm in norms.items():  # after the graphs: they hold the factors
             if bool(norm > 0):
                 self.balance[_TERMS.index(name)] = wanted / norm
         self.release()

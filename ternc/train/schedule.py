@@ -126,7 +126,7 @@ class Schedule:
 
     def _blended(self, source: float, target: float, p: float) -> BlendState:
         blend = blend_at(p, self.temperature, self.mode)
-        if blend == 1.0:
+        if blend == 1.0 or source == target:
             return BlendState(target, target, 1.0)
         return BlendState(source, target, blend)
 

@@ -347,10 +347,13 @@ class Trainer:
     def _record(self, values: dict[str, torch.Tensor]) -> None:
         row: dict[str, Any] = {"step": self.step, "epoch": self.step / self._steps_per_epoch}
         row.update({name: float(value) for name, value in values.items()})
-        if not math.isfinite(row["loss"]):
+        broken = next((site.name for site in self.sites if not site.weight.isfinite().all()), None)
+        if broken is not None or not math.isfinite(row["loss"]):
             raise TrainingError(
-                f"step {self.step}: the loss is {row['loss']}; lower the learning rate "
-                f"({self.config.optimization.learning_rate:g}) or look at the data"
+                f"step {self.step}: the loss is {row['loss']}"
+                + (f" and the weight of {broken} is not finite" if broken else "")
+                + f"; lower the learning rate ({self.config.optimization.learning_rate:g}) or look "
+                "at the data"
             )
         row["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
         row.update(self.monitor.look(self.sites))
