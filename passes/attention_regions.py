@@ -52,7 +52,8 @@ def _row(node: fx.Node, inputs: list[str], outputs: list[str], context: Context)
 def _projections_of(start: object) -> list[str]:
     """Names of the ternary products that an input of attention comes from."""
     names: list[str] = []
-    pending, seen = [start], set()
+    pending: list[object] = [start]
+    seen: set[fx.Node] = set()
     while pending and len(seen) < _MAX_STEPS:
         node = pending.pop(0)
         if not isinstance(node, fx.Node) or node in seen:
@@ -72,7 +73,8 @@ def _projections_of(start: object) -> list[str]:
 
 def _projections_after(attention: fx.Node) -> list[str]:
     """Names of the ternary products that read the output of attention through views alone."""
-    pending, seen = [attention], set()
+    pending = [attention]
+    seen: set[fx.Node] = set()
     while pending and len(seen) < _MAX_STEPS:
         node = pending.pop(0)
         for user in node.users:

@@ -30,6 +30,8 @@ class Context:
     abstract: bool
     sites: list[WeightSite] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
+    tainted: set[fx.Node] = dataclasses.field(default_factory=set)
+    """Nodes whose storage the graph writes in place: no read of them may move."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """Facts for the report that belong to no single weight."""
     packed_inputs: list[tuple[WeightSite, str]] = dataclasses.field(default_factory=list)
@@ -38,6 +40,13 @@ class Context:
     """Rows of weights that were packed before compilation, and the position of their bytes."""
     nodes_before: list[GraphNode] = dataclasses.field(default_factory=list)
     """The graph before the first pass, as plain data for the report."""
+
+    def why_not_move(self, *read: fx.Node | None) -> Skip | None:
+        """A refusal where a tensor that a rule would read elsewhere is written in place."""
+        for node in read:
+            if node is not None and node in self.tainted:
+                return Skip(f"{node} is written in place", node)
+        return None
 
     def skip(self, name: str, pattern: str, why: Skip, weight: torch.Tensor | None) -> None:
         """Adds the row of a weight that stays floating point."""

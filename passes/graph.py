@@ -105,6 +105,11 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Positional arguments, for code that has checked what the node is."""
+    return node.args
+
+
 def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     """Argument of a call by position or keyword."""
     if len(node.args) > index:

@@ -13,8 +13,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ternc.passes.graph import argument, example_value, is_call, is_tensor
+from ternc.passes.graph import argument, arguments, example_value, is_call, is_tensor
 from ternc.passes.inline import inline
+from ternc.passes.mutation import drop_unused
 from ternc.passes.rule import Skip
 
 _MATMUL = {torch.matmul, torch.bmm, operator.matmul, torch.Tensor.matmul, "matmul", "bmm"}
@@ -41,19 +42,19 @@ def fuse_attention(gm: fx.GraphModule) -> list[Skip]:
     """Rewrites every hand-written attention in place; returns the nearest misses with a reason."""
     skipped = []
     for node in list(gm.graph.nodes):
-        if node.target not in _MATMUL or len(node.args) != 2:
+        if node.target not in _MATMUL or len(arguments(node)) != 2:
             continue
-        probabilities = _through_casts(node.args[0])
+        probabilities = _through_casts(arguments(node)[0])
         if probabilities is None or not _is_softmax(probabilities):
             continue
         found = _parse(node, probabilities)
         if isinstance(found, Skip):
             skipped.append(found)
             continue
-        new = inline(node, _attend, found.q, found.k, node.args[1], found)
+        new = inline(node, _attend, found.q, found.k, arguments(node)[1], found)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
-    gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.is_impure())
+    drop_unused(gm)
     return skipped
 
 
@@ -90,7 +91,7 @@ def _is_softmax(node: fx.Node) -> bool:
 
 def _through_casts(node: Any) -> fx.Node | None:
     while is_call(node, "cast") or (isinstance(node, fx.Node) and node.target == "contiguous"):
-        node = node.args[0]
+        node = arguments(node)[0]
     return node if is_tensor(node) else None
 
 
@@ -98,10 +99,10 @@ def _parse(product: fx.Node, softmax: fx.Node) -> _Scores | Skip:
     if any(user is not product and not is_call(user, "cast") for user in softmax.users):
         return Skip("the attention weights are used by something else too", softmax)
     scores = _Scores()
-    reason = _read_scores(softmax.args[0], scores)
+    reason = _read_scores(arguments(softmax)[0], scores)
     if reason:
         return Skip(reason, softmax)
-    q, k, v = scores.q, scores.k, product.args[1]
+    q, k, v = scores.q, scores.k, arguments(product)[1]
     examples = [example_value(node) for node in (q, k, v)]
     if len({example.dtype for example in examples}) != 1:
         return Skip("query, key and value differ in dtype", product)
@@ -121,23 +122,27 @@ def _read_scores(node: Any, scores: _Scores) -> str | None:
         if node.target in _MATMUL:
             return _read_product(node, scores)
         if node.target in _MASKED_FILL and _is_hidden(argument(node, 2, "value")):
-            scores.hidden.append((node.args[1], False))
-            node = node.args[0]
-        elif node.target is torch.where and _is_hidden(node.args[2]):
-            scores.hidden.append((node.args[0], True))
-            node = node.args[1]
-        elif is_call(node, "add") and len(node.args) == 2 and all(map(is_tensor, node.args)):
+            scores.hidden.append((arguments(node)[1], False))
+            node = arguments(node)[0]
+        elif node.target is torch.where and _is_hidden(arguments(node)[2]):
+            scores.hidden.append((arguments(node)[0], True))
+            node = arguments(node)[1]
+        elif (
+            is_call(node, "add")
+            and len(arguments(node)) == 2
+            and all(map(is_tensor, arguments(node)))
+        ):
             if scores.scale != 1.0:
                 return "the scores are scaled after the mask was added"
             inner, addend = _split_sum(node)
             scores.added.append(addend)
             node = inner
         elif is_call(node, "mul") or is_call(node, "div"):
-            factor = node.args[1]
+            factor = arguments(node)[1]
             if not isinstance(factor, int | float):
                 return "the scores are scaled by a tensor"
             scores.scale *= factor if is_call(node, "mul") else 1.0 / factor
-            node = node.args[0]
+            node = arguments(node)[0]
         else:
             return f"the scores are computed with {node.target!s}"
     return "more steps between the product and the softmax than are read"
@@ -145,7 +150,7 @@ def _read_scores(node: Any, scores: _Scores) -> str | None:
 
 def _split_sum(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     """(scores, mask): the operand that leads to a product of two activations is the scores."""
-    first, second = node.args
+    first, second = arguments(node)
     assert isinstance(first, fx.Node) and isinstance(second, fx.Node)
     return (first, second) if _leads_to_product(first) else (second, first)
 
@@ -154,14 +159,14 @@ def _leads_to_product(node: fx.Node) -> bool:
     for _ in range(8):
         if node.target in _MATMUL:
             return True
-        if not node.args or not isinstance(node.args[0], fx.Node):
+        if not arguments(node) or not isinstance(arguments(node)[0], fx.Node):
             return False
-        node = node.args[0]
+        node = arguments(node)[0]
     return False
 
 
 def _read_product(node: fx.Node, scores: _Scores) -> str | None:
-    q, transposed = node.args
+    q, transposed = arguments(node)
     if not is_tensor(q) or not is_tensor(transposed):
         return "the scores are no product of two tensors"
     assert isinstance(transposed, fx.Node)
@@ -176,14 +181,14 @@ def _untransposed(node: fx.Node) -> fx.Node | None:
     """k for k.transpose(-2, -1), k.mT and k.permute(..., -1, -2)."""
     rank = example_value(node).dim()
     if node.target in _TRANSPOSE:
-        dims = {int(d) % rank for d in node.args[1:3]}
-        return node.args[0] if dims == {rank - 2, rank - 1} else None
-    if node.target is getattr and node.args[1] == "mT":
-        return node.args[0]
+        dims = {int(d) % rank for d in arguments(node)[1:3]}
+        return arguments(node)[0] if dims == {rank - 2, rank - 1} else None
+    if node.target is getattr and arguments(node)[1] == "mT":
+        return arguments(node)[0]
     if node.target in ("permute", torch.permute):
-        order = node.args[1] if len(node.args) == 2 else node.args[1:]
+        order = arguments(node)[1] if len(arguments(node)) == 2 else arguments(node)[1:]
         wanted = [*range(rank - 2), rank - 1, rank - 2]
-        return node.args[0] if [int(d) % rank for d in order] == wanted else None
+        return arguments(node)[0] if [int(d) % rank for d in order] == wanted else None
     return None
 
 

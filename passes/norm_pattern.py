@@ -13,7 +13,14 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ternc.passes.graph import argument, example_value, is_call, is_static_input, is_tensor
+from ternc.passes.graph import (
+    argument,
+    arguments,
+    example_value,
+    is_call,
+    is_static_input,
+    is_tensor,
+)
 
 _LAYER_NORMS = (F.layer_norm, torch.layer_norm)
 _MODULE_NORMS = (*_LAYER_NORMS, F.rms_norm, torch.rms_norm)
@@ -47,7 +54,7 @@ def read_norm(y: fx.Node) -> Norm | None:
 def _module_norm(y: fx.Node) -> Norm | None:
     if y.op != "call_function" or y.target not in _MODULE_NORMS:
         return None
-    x, shape = y.args[0], argument(y, 1, "normalized_shape")
+    x, shape = arguments(y)[0], argument(y, 1, "normalized_shape")
     if not is_tensor(x) or len(shape) != 1:
         return None
     gain = argument(y, 2, "weight")
@@ -78,9 +85,13 @@ def _spelled_norm(y: fx.Node) -> Norm | None:
 
 def _operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     """Both orders of the operands of a product of two tensors."""
-    if not is_call(node, "mul") or len(node.args) != 2 or not all(map(is_tensor, node.args)):
+    if (
+        not is_call(node, "mul")
+        or len(arguments(node)) != 2
+        or not all(map(is_tensor, arguments(node)))
+    ):
         return []
-    a, b = node.args
+    a, b = arguments(node)
     return [(a, b), (b, a)]
 
 
@@ -89,8 +100,8 @@ def _gain(node: fx.Node) -> tuple[float, fx.Node | None]:
     node, _ = _uncast(node)
     if is_static_input(node):
         return 0.0, node
-    if is_call(node, "add") and len(node.args) == 2:
-        for parameter, offset in (node.args, node.args[::-1]):
+    if is_call(node, "add") and len(arguments(node)) == 2:
+        for parameter, offset in (arguments(node), arguments(node)[::-1]):
             inner = _uncast(parameter)[0] if isinstance(parameter, fx.Node) else None
             if inner is not None and is_static_input(inner) and isinstance(offset, int | float):
                 return float(offset), inner
@@ -105,9 +116,9 @@ def _rms_core(node: fx.Node) -> tuple[fx.Node, float] | None:
             if is_call(factor, "rsqrt") or (
                 is_call(factor, "pow") and argument(factor, 1, "exponent") == -0.5
             ):
-                candidates.append((x, factor.args[0]))
-    if is_call(node, "div") and len(node.args) == 2 and is_call(node.args[1], "sqrt"):
-        candidates.append((node.args[0], node.args[1].args[0]))
+                candidates.append((x, arguments(factor)[0]))
+    if is_call(node, "div") and len(arguments(node)) == 2 and is_call(arguments(node)[1], "sqrt"):
+        candidates.append((arguments(node)[0], arguments(node)[1].args[0]))
     for x, under_root in candidates:
         eps = _epsilon_over_mean_square(under_root, x)
         if eps is not None:
@@ -117,16 +128,16 @@ def _rms_core(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 def _epsilon_over_mean_square(node: object, x: fx.Node) -> float | None:
     """eps where `node` is mean(x^2, -1, keepdim=True) + eps."""
-    if not isinstance(node, fx.Node) or not is_call(node, "add") or len(node.args) != 2:
+    if not isinstance(node, fx.Node) or not is_call(node, "add") or len(arguments(node)) != 2:
         return None
-    for mean, eps in (node.args, node.args[::-1]):
+    for mean, eps in (arguments(node), arguments(node)[::-1]):
         if not isinstance(eps, float) or not math.isfinite(eps) or not is_call(mean, "mean"):
             continue
         assert isinstance(mean, fx.Node)
         over = argument(mean, 1, "dim")
         if over not in (-1, [-1], (-1,)) or not argument(mean, 2, "keepdim", False):
             continue
-        if _is_square_of(mean.args[0], x):
+        if _is_square_of(arguments(mean)[0], x):
             return eps
     return None
 
@@ -135,10 +146,10 @@ def _is_square_of(node: object, x: fx.Node) -> bool:
     if not isinstance(node, fx.Node):
         return False
     if is_call(node, "pow"):
-        return _alike(node.args[0], x) and argument(node, 1, "exponent") == 2
+        return _alike(arguments(node)[0], x) and argument(node, 1, "exponent") == 2
     if is_call(node, "square"):
-        return _alike(node.args[0], x)
-    return is_call(node, "mul") and all(_alike(factor, x) for factor in node.args)
+        return _alike(arguments(node)[0], x)
+    return is_call(node, "mul") and all(_alike(factor, x) for factor in arguments(node))
 
 
 def _alike(a: object, b: fx.Node) -> bool:
@@ -152,7 +163,7 @@ def _alike(a: object, b: fx.Node) -> bool:
 def _uncast(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """(what was cast, the outermost cast), through any number of dtype casts."""
     outermost = None
-    while is_call(node, "cast") and is_tensor(node.args[0]):
+    while is_call(node, "cast") and is_tensor(arguments(node)[0]):
         outermost = outermost or node
-        node = node.args[0]
+        node = arguments(node)[0]
     return node, outermost

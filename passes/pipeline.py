@@ -19,6 +19,7 @@ from ternc.passes.graph import (
     source_of,
 )
 from ternc.passes.hand_written_attention import fuse_attention
+from ternc.passes.mutation import drop_unused, tainted, without_needless_writes
 from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.activation import ActivationRule
 from ternc.passes.rules.experts import ExpertsRule
@@ -52,15 +53,17 @@ def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     verify(gm, "decompose_attention")
     spell_linears(gm)
     verify(gm, "spell_linears")
+    without_needless_writes(gm)
     simplify(gm)
     verify(gm, "simplify")
+    context.tainted = tainted(gm)
     _find_packed_modules(gm, context)
     for skip in fuse_attention(gm):
         context.notes.append(f"attention left as written: {skip.reason}")
     verify(gm, "fuse_attention")
     for rule in RULES:
         apply(rule, gm, context)
-        _drop_unused(gm)
+        drop_unused(gm)
         verify(gm, rule.name)
     report_regions(gm, context)
     gm.recompile()
@@ -118,26 +121,3 @@ def _find_packed_modules(gm: fx.GraphModule, context: Context) -> None:
         )
         context.rows.append(row)
         context.row_positions.append((row, weight.meta["ternc_position"]))
-
-
-def _drop_unused(gm: fx.GraphModule) -> None:
-    """Removes what computed the float weights; inputs stay until lowering decides which to pass."""
-    for node in reversed(list(gm.graph.nodes)):
-        dead = node.op in ("call_function", "call_method", "get_attr") and not node.users
-        if dead and not node.is_impure() and not _mutates(node):
-            gm.graph.erase_node(node)
-
-
-def _mutates(node: fx.Node) -> bool:
-    """In-place writes to anything but a value that only dead nodes read."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if not (name.endswith("_") and not name.endswith("__")):
-        return node.op == "call_function" and name in (
-            "setitem",
-            "_set_grad_enabled",
-            "_enter_autocast",
-        )
-    target = node.args[0] if node.args else None
-    return isinstance(target, fx.Node) and (
-        target.op == "placeholder" or any(user is not node for user in target.users)
-    )

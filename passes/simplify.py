@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from ternc.passes.graph import argument, example_value, is_tensor
+from ternc.passes.graph import argument, arguments, example_value, is_tensor
 from ternc.passes.inline import inline
 
 _CASTS = {"to", "float", "half", "bfloat16", "type_as", "type"}
@@ -37,16 +37,16 @@ def _is_linear(node: fx.Node) -> bool:
 
 def _same_value(node: fx.Node) -> fx.Node | None:
     """The tensor that `node` returns unchanged, or None."""
-    if node.op not in ("call_function", "call_method") or not node.args:
+    if node.op not in ("call_function", "call_method") or not arguments(node):
         return None
-    x = node.args[0]
+    x = arguments(node)[0]
     if not is_tensor(x) or not is_tensor(node):
         return None
     if node.target is F.dropout:
         return None if argument(node, 2, "training", True) else x
     if node.target in _CASTS:
         return x if _cast_does_nothing(node, x) else None
-    if node.target == "contiguous" and len(node.args) == 1 and not node.kwargs:
+    if node.target == "contiguous" and len(arguments(node)) == 1 and not node.kwargs:
         return x if _is_contiguous(x) else None
     if node.target in _VIEWS:
         return _unviewed(node)
@@ -73,11 +73,11 @@ def _is_contiguous(x: fx.Node) -> bool:
 
 def _unviewed(node: fx.Node) -> fx.Node | None:
     """x for x.view(a).view(b) where b spells the shape of x."""
-    inner = node.args[0]
+    inner = arguments(node)[0]
     assert isinstance(inner, fx.Node)
-    if inner.target not in _VIEWS or not is_tensor(inner.args[0]):
+    if inner.target not in _VIEWS or not is_tensor(arguments(inner)[0]):
         return None
-    x = inner.args[0]
+    x = arguments(inner)[0]
     assert isinstance(x, fx.Node)
     same = str(tuple(example_value(x).shape)) == str(tuple(example_value(node).shape))
     return x if same else None
@@ -85,10 +85,10 @@ def _unviewed(node: fx.Node) -> fx.Node | None:
 
 def _hoist_view(node: fx.Node) -> None:
     """linear(x.view(..., K), W, b) -> linear(x, W, b).view(..., N)."""
-    viewed = node.args[0]
+    viewed = arguments(node)[0]
     if not isinstance(viewed, fx.Node) or viewed.target not in _VIEWS:
         return
-    x = viewed.args[0]
+    x = arguments(viewed)[0]
     width = example_value(viewed).shape[-1]
     if not is_tensor(x) or example_value(x).dim() < 2 or not _same_size(x, width):
         return
@@ -110,7 +110,7 @@ def _same_size(x: fx.Node, width: Any) -> bool:
 
 def _sizes(view: fx.Node) -> list[Any]:
     """Sizes of a view as they were written: numbers, -1, nodes."""
-    sizes = view.args[1] if len(view.args) == 2 else view.args[1:]
+    sizes = arguments(view)[1] if len(arguments(view)) == 2 else arguments(view)[1:]
     if isinstance(sizes, (tuple, list)):
         return list(sizes)
     return [sizes]

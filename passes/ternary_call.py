@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ternc.passes.graph import example_value
+from ternc.passes.graph import arguments, example_value
 from ternc.passes.inline import carry_provenance, inline
 from ternc.site import WeightSite
 
@@ -53,7 +53,7 @@ def is_linears(node: Any) -> bool:
 def read(node: fx.Node) -> TernaryCall | None:
     """The call that `node` is, or None."""
     if is_linear(node):
-        x, weight, scale, multiplier, bias, rows, group, bits, layout = node.args
+        x, weight, scale, multiplier, bias, rows, group, bits, layout = arguments(node)
         assert isinstance(x, fx.Node)
         return TernaryCall(
             x=x,
@@ -114,6 +114,13 @@ def _none(graph: fx.Graph, like: fx.Node) -> fx.Node:
     return node
 
 
+def read_known(node: fx.Node) -> TernaryCall:
+    """The call that `node` is known to be."""
+    call = read(node)
+    assert call is not None
+    return call
+
+
 def ternary_users(x: fx.Node) -> list[fx.Node]:
     """Users of x that take it in floating point, as their input and nothing else."""
     found = []
@@ -140,6 +147,6 @@ def replace_outputs(node: fx.Node, outputs: list[fx.Node]) -> None:
         node.replace_all_uses_with(outputs[0])
     else:
         for user in list(node.users):
-            user.replace_all_uses_with(outputs[user.args[1]])
+            user.replace_all_uses_with(outputs[arguments(user)[1]])
             node.graph.erase_node(user)
     node.graph.erase_node(node)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from ternc.passes.graph import is_static_input
+from ternc.passes.mutation import name_of, writes_in_place
 from ternc.passes.rule import Skip
 
 _ADD = {operator.add, torch.add, "add"}
@@ -52,6 +53,8 @@ class WeightExpression:
 def weight_expression(weight: fx.Node) -> WeightExpression | Skip:
     """The expression that computes `weight`, or why it is not one of static inputs alone."""
     if is_static_input(weight):
+        if any(writes_in_place(user) and user.args[0] is weight for user in weight.users):
+            return Skip("the model writes to the weight in place", weight)
         return WeightExpression([weight], None)
     collected = _collect(weight)
     if isinstance(collected, Skip):
@@ -90,7 +93,7 @@ def _collect(weight: fx.Node) -> set[fx.Node] | Skip:
         pending.extend(
             user
             for user in node.users
-            if _writes_in_place(user) and user.args and user.args[0] is node
+            if writes_in_place(user) and user.args and user.args[0] is node
         )
     if not any(node.op == "placeholder" for node in collected):
         return Skip(
@@ -106,29 +109,18 @@ def _why_not_static(node: fx.Node) -> str | None:
         return "the weight is computed from an input of the model, not from parameters alone"
     if node.op == "get_attr":
         return None
-    name = _name_of(node)
+    name = name_of(node)
     if any(word in name for word in _RANDOM):
         return f"the weight is computed with the random operation {name!r}"
-    if _writes_in_place(node) and any(
+    if writes_in_place(node) and any(
         source in node.args[:1] for source in node.all_input_nodes if is_static_input(source)
     ):
         return f"the weight is computed with {name!r}, which writes to a parameter in place"
     return None
 
 
-def _name_of(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    name = _name_of(node)
-    return node.op in ("call_method", "call_function") and (
-        (name.endswith("_") and not name.endswith("__")) or node.target in (operator.setitem,)
-    )
-
-
 def _must_stay(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or _writes_in_place(node)
+    return node.op in ("placeholder", "output") or writes_in_place(node)
 
 
 def _fold_straight_through(graph: fx.Graph) -> None:

@@ -6,18 +6,19 @@ The activation function is found by its values, whatever its spelling.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import torch
 from torch import fx
 
 from ternc.passes.context import Context
-from ternc.passes.graph import example_value, is_call, is_tensor
+from ternc.passes.graph import arguments, example_value, is_call, is_tensor
 from ternc.passes.inline import inline
 from ternc.passes.region import ancestors, between, evaluate
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import read, retarget, ternary_users
+from ternc.passes.ternary_call import read, read_known, retarget, ternary_users
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -50,7 +51,7 @@ class ActivationRule:
         readers = ternary_users(match.root)
         if len(readers) < len(match.root.users):
             return Skip("the activation is read by something else too", match.root)
-        return None
+        return context.why_not_move(match.parts["gate"], match.parts["up"], match.root)
 
     def rewrite(self, match: Match, context: Context) -> None:
         h, parts = match.root, match.parts
@@ -68,7 +69,7 @@ class ActivationRule:
         q, sx = (inline(h, operator.getitem, outputs, i) for i in range(2))
         label = parts["activation"] + (" * up" if parts["up"] is not None else "")
         for reader in ternary_users(h):
-            for site in read(reader).sites:
+            for site in read_known(reader).sites:
                 if site is not None:
                     site.row.pattern = f"{label} + {site.row.pattern}"
             retarget(reader, q, sx, self.name)
@@ -78,12 +79,13 @@ def _gated(h: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
     """(gate, up, activation) of act(gate) * up."""
     if not is_call(h, "mul") or len(h.args) != 2 or not all(map(is_tensor, h.args)):
         return None
-    for acted, up in (h.args, h.args[::-1]):
+    operands = arguments(h)
+    for acted, up in (operands, operands[::-1]):
         if not _alike(acted, up) or not _alike(acted, h):
             continue
         if found := _activation(acted):
             return found[0], up, found[1]
-    first, second = h.args
+    first, second = operands
     return (first, second, "none") if _alike(first, second) and _alike(first, h) else None
 
 

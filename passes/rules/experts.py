@@ -13,7 +13,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from ternc.passes.context import Context, weight_name
-from ternc.passes.graph import example_value, is_tensor
+from ternc.passes.graph import arguments, example_value, is_tensor
 from ternc.passes.rule import Match, Skip
 from ternc.passes.weight_expression import WeightExpression, weight_expression
 from ternc.passes.weight_site import (
@@ -38,12 +38,16 @@ class ExpertsRule:
     name = "grouped_mm(x, W, offsets) -> ternc::grouped_linear(x, offsets, pack(W))"
 
     def match(self, node: fx.Node) -> Match | None:
-        if node.op != "call_function" or len(node.args) < 2 or not is_tensor(node.args[1]):
+        if (
+            node.op != "call_function"
+            or len(arguments(node)) < 2
+            or not is_tensor(arguments(node)[1])
+        ):
             return None
         if getattr(node.target, "__name__", "").partition(".")[0] not in _GROUPED_PRODUCTS:
             return None
-        x, weight = node.args[:2]
-        offsets = node.kwargs.get("offs", node.args[2] if len(node.args) > 2 else None)
+        x, weight = arguments(node)[:2]
+        offsets = node.kwargs.get("offs", arguments(node)[2] if len(arguments(node)) > 2 else None)
         parts = {
             "x": x,
             "weight": weight,

@@ -122,7 +122,7 @@ def _rewrite_packed(match: Match, context: Context, name: str, decision: Decisio
     packed = packed_inputs(node.graph, context, site, weight)
     x, out = match.parts["x"], example_value(node)
     source = unquantized_source(x, bits) if bits and not context.abstract else None
-    if source is not None:
+    if source is not None and source not in context.tainted:
         x, site.own_quantizer = source, True
         site.row.pattern = "activation quantiser + linear"
     if example_value(x).dtype != out.dtype:  # autocast chose another dtype for this linear

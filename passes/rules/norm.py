@@ -11,7 +11,7 @@ from ternc.passes.context import Context
 from ternc.passes.inline import inline
 from ternc.passes.norm_pattern import read_norm
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import read, retarget, ternary_users
+from ternc.passes.ternary_call import read, read_known, retarget, ternary_users
 
 
 class NormRule:
@@ -31,11 +31,11 @@ class NormRule:
             return Skip(
                 "gradients do not flow through integers: the norm stays separate", match.root
             )
-        return None
+        return context.why_not_move(match.parts["norm"].x, match.root)
 
     def rewrite(self, match: Match, context: Context) -> None:
         y, norm, bits = match.root, match.parts["norm"], match.parts["bits"]
-        readers = [user for user in ternary_users(y) if read(user).bits == bits]
+        readers = [user for user in ternary_users(y) if read_known(user).bits == bits]
         keep = len(readers) < len(y.users)
         outputs = inline(
             y,
@@ -55,7 +55,7 @@ class NormRule:
         outputs.meta["ternc_rule"] = self.name
         kept, q, sx = (inline(y, operator.getitem, outputs, i) for i in range(3))
         for reader in readers:
-            for site in read(reader).sites:
+            for site in read_known(reader).sites:
                 if site is not None:
                     site.row.pattern = f"{norm.kind} norm + {site.row.pattern}"
             retarget(reader, q, sx, self.name)

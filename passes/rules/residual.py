@@ -8,9 +8,9 @@ import operator
 from torch import fx
 
 from ternc.passes.context import Context
-from ternc.passes.graph import example_value, is_call, is_tensor
+from ternc.passes.graph import arguments, example_value, is_call, is_tensor
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import is_linear, is_linears, read, write
+from ternc.passes.ternary_call import is_linear, is_linears, read_known, write
 
 
 class ResidualRule:
@@ -34,11 +34,12 @@ class ResidualRule:
         a, b, c = (example_value(node) for node in (output, residual, match.root))
         if not a.dtype == b.dtype == c.dtype or len({str(t.shape) for t in (a, b, c)}) != 1:
             return Skip("the sum broadcasts or changes the dtype", match.root)
-        return None
+        call = read_known(match.parts["product"])
+        return context.why_not_move(residual, output, call.x)
 
     def rewrite(self, match: Match, context: Context) -> None:
         product, add = match.parts["product"], match.root
-        call = dataclasses.replace(read(product), residual=match.parts["residual"])
+        call = dataclasses.replace(read_known(product), residual=match.parts["residual"])
         (output,) = write(call, add, product, self.name)
         for site in call.sites:
             if site is not None:
@@ -53,8 +54,8 @@ def _product(output: object) -> fx.Node | None:
         return None
     if is_linear(output):
         return output
-    if output.target is operator.getitem and is_linears(output.args[0]):
-        call = read(output.args[0])
+    if output.target is operator.getitem and is_linears(arguments(output)[0]):
+        call = read_known(arguments(output)[0])
         if len(call.weights) == 1 and call.residual is None:
-            return output.args[0]
+            return arguments(output)[0]
     return None

@@ -10,7 +10,7 @@ from torch import fx
 
 from ternc.passes.context import Context
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import TernaryCall, is_linear, read, ternary_users, write
+from ternc.passes.ternary_call import TernaryCall, is_linear, read_known, ternary_users, write
 
 
 class SharedInputRule:
@@ -21,10 +21,9 @@ class SharedInputRule:
     def match(self, node: fx.Node) -> Match | None:
         if not is_linear(node):
             return None
-        call = read(node)
-        assert call is not None
+        call = read_known(node)
         users = [user for user in ternary_users(call.x) if is_linear(user)]
-        alike = [user for user in users if read(user).bits == call.bits]
+        alike = [user for user in users if read_known(user).bits == call.bits]
         alike.sort()
         if len(alike) < 2 or alike[0] is not node:
             return None
@@ -33,14 +32,16 @@ class SharedInputRule:
     def check(self, match: Match, context: Context) -> Skip | None:
         first = match.root
         for node in match.parts["nodes"]:
-            bias = read(node).biases[0]
+            bias = read_known(node).biases[0]
             if bias is not None and bias.op != "placeholder" and not bias < first:
                 return Skip("a bias is computed after the first product of the same input", node)
-        return None
+        return context.why_not_move(read_known(first).x)
 
     def rewrite(self, match: Match, context: Context) -> None:
         nodes = match.parts["nodes"]
-        outputs = write(_joined([read(node) for node in nodes]), match.root, match.root, self.name)
+        outputs = write(
+            _joined([read_known(node) for node in nodes]), match.root, match.root, self.name
+        )
         for node, output in zip(nodes, outputs, strict=True):
             node.replace_all_uses_with(output)
             node.graph.erase_node(node)

@@ -1,4 +1,5 @@
-"""activate_quantize(gate, up) -> (q, sx): activation function, product, Hadamard, integers, one pass.
+"""activate_quantize(gate, up) -> (q, sx): activation function, product, Hadamard, integers, one
+pass.
 
 h = act(gate) * up (or act(gate)); where block > 0 the block Hadamard transform of h; quantize_act.
 """

@@ -74,7 +74,8 @@ def grouped_linear(
     activation_bits: int,
     layout: int,
 ) -> torch.Tensor:
-    """x [M, K] sorted by expert, offsets int32 [E] (ends of the experts' rows) -> [M, N] in x.dtype.
+    """x [M, K] sorted by expert, offsets int32 [E] (ends of the experts' rows) -> [M, N] in
+    x.dtype.
 
     One `ternc::linear` an expert that has rows, on its slice of the stack; rows past the last
     offset give 0. Runs on any device through the kernels of `ternc::linear`.

@@ -82,7 +82,9 @@ def reference(
 def integer_linear(
     q: torch.Tensor, sx: torch.Tensor, quantized: Quantized, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """q [..., K] with scales sx [..., 1] -> fp32 [..., N], before the rounding to an output dtype."""
+    """q [..., K] with scales sx [..., 1] -> fp32 [..., N], before the rounding to an output
+    dtype.
+    """
     y = _free_sum(q, quantized) * sx if quantized.free_scales else _tied_sum(q, sx, quantized)
     return y if bias is None else y + bias.float()
 

@@ -1,4 +1,5 @@
-"""linears(x, packed weights) -> [linear(x, W_i) for each i]: one input, quantised once, many weights.
+"""linears(x, packed weights) -> [linear(x, W_i) for each i]: one input, quantised once, many
+weights.
 
 The input may already be integers (q, sx), as a fused norm or activation leaves them.
 """
@@ -56,7 +57,9 @@ def check_linears(
         or residual.dtype != dtype
         or residual.shape != (*x.shape[:-1], out_features[0])
     ):
-        raise KernelError("ternc::linears: a residual goes with one weight and has its output's shape")
+        raise KernelError(
+            "ternc::linears: a residual goes with one weight and has its output's shape"
+        )
     for i in range(len(weights)):
         dequantize.check_packed(
             "linears",
@@ -177,7 +180,9 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor])
 def backward(ctx: Any, grads: list[torch.Tensor]) -> tuple[Any, ...]:
     """Gradients of x (straight through the quantiser), biases and the residual."""
     if ctx.wants_scales:
-        raise DifferentiationError("ternc::linears has no gradient of its scales; call ternc::linear")
+        raise DifferentiationError(
+            "ternc::linears has no gradient of its scales; call ternc::linear"
+        )
     tensors, n = ctx.saved_tensors, ctx.count
     weights, scales, multipliers = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
     grad_x = None

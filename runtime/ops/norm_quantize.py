@@ -59,7 +59,8 @@ def reference(
 
     Statistics in fp32. gain [K] (plus gain_offset, in fp32) and bias [K] of any float dtype.
     round_first: n is rounded to x.dtype before the gain, and the product again; else one rounding
-    of y to x.dtype at the end. q may differ by 1 from another kernel's in at most 0.1 % of elements.
+    of y to x.dtype at the end. q may differ by 1 from another kernel's in at most 0.1 % of
+    elements.
     """
     check_norm_quantize(
         x, gain, bias, kind, eps, gain_offset, round_first, signs, block, bits, keep

@@ -236,3 +236,83 @@ def test_stale_weight_inside_a_fused_call():
         with pytest.warns(RuntimeWarning, match="op by op"):
             y = fast(x)
         assert relative(y, ternc.quantize(block, ternc.Config(planes=3, method="rtn"))(x)) < 1e-3
+
+
+class InPlace(nn.Module):
+    """Writes between the reads that a rule would join."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.norm = nn.LayerNorm(64)
+
+    def forward(self, x):
+        x = x * 1.5
+        if self.case == "between two products of one input":
+            first = self.a(x)
+            x.add_(1.0)
+            return first + self.b(x)
+        if self.case == "through a view":
+            first = self.a(x)
+            x[:, 0].zero_()
+            return first + self.b(x)
+        if self.case == "norm input":
+            y = self.norm(x)
+            x.mul_(2.0)
+            return self.a(y) + x
+        if self.case == "residual":
+            y = self.a(x)
+            z = y + x
+            x.mul_(2.0)
+            return z + x
+        if self.case == "activation":
+            h = F.silu(x)
+            h.mul_(3.0)
+            return self.a(h)
+        if self.case == "harmless":
+            y = self.norm(x)
+            x += self.a(y)
+            return x
+        raise AssertionError(self.case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "between two products of one input",
+        "through a view",
+        "norm input",
+        "residual",
+        "activation",
+        "harmless",
+    ],
+)
+def test_writes_in_place_are_never_passed(case):
+    model = InPlace(case).eval()
+    x = torch.randn(3, 5, 64)
+    y, names, _ = rewritten(model, x)
+    with torch.no_grad():
+        assert relative(y, ternc.quantize(model, ternc.Config(planes=3, method="rtn"))(x)) < 1e-3
+    if case == "harmless":
+        assert count(names, "norm_quantize") == 1 and count(names, "linears") == 1
+
+
+def test_weight_written_in_the_forward_stays_float():
+    class Drifting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.randn(64, 64))
+
+        def forward(self, x):
+            self.weight.mul_(0.5)
+            return F.linear(x, self.weight)
+
+    model = Drifting().eval()
+    start = model.weight.clone()
+    x = torch.randn(3, 64)
+    fast = torch.compile(model, backend="ternc", options={"inner": "aot_eager"})
+    with torch.no_grad():
+        for power in (0.5, 0.25):
+            torch.testing.assert_close(fast(x), F.linear(x, start * power))
+    assert "in place" in ternc.report(fast).rows[0].reason

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("register_ops")
 def documented_schemas() -> dict[str, str]:
     """The schemas of docs/architecture.md by op name, without white space."""
     text = re.sub(r"\s+", "", (ROOT / "docs" / "architecture.md").read_text())
-    schema = r"ternc::(\w+)(\((?:Tensor|int|ScalarType)[^()]*\)->(?:Tensor|\([^()]*\)))"
+    schema = r"ternc::(\w+)(\((?:Tensor|int|ScalarType)[^()]*\)->(?:Tensor(?:\[\])?|\([^()]*\)))"
     return dict(re.findall(schema, text))
 
 

@@ -1,0 +1,114 @@
+"""Which tensors of a graph are written in place: no rule may move a read of them past the write.
+
+x += y -> x + y where nothing reads x afterwards; what is left taints x and everything that shares
+its storage.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from ternc.passes.graph import is_tensor
+
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_VIEW_NAMES = frozenset(
+    (
+        *("view", "reshape", "flatten", "unflatten", "view_as", "transpose", "permute", "swapaxes"),
+        *("t", "expand", "squeeze", "unsqueeze", "narrow", "select", "getitem", "getattr"),
+        *("chunk", "split", "unbind", "contiguous", "detach"),
+        *("to", "float", "half", "bfloat16", "type_as"),
+    )
+)
+"""Calls whose result may share storage with their first argument."""
+
+
+def name_of(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a call writes to its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = name_of(node)
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or node.target in _OUT_OF_PLACE
+        or node.target is operator.setitem
+        or node.kwargs.get("inplace") is True
+    )
+
+
+def without_needless_writes(gm: fx.GraphModule) -> None:
+    """x += y -> x + y where x is a fresh tensor that nothing reads after the sum."""
+    position = {node: index for index, node in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        if node.target not in _OUT_OF_PLACE or not is_tensor(node.args[0]):
+            continue
+        written: Any = node.args[0]
+        read_later = any(position[user] > position[node] for user in written.users)
+        if not read_later and not _may_alias(written) and not _viewed(written):
+            node.target = _OUT_OF_PLACE[node.target]
+
+
+def tainted(gm: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose storage is written in place by some call of the graph."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if writes_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
+            _taint(_base(node.args[0]), found)
+            _taint(node, found)
+    return found
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while _may_alias(node) and node.op != "placeholder" and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _taint(node: fx.Node, found: set[fx.Node]) -> None:
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current in found:
+            continue
+        found.add(current)
+        pending.extend(user for user in current.users if _may_alias(user) or writes_in_place(user))
+
+
+def _may_alias(node: fx.Node) -> bool:
+    return node.op == "placeholder" or (
+        node.op in ("call_function", "call_method") and name_of(node) in _VIEW_NAMES
+    )
+
+
+def _viewed(node: fx.Node) -> bool:
+    return any(_may_alias(user) for user in node.users)
+
+
+def drop_unused(gm: fx.GraphModule) -> None:
+    """Removes what computed the float weights; inputs stay until lowering decides which to pass."""
+    for node in reversed(list(gm.graph.nodes)):
+        dead = node.op in ("call_function", "call_method", "get_attr") and not node.users
+        if dead and not node.is_impure() and not _mutates(node):
+            gm.graph.erase_node(node)
+
+
+def _mutates(node: fx.Node) -> bool:
+    """In-place writes to anything but a value that nothing else reads."""
+    if not writes_in_place(node):
+        return False
+    target = node.args[0] if node.args else None
+    return not isinstance(target, fx.Node) or (
+        _may_alias(target) or any(user is not node for user in target.users)
+    )
