@@ -22,8 +22,8 @@ from torch import nn
 from ternc.errors import TrainingError
 from ternc.train.site import Site, sites, unwrap
 
-STEP = 1e-2
-"""||e v|| as a share of ||W||, all sites together."""
+STEP = 1e-3
+"""||e v|| as a share of ||W||, all sites together: 0.13 % off the double backward in fp32."""
 
 ScalarLoss = Callable[[nn.Module], torch.Tensor]
 """Model -> its task loss on the batch at hand."""

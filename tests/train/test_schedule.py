@@ -1,5 +1,6 @@
 """Stages in three spellings -> the same schedule; blends that begin at 0 and end at 1 exactly."""
 
+import itertools
 import math
 
 import pytest
@@ -46,7 +47,7 @@ def test_three_spellings_are_one_schedule(spelling, temperature):
 def test_blend_rises_from_0_to_1(temperature):
     values = [blend_at(i / 50, temperature) for i in range(51)]
     assert values[0] == 0.0 and values[-1] == 1.0
-    assert all(a < b for a, b in zip(values, values[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(values))
     assert blend_at(0.5, temperature) == pytest.approx(0.5)
 
 
