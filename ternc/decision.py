@@ -9,9 +9,10 @@ import dataclasses
 import torch
 
 from ternc.config import Config
+from ternc.formats import layouts
 from ternc.formats.detect import detect_ternary
 from ternc.formats.fit import choose
-from ternc.formats.quantized import Refusal
+from ternc.formats.quantized import Quantized, Refusal
 from ternc.site import Decision
 
 
@@ -36,7 +37,18 @@ def decide(weight: torch.Tensor, planes: int | None, config: Config, refine: int
         fixed = choose(weight, dataclasses.replace(config, planes=planes), refine=refine)
         if not isinstance(fixed, Refusal):
             chosen = fixed
+    if config.planes == "auto" and (grown := _grown(chosen, weight)):
+        return Decision(None, grown)
     return Decision(chosen, _rule(config, chosen.planes) + near, chosen.relative_error(weight))
+
+
+def _grown(quantized: Quantized, weight: torch.Tensor) -> str | None:
+    """Why a small weight is better left alone: layouts pad rows to whole blocks."""
+    layout = layouts.get(layouts.resident_layout(quantized.planes, weight.device.type))
+    packed = layout.nbytes(*quantized.shape)
+    if packed < weight.nbytes:
+        return None
+    return f"packed in {packed:,} bytes it would not be smaller than its {weight.nbytes:,}"
 
 
 def _rule(config: Config, planes: int) -> str:

@@ -96,3 +96,17 @@ def test_float_weights_over_budget_stay_float():
         torch.testing.assert_close(fast(x), model(x))
     row = ternc.report(fast).rows[0]
     assert row.action == "skipped" and "error_budget" in row.reason
+
+
+def test_small_layers_that_would_grow_are_left_alone():
+    model = nn.Sequential(nn.Linear(64, 5)).eval()
+    x = torch.randn(3, 64)
+    fast = torch.compile(model, backend="ternc", options=INNER)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    assert "not be smaller" in ternc.report(fast).rows[0].reason
+    assert "not be smaller" in ternc.report(ternc.quantize(model)).rows[0].reason
+    asked = torch.compile(model, backend="ternc", options={**INNER, "planes": 2})
+    with torch.no_grad():
+        asked(x)
+    assert ternc.report(asked).rows[-1].action == "rewritten"  # a plane count is obeyed

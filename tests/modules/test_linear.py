@@ -122,7 +122,7 @@ def test_free_scales_round_trip_exactly():
     state = layer.state_dict()
     assert state["scale"].dtype == torch.float32 and "scale_exponent" not in state
     # A layer that was fitted otherwise knows the group size from its configuration.
-    other = TernaryLinear.from_linear(nn.Linear(96, 20), Config(group_size=32))
+    other = TernaryLinear.from_linear(nn.Linear(96, 20), Config(planes=3, group_size=32))
     other.load_state_dict(state)
     assert torch.equal(other.weight, linear.weight)
 
