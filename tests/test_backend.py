@@ -194,6 +194,10 @@ class Spellings(nn.Module):
             flat.mm(self.weight),
             F.linear(x, self.weight.t(), self.bias),
             F.linear(x.half().float(), self.weight.T.contiguous().float()),
+            torch.einsum("bti,io->bto", x, self.weight),
+            torch.einsum("... k, n k -> ... n", x, self.weight.T),
+            F.conv1d(x.transpose(1, 2), self.weight.T[..., None], self.bias),
+            F.conv2d(x.transpose(1, 2)[..., None], self.weight.T[..., None, None]),
         )
 
 
@@ -204,7 +208,49 @@ def test_spellings_of_a_linear():
     for actual, expected in zip(outputs, model(x), strict=True):
         assert actual.shape == expected.shape
         assert relative(actual, expected) < 0.08
-    assert len(ternc.report(fast).rewritten) == 6
+    assert len(ternc.report(fast).rewritten) == 10
+
+
+class NotLinear(nn.Module):
+    """Products and convolutions that are no linear over the last dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.square = nn.Parameter(torch.randn(16, 16))
+        self.taps = nn.Parameter(torch.randn(16, 16, 3))
+
+    def forward(self, x):
+        return (
+            torch.einsum("bti,ij->btj", x, self.square).sum(),
+            torch.einsum("bti,ij->bit", x, self.square),
+            torch.einsum("bii,ij->bij", x[:, :, :], self.square),
+            F.conv1d(x, self.taps, padding=1),
+            F.conv1d(x, self.taps[:, :, :1], stride=2),
+            F.conv1d(x, self.taps[:, :1, :1], groups=16),
+        )
+
+
+def test_what_only_looks_like_a_linear_keeps_its_result():
+    model = NotLinear().eval()
+    x = torch.randn(2, 16, 16)
+    fast, outputs = compile_and_run(model, x, planes=3)
+    for actual, expected in zip(outputs[1:], model(x)[1:], strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert len(ternc.report(fast).rewritten) == 1  # the first product
+
+
+def test_blocks_compiled_one_by_one_share_a_graph():
+    from ternc.backend import ternc_backend
+
+    stack = Stack(5).eval()
+    counter = CompileCounterWithBackend(lambda gm, inputs: ternc_backend(gm, inputs, options=EAGER))
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        expected = _packed(stack)(x)
+        for layer in stack.layers:
+            layer.compile(backend=counter)
+        assert relative(stack(x), expected) < 3e-3
+    assert counter.frame_count == 1
 
 
 def test_what_is_left_alone_says_why():
