@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import sys
 import time
@@ -29,6 +30,7 @@ import common  # noqa: E402
 from packed_weights import packed_on_gpu  # noqa: E402
 from reference import linear_arguments  # noqa: E402
 
+from ternc.formats import Packed  # noqa: E402
 from ternc.runtime import dispatch, ops  # noqa: E402
 from ternc.runtime.ops import linear  # noqa: E402
 
@@ -73,11 +75,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@functools.lru_cache(maxsize=4)
+def packed_weight(rows: int, columns: int, planes: int, group_size: int) -> Packed:
+    return packed_on_gpu(rows, columns, planes, group_size)
+
+
 def ternc_way(
     x: torch.Tensor, rows: int, planes: int, group_size: int, copies: Callable[[int], int]
 ) -> Way:
     """Checked bit for bit against the eager reference on the first tokens."""
-    packed = packed_on_gpu(rows, x.shape[1], planes, group_size)
+    packed = packed_weight(rows, x.shape[1], planes, group_size)
     arguments = linear_arguments(x, packed)
     seen = torch.ops.ternc.linear(*arguments)
     kernel = dispatch.last_kernel(packed.weight)

@@ -49,8 +49,8 @@ def gemm_float(
     tiles_m = tl.cdiv(M, BLOCK_M)
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.minimum(m, M - 1)
-    row = tl.minimum(n, N - 1)
+    token = tl.where(m < M, m, tl.minimum(m - M, M - 1))
+    row = tl.where(n < N, n, tl.minimum(n - N, N - 1))
     k = tl.arange(0, 256)
     weight_row = weight_ptr + (row.to(tl.int64) * (chunks * CHUNK_BYTES))[:, None]
     multiplier_row = multiplier_ptr + (row.to(tl.int64) * groups)[:, None]
@@ -64,16 +64,9 @@ def gemm_float(
         x = tl.load(x_tile + chunk * 256, mask=(chunk * 256 + k)[None, :] < K, other=0.0)
         largest = tl.maximum(largest, tl.max(magnitude_bits(x.to(tl.float32)), axis=1))
         w = load_chunk(
-            weight_row,
-            multiplier_row,
-            chunk,
-            groups,
-            group_size,
-            PLANES,
-            GROUPS,
-            HALVES_A_GROUP,
-            ASM,
-        )
+            weight_row, multiplier_row, chunk, groups, group_size, PLANES, GROUPS,
+            HALVES_A_GROUP, ASM,
+        )  # fmt: skip
         total = tl.dot(x, tl.trans(w.to(x.dtype)), acc=total, input_precision="ieee")
     if GROUPS == NO_GROUPS:
         total = total * (1.0 / (1 << SHIFT))

@@ -43,7 +43,7 @@ def gemv_unsupported(weight: Weight, activation_bits: int) -> str | None:
 def gemv_config(weight: Weight, device: torch.device) -> GemvConfig:
     """Tile of the one-token kernel."""
     tuned = _tuned(device).get(table_key("gemv", weight))
-    return GemvConfig(*tuned) if tuned else default_gemv(weight)
+    return GemvConfig(*tuned) if tuned else default_gemv(weight, device)
 
 
 def gemm_config(weight: Weight, tokens: int, device: torch.device) -> GemmConfig:
@@ -53,11 +53,15 @@ def gemm_config(weight: Weight, tokens: int, device: torch.device) -> GemmConfig
     return GemmConfig(*tuned) if tuned else default_gemm(weight, tokens, device)
 
 
-def default_gemv(weight: Weight) -> GemvConfig:
-    """About 64 bytes of weights a thread, so that enough loads are in flight."""
-    words = launch.power_of_two(weight.chunks) * 16 * weight.planes
-    rows = max(1, min(32, launch.power_of_two(8192 // words + 1) // 2))
-    return GemvConfig(rows, 4 if words < 4096 else 8)
+def default_gemv(weight: Weight, device: torch.device) -> GemvConfig:
+    """32 words a thread and as many again on their way where there are many rows, else 64."""
+    words = launch.power_of_two(weight.chunks) * weight.row_bytes // weight.chunks // 4
+    warps = 4 if words <= 512 else 8
+    resident = 16 // warps
+    rows = max(1, launch.power_of_two(32 * 32 * warps // words + 1) // 2)
+    if weight.rows > rows * resident * launch.processors(device.index or 0):
+        return GemvConfig(rows, warps, resident)
+    return GemvConfig(min(2 * rows, 32), warps)
 
 
 def default_gemm(weight: Weight, tokens: int, device: torch.device) -> GemmConfig:
@@ -96,14 +100,6 @@ def _split(tiles: int, chunks: int, processors: int) -> int:
 def table_path(name: str) -> Path:
     """The file with the table of a GPU, by the name that CUDA gives it."""
     return TABLES / (name.lower().replace(" ", "_") + ".json")
-
-
-def _split(wanted: int, chunks: int, most: int) -> int:
-    """A power of two up to `wanted` and `most` that leaves every part two chunks."""
-    split = 1
-    while 2 * split <= min(wanted, most) and chunks >= 4 * split:
-        split *= 2
-    return split
 
 
 def table_key(kernel: str, weight: Weight) -> str:

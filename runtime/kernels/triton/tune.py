@@ -162,7 +162,7 @@ def tune(problem: Problem, token_counts: list[int]) -> dict[str, tuple]:
         print(f"{problem.columns}->{problem.rows} p{problem.planes} g{problem.group_size} "
               f"M={tokens}: {line}", flush=True)  # fmt: skip
         if tokens == 1:
-            kernel, rule = "gemv", select.default_gemv(weights[0])
+            kernel, rule = "gemv", select.default_gemv(weights[0], x.device)
         else:
             kernel = f"gemm {tokens}"
             rule = select.default_gemm(weights[0], tokens, x.device)
@@ -195,6 +195,7 @@ def main() -> None:
         lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table["configurations"].items()]
         head = {key: value for key, value in table.items() if key != "configurations"}
         text = json.dumps(head)[:-1] + ', "configurations": {\n' + ",\n".join(lines) + "\n}}\n"
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text)
 
 
