@@ -25,7 +25,9 @@ from ternc.calibration.session import Session
 from ternc.calibration.tune import Tuning
 from ternc.config import Config
 from ternc.errors import ConfigError, UnsupportedModelError
+from ternc.modules.attention import PROJECTIONS, TernaryMultiheadAttention
 from ternc.modules.conversion import (
+    SPELLINGS,
     Converted,
     Spelling,
     convert_attention,
@@ -194,10 +196,18 @@ def survey(model: nn.Module, config: Config) -> list[ModuleSite]:
         for part in module.modules()
         if part is not module
     }
+    projections = {
+        id(getattr(module, part)): dataclasses.replace(
+            SPELLINGS[0], pattern=f"multihead_attention.{part}"
+        )
+        for module in model.modules()
+        if isinstance(module, TernaryMultiheadAttention)
+        for part in PROJECTIONS
+    }
     sites: dict[int, ModuleSite] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if id(module) not in sites and id(module) not in inside:
-            spelling = spelling_of(module)
+            spelling = projections.get(id(module)) or spelling_of(module)
             found = spelling or is_attention(module) or isinstance(module, TernaryLinear)
             if found or (marked_int8(path, config) and _has_matrix(module)):
                 sites[id(module)] = ModuleSite(module, spelling)

@@ -16,7 +16,7 @@ from torch import nn
 from ternc.calibration.activations import Activations
 from ternc.calibration.batches import evaluating
 from ternc.calibration.execution import record
-from ternc.calibration.fit import Metric, fit
+from ternc.calibration.fit import SWEEPS, Metric, fit
 from ternc.calibration.guard import Candidate, fell_back, judged
 from ternc.calibration.moments import SplitMoments
 from ternc.calibration.refit import corrected_bias
@@ -195,14 +195,17 @@ class _GroupFits:
     def choose_rotation(
         self, weights: Mapping[str, tuple[torch.Tensor, bool]], planes: Mapping[str, int]
     ) -> Rotation | None:
-        """The rotation of the whole group: its layers read one input, rotated once or not."""
+        """The rotation of the whole group: its layers read one input, rotated once or not.
+
+        Judged by fits without refits: they lower both errors alike, and are most of the work.
+        """
         if self._config.rotation == "none" or self._rotation.block == 1:
             return None
         if self._config.rotation == "hadamard":
             return self._rotation
         errors = {
             rotation: sum(
-                min(c.error for c in self.candidates(w, centred, planes[name], rotation)) ** 2
+                min(c.error for c in self.candidates(w, centred, planes[name], rotation, 0)) ** 2
                 for name, (w, centred) in weights.items()
             )
             for rotation in (None, self._rotation)
@@ -210,7 +213,12 @@ class _GroupFits:
         return min(errors, key=lambda rotation: errors[rotation])
 
     def candidates(
-        self, w: torch.Tensor, centred: bool, planes: int, rotation: Rotation | None
+        self,
+        w: torch.Tensor,
+        centred: bool,
+        planes: int,
+        rotation: Rotation | None,
+        sweeps: int = SWEEPS,
     ) -> list[Candidate]:
         """One candidate a method, in a fixed order."""
         moments = self._rotated(rotation)
@@ -218,7 +226,7 @@ class _GroupFits:
         found = []
         for method in self._methods:
             metric = self._metric(rotation, centred)
-            quantized = fit(w, metric, planes, self._config, method)
+            quantized = fit(w, metric, planes, self._config, method, sweeps)
             found.append(judged(w, quantized, method, rotation, moments.held_out, centred))
         return found
 

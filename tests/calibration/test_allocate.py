@@ -1,0 +1,39 @@
+"""Spending bits: greedy by loss per bit, two planes at once where one brings nothing."""
+
+from ternc.calibration.allocate import Cost, bits_at_rest, spend
+from ternc.config import Config
+from ternc.formats import fit
+from ternc.formats.packed import pack
+from ternc.runtime import ops
+
+
+def costs(*losses):
+    return {k: Cost(float(k), loss) for k, loss in enumerate(losses, 1)}
+
+
+def test_the_most_sensitive_layer_gets_the_bits():
+    layers = {"a": costs(1.0, 0.5, 0.4), "b": costs(9.0, 1.0, 0.1), "c": costs(0.2, 0.1, 0.1)}
+    assert spend(layers, 3.0) == {"a": 1, "b": 1, "c": 1}
+    assert spend(layers, 4.0) == {"a": 1, "b": 2, "c": 1}
+    assert spend(layers, 5.0) == {"a": 1, "b": 3, "c": 1}
+    assert spend(layers, 100.0) == {"a": 3, "b": 3, "c": 2}
+
+
+def test_two_planes_at_once():
+    assert spend({"a": costs(1.0, 1.0, 0.0)}, 3.0) == {"a": 3}
+
+
+def test_planes_that_do_harm_are_not_bought():
+    assert spend({"a": costs(1.0, 2.0, 3.0)}, 9.0) == {"a": 1}
+
+
+def test_bits_are_those_of_the_stored_weight():
+    import torch
+
+    ops.register()
+    w = torch.randn(24, 100)
+    for choices in ({"group_size": 32}, {"group_size": None}, {"group_size": 32, "tie_scales": 0}):
+        config = Config(**{**choices, "tie_scales": bool(choices.get("tie_scales", True))})
+        for planes in (1, 2, 3):
+            packed = pack(fit.fit(w, planes, config, 0), "cpu")
+            assert bits_at_rest(24, 100, planes, config) == 8 * packed.nbytes_at_rest
