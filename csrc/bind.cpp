@@ -17,8 +17,8 @@ std::tuple<Tensor, Tensor> quantize_act(const Tensor& x, int64_t bits) {
   const Dtype dtype = dtype_of(x.scalar_type(), "quantize_act", "x");
   const Tensor input = dense(x);
   const int64_t columns = x.size(x.dim() - 1);
-  Tensor q = torch::stable::new_empty(x, shape_with_last(x, columns), ScalarType::Char);
-  Tensor scale = torch::stable::new_empty(x, shape_with_last(x, 1), ScalarType::Float);
+  Tensor q = empty(x, columns, ScalarType::Char);
+  Tensor scale = empty(x, 1, ScalarType::Float);
   const Tokens out{static_cast<int8_t*>(q.mutable_data_ptr()),
                    static_cast<float*>(scale.mutable_data_ptr()), nullptr, tokens_of(x), columns};
   const QuantizeArgs args{input.const_data_ptr(), dtype, columns, columns, 1, int(bits), out};

@@ -22,6 +22,7 @@ using torch::stable::Tensor;
 // Values that are worth waking a second thread for.
 constexpr int64_t VALUES_PER_THREAD = 1 << 15;
 constexpr size_t ALIGNMENT = 64;
+constexpr int64_t MAX_DIMS = 64;
 
 struct FreeAligned {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(ALIGNMENT)); }
@@ -60,11 +61,35 @@ inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-inline std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
-  const auto sizes = x.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  shape.back() = last;
-  return shape;
+// A new tensor on the CPU, straight from the allocator: new_empty() of the stable ABI looks its
+// operator up by name, 1 us a call.
+inline Tensor allocate(int64_t dims, const int64_t* sizes, const int64_t* strides,
+                       ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STD_TORCH_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
+                                           aoti_torch_device_type_cpu(), 0, &handle) == 0,
+                  "ternc: a tensor could not be allocated");
+  return Tensor(handle);
+}
+
+// Of the shape of `x`, its last dimension `last` long; dense.
+inline Tensor empty(const Tensor& x, int64_t last, ScalarType type) {
+  const int64_t dims = x.dim();
+  int64_t sizes[MAX_DIMS], strides[MAX_DIMS], count = 1;
+  STD_TORCH_CHECK(dims >= 1 && dims <= MAX_DIMS, "ternc: a tensor of ", dims, " dimensions");
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    sizes[d] = d == dims - 1 ? last : x.size(d);
+    strides[d] = count;
+    count *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  return allocate(dims, sizes, strides, type);
+}
+
+// [0]: an output that is not wanted.
+inline Tensor no_values(ScalarType type) {
+  const int64_t size = 0, stride = 1;
+  return allocate(1, &size, &stride, type);
 }
 
 // Tokens a thread takes at least, of `columns` values each.

@@ -64,25 +64,19 @@ struct RowsOf {
   }
 };
 
-// A vector [K] of factors in fp32, readable up to padded(K); kept alive.
-struct Factors {
+// A vector [K] of factors or summands; kept alive.
+struct ColumnsOf {
   std::optional<Tensor> held;
-  Scratch<float> own;
-  const float* values = nullptr;
+  ColumnVector vector{nullptr, Dtype::f32, 0.0f};
 
-  Factors(const char* op, const char* name, const std::optional<Tensor>& t, int64_t columns,
-          float offset) {
+  ColumnsOf(const char* op, const char* name, const std::optional<Tensor>& t, int64_t columns,
+            float offset) {
     if (!t.has_value()) return;
     STD_TORCH_CHECK(t->dim() == 1 && t->numel() == columns, "ternc::", op, ": ", name, " has ",
                     t->numel(), " elements, wanted [", columns, "]");
-    const bool single = t->scalar_type() == ScalarType::Float;
-    held = dense(single ? *t : torch::stable::to(*t, ScalarType::Float));
-    values = static_cast<const float*>(held->const_data_ptr());
-    if (offset == 0.0f && columns == padded(columns)) return;
-    own = scratch<float>(padded(columns));
-    for (int64_t k = 0; k < columns; ++k) own[k] = values[k] + offset;
-    for (int64_t k = columns; k < padded(columns); ++k) own[k] = 0.0f;
-    values = own.get();
+    const bool wide = t->scalar_type() == ScalarType::Double;
+    held = dense(wide ? torch::stable::to(*t, ScalarType::Float) : *t);
+    vector = {held->const_data_ptr(), dtype_of(held->scalar_type(), op, name), offset};
   }
 };
 
@@ -117,21 +111,21 @@ struct QuantizedTensors {
   QuantizedRows rows;
 
   QuantizedTensors(const char* op, const Tensor& x, int64_t bits)
-      : q(torch::stable::new_empty(x, x.sizes(), ScalarType::Char)),
-        scale(torch::stable::new_empty(x, shape_with_last(x, 1), ScalarType::Float)),
+      : q(empty(x, x.size(x.dim() - 1), ScalarType::Char)),
+        scale(empty(x, 1, ScalarType::Float)),
         rows{static_cast<int8_t*>(q.mutable_data_ptr()),
              static_cast<float*>(scale.mutable_data_ptr()), int(bits)} {
     STD_TORCH_CHECK(bits == 8 || bits == 4, "ternc::", op, ": bits=", bits, ", not 8 or 4");
   }
 };
 
-// kernel(args, token_begin, token_end, scratch of `rows` fp32 rows) over the threads.
+// kernel(args, token_begin, token_end, scratch) over the threads.
 template <class Args>
 void over_tokens(void (*kernel)(const Args&, int64_t, int64_t, float*), const Args& args,
-                 int64_t tokens, int64_t rows) {
+                 int64_t tokens) {
   torch::stable::parallel_for(
       0, tokens, token_grain(args.columns), [&](int64_t begin, int64_t end) {
-        kernel(args, begin, end, scratch<float>(rows * padded(args.columns)).get());
+        kernel(args, begin, end, scratch<float>(SCRATCH_ROWS * padded(args.columns)).get());
       });
 }
 
@@ -145,25 +139,25 @@ std::tuple<Tensor, Tensor, Tensor> norm_quantize(const Tensor& x, const std::opt
   const Word kind(kind_handle);
   const RowsOf rows(op, "x", x);
   const int64_t columns = x.size(x.dim() - 1);
-  const Factors gains(op, "gain", gain, columns, float(gain_offset));
-  const Factors biases(op, "bias", bias, columns, 0.0f);
+  const ColumnsOf gains(op, "gain", gain, columns, float(gain_offset));
+  const ColumnsOf biases(op, "bias", bias, columns, 0.0f);
   const RotationOf rotation(op, signs, block, columns);
   const QuantizedTensors out(op, x, bits);
-  const Tensor y = keep ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
+  const Tensor y = keep ? empty(x, columns, x.scalar_type()) : no_values(x.scalar_type());
   constexpr const char* KINDS[] = {"rms", "layer"};
   const NormArgs args{
       rows.rows,
       columns,
       Norm(index_of(op, "kind", kind, KINDS)),
       float(eps),
-      gains.values,
-      biases.values,
+      gains.vector,
+      biases.vector,
       round_first,
       keep ? y.mutable_data_ptr() : nullptr,
       rotation.rotation,
       out.rows,
   };
-  over_tokens(isa().kernels->norm, args, tokens_of(x), 1);
+  over_tokens(isa().kernels->norm, args, tokens_of(x));
   return {y, out.q, out.scale};
 }
 
@@ -190,7 +184,7 @@ std::tuple<Tensor, Tensor> activate_quantize(const Tensor& gate, const std::opti
       columns,           Activation(index_of(op, "activation", activation, FUNCTIONS)),
       rotation.rotation, out.rows,
   };
-  over_tokens(isa().kernels->activate, args, tokens_of(gate), 2);
+  over_tokens(isa().kernels->activate, args, tokens_of(gate));
   return {out.q, out.scale};
 }
 
@@ -199,9 +193,9 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& signs, int64_t blo
   const int64_t columns = x.size(x.dim() - 1);
   STD_TORCH_CHECK(block > 0, "ternc::hadamard: block=", block, " is not a power of two up to 4096");
   const RotationOf rotation("hadamard", signs, block, columns);
-  const Tensor y = torch::stable::new_empty(x, x.sizes());
+  const Tensor y = empty(x, columns, x.scalar_type());
   const HadamardArgs args{rows.rows, columns, rotation.rotation, y.mutable_data_ptr()};
-  over_tokens(isa().kernels->hadamard, args, tokens_of(x), 1);
+  over_tokens(isa().kernels->hadamard, args, tokens_of(x));
   return y;
 }
 

@@ -147,7 +147,7 @@ void multiply(const Input& x, int64_t activation_bits, const std::vector<Product
 Product product_of(const char* op, const Tensor& x, ScalarType type, WeightTensors held,
                    std::optional<Tensor> bias) {
   const int64_t rows = held.weight.rows;
-  Tensor y = torch::stable::new_empty(x, shape_with_last(x, rows), type);
+  Tensor y = empty(x, rows, type);
   Product product{std::move(held), y, std::nullopt, std::nullopt, {}};
   product.out = {y.mutable_data_ptr(), dtype_of(type, op, "x"), nullptr, Dtype::f32, nullptr};
   if (bias.has_value()) {

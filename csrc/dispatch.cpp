@@ -47,7 +47,8 @@ bool has(uint32_t word, uint32_t bits) { return (word & bits) == bits; }
 
 const char* avx2_missing() {
   const Cpu cpu;
-  if (!has(cpu.leaf1_ecx, 1u << 12 | 1u << 28)) return "this CPU has no AVX or no FMA";
+  if (!has(cpu.leaf1_ecx, 1u << 12 | 1u << 28 | 1u << 29))
+    return "this CPU has no AVX, no FMA or no F16C";
   if (!has(cpu.leaf7_ebx, 1u << 5)) return "this CPU has no AVX2";
   if (!has(cpu.state, 0x06)) return "the operating system does not save AVX registers";
   return nullptr;

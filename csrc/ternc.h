@@ -50,6 +50,7 @@ constexpr int64_t MAX_HADAMARD = 4096;
 constexpr int64_t ROW_ALIGN = 16;  // values: fp32 scratch rows are padded to the widest vector
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t SCRATCH_ROWS = 3;
 constexpr int64_t padded(int64_t columns) { return ceil_div(columns, ROW_ALIGN) * ROW_ALIGN; }
 
 struct Weight {
@@ -117,6 +118,13 @@ struct QuantizedRows {
   int bits;      // 8 or 4
 };
 
+// One factor or summand a column, plus an offset.
+struct ColumnVector {
+  const void* values;  // [K] or null
+  Dtype dtype;
+  float offset;
+};
+
 enum class Norm : int { rms, layer };
 
 struct NormArgs {
@@ -124,9 +132,9 @@ struct NormArgs {
   int64_t columns;
   Norm kind;
   float eps;
-  const float *gain, *bias;  // [padded(K)] or null
-  bool round_first;          // n is rounded to the dtype of x before the gain
-  void* y;                   // [M, K] in the dtype of x, or null: not wanted
+  ColumnVector gain, bias;
+  bool round_first;  // n is rounded to the dtype of x before the gain
+  void* y;           // [M, K] in the dtype of x, or null: not wanted
   Rotation rotation;
   QuantizedRows out;
 };
@@ -193,7 +201,7 @@ struct Kernels {
   // sums[token, g] of q [M, stride] over the columns of each group.
   void (*sum_groups)(const Tokens&, int64_t columns, int64_t group_size, int64_t groups,
                      int64_t token_begin, int64_t token_end);
-  // scratch: padded(K) floats, and as many again for activate.
+  // scratch: SCRATCH_ROWS * padded(K) floats.
   void (*norm)(const NormArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*activate)(const ActivateArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*hadamard)(const HadamardArgs&, int64_t token_begin, int64_t token_end, float* scratch);

@@ -1,4 +1,4 @@
-// Kernels for AVX2 and FMA.
+// Kernels for AVX2, FMA and F16C.
 #if defined(__x86_64__)
   #include <immintrin.h>
 
@@ -9,7 +9,7 @@
   #include "../target.h"
   #include "../ternc.h"
 
-TERNC_TARGET_BEGIN("avx2,fma")
+TERNC_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace ternc::avx2 {
 namespace {

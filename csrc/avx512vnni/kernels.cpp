@@ -9,7 +9,7 @@
   #include "../target.h"
   #include "../ternc.h"
 
-TERNC_TARGET_BEGIN("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+TERNC_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 namespace ternc::avx512vnni {
 namespace {

@@ -59,6 +59,65 @@ TERNC_INLINE f32 byte_f32(bytes a) {
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, 24 - 8 * J), 24));
 }
 
+// Halves, 16 bits each.
+TERNC_INLINE f32 load_bf16(const uint16_t* p) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+TERNC_INLINE f32 load_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// The bits of a rounded to bf16, half to even; the lower 16 are left over. NaN stays NaN.
+TERNC_INLINE __m512i bf16_bits(f32 a) {
+  const __m512i bits = _mm512_castps_si512(a);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q),
+                               _mm512_set1_epi32(0x7fc00000));
+}
+TERNC_INLINE void store_bf16(uint16_t* p, f32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_bits(a), 16)));
+}
+TERNC_INLINE f32 round_bf16(f32 a) {
+  return _mm512_castsi512_ps(_mm512_and_si512(bf16_bits(a), _mm512_set1_epi32(int(0xffff0000))));
+}
+TERNC_INLINE __m256i f16_bits(f32 a) {
+  return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+TERNC_INLINE void store_f16(uint16_t* p, f32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), f16_bits(a));
+}
+TERNC_INLINE f32 round_f16(f32 a) { return _mm512_cvtph_ps(f16_bits(a)); }
+
+TERNC_INLINE i32 max_i32(i32 a, i32 b) { return _mm512_max_epi32(a, b); }
+TERNC_INLINE i32 magnitude_bits(f32 a) {
+  return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
+}
+// Nearest integer, half to even.
+TERNC_INLINE i32 round_i32(f32 a) { return _mm512_cvtps_epi32(a); }
+// Four vectors of integers that fit int8, one after the other.
+TERNC_INLINE void store_i8(int8_t* p, const i32 (&a)[4]) {
+  const __m512i low = _mm512_packs_epi32(a[0], a[1]), high = _mm512_packs_epi32(a[2], a[3]);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
+}
+// b where a or b is NaN.
+TERNC_INLINE f32 min_f32(f32 a, f32 b) { return _mm512_min_ps(a, b); }
+TERNC_INLINE f32 max_f32(f32 a, f32 b) { return _mm512_max_ps(a, b); }
+TERNC_INLINE f32 abs_f32(f32 a) { return _mm512_abs_ps(a); }
+// |size| with the sign of a.
+TERNC_INLINE f32 copy_sign(f32 size, f32 a) {
+  const f32 sign = _mm512_set1_ps(-0.0f);
+  return _mm512_or_ps(_mm512_andnot_ps(sign, size), _mm512_and_ps(sign, a));
+}
+// 1 / a to 1 ulp or so, for 2^-126 < |a| < 2^126.
+TERNC_INLINE f32 reciprocal(f32 a) {
+  const f32 guess = _mm512_rcp14_ps(a);
+  return _mm512_fmadd_ps(guess, _mm512_fnmadd_ps(a, guess, _mm512_set1_ps(1.0f)), guess);
+}
+// a * 2^n for an integer n.
+TERNC_INLINE f32 times_power_of_two(f32 a, f32 n) { return _mm512_scalef_ps(a, n); }
 TERNC_INLINE f32 load_i8_f32(const int8_t* p) {
   return _mm512_cvtepi32_ps(
       _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -68,11 +127,6 @@ TERNC_INLINE f32 div_f32(f32 a, f32 b) { return _mm512_div_ps(a, b); }
 // a < b ? x : y, y where a or b is NaN.
 TERNC_INLINE f32 select_less(f32 a, f32 b, f32 x, f32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
-}
-// 2^n for an integer n from -126 to 127.
-TERNC_INLINE f32 power_of_two(f32 n) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 // Lanes i and i + H -> their sum and their difference, for every i without bit H. One rounding:
 // the product with +-1 is exact.

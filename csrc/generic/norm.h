@@ -49,33 +49,49 @@ TERNC_NOINLINE void affine_row(const float* row, int64_t columns, float shift, f
   }
 }
 
-inline void affine(const NormArgs& args, const float* row, float shift, float factor, float* out) {
-  const auto run = args.gain != nullptr
-                       ? args.bias != nullptr ? affine_row<true, true> : affine_row<true, false>
-                   : args.bias != nullptr ? affine_row<false, true>
-                                          : affine_row<false, false>;
-  run(row, args.columns, shift, factor, args.gain, args.bias, out);
+// Gain and bias as the vector loops read them: [padded(K)] or null.
+struct Affine {
+  const float *gain, *bias;
+
+  void operator()(const float* row, int64_t columns, float shift, float factor, float* out) const {
+    const auto run = gain != nullptr
+                         ? bias != nullptr ? affine_row<true, true> : affine_row<true, false>
+                     : bias != nullptr ? affine_row<false, true>
+                                       : affine_row<false, false>;
+    run(row, columns, shift, factor, gain, bias, out);
+  }
+};
+
+// A column vector in fp32 with its offset: where it lies if it can be read there, else in scratch.
+inline const float* float_columns(const ColumnVector& vector, int64_t columns, float* scratch) {
+  if (vector.values == nullptr) return nullptr;
+  const float* values = float_row({vector.values, vector.dtype, 0}, 0, columns, scratch);
+  if (vector.offset == 0.0f) return values;
+  const f32 offset = splat_f32(vector.offset);
+  for (int64_t k = 0; k < columns; k += LANES)
+    store_f32(scratch + k, add_f32(load_f32(values + k), offset));
+  return scratch;
 }
 
 // x [K] as float_row() gives it -> y [padded(K)] in fp32, rounded to the dtype of x.
-inline void norm_row(const NormArgs& args, const float* x, float* y) {
+inline void norm_row(const NormArgs& args, const Affine& affine, const float* x, float* y) {
   const int64_t columns = args.columns;
-  float mean = 0.0f;
+  const bool halves = args.x.dtype != Dtype::f32;
+  const Affine identity = {nullptr, nullptr};
   if (args.kind == Norm::layer) {
-    mean = float(row_sum<false>(x, columns) / double(columns));
-    affine_row<false, false>(x, columns, mean, 1.0f, nullptr, nullptr, y);
+    const float mean = float(row_sum<false>(x, columns) / double(columns));
+    identity(x, columns, mean, 1.0f, y);
     for (int64_t k = columns; k < padded(columns); ++k) y[k] = 0.0f;
     x = y;
   }
   const float variance = float(row_sum<true>(x, columns) / double(columns));
   const float factor = 1.0f / __builtin_sqrtf(variance + args.eps);
-  const bool halves = args.x.dtype != Dtype::f32;
   if (halves && args.round_first) {
-    affine_row<false, false>(x, columns, 0.0f, factor, nullptr, nullptr, y);
+    identity(x, columns, 0.0f, factor, y);
     round_values(y, columns, args.x.dtype);
-    affine(args, y, 0.0f, 1.0f, y);
+    affine(y, columns, 0.0f, 1.0f, y);
   } else {
-    affine(args, x, 0.0f, factor, y);
+    affine(x, columns, 0.0f, factor, y);
   }
   if (halves) round_values(y, columns, args.x.dtype);
 }
@@ -91,10 +107,12 @@ inline void quantize_rotated(float* row, int64_t columns, const Rotation& rotati
 }
 
 inline void norm(const NormArgs& args, int64_t token_begin, int64_t token_end, float* scratch) {
+  const int64_t columns = args.columns;
+  const Affine affine = {float_columns(args.gain, columns, scratch + padded(columns)),
+                         float_columns(args.bias, columns, scratch + 2 * padded(columns))};
   for (int64_t token = token_begin; token < token_end; ++token) {
-    norm_row(args, float_row(args.x, token, args.columns, scratch), scratch);
-    if (args.y != nullptr)
-      store_values(scratch, args.columns, args.x.dtype, args.y, token * args.columns);
-    quantize_rotated(scratch, args.columns, args.rotation, args.x.dtype, args.out, token);
+    norm_row(args, affine, float_row(args.x, token, columns, scratch), scratch);
+    if (args.y != nullptr) store_values(scratch, columns, args.x.dtype, args.y, token * columns);
+    quantize_rotated(scratch, columns, args.rotation, args.x.dtype, args.out, token);
   }
 }

@@ -52,11 +52,23 @@ inline float quantize_row(const void* x, int64_t begin, int64_t columns, int bit
   const Grid grid = token_grid<D>(x, begin, columns, bits);
   if (grid.multiply == 0.0f) {
     __builtin_memset(q, 0, size_t(columns));
-  } else {
-    for (int64_t k = 0; k < columns; ++k)
-      q[k] = int8_t(
-          round_even(clamp(load_value<D>(x, begin + k) * grid.multiply, grid.low, grid.high)));
+    return grid.scale;
   }
+  const f32 multiply = splat_f32(grid.multiply), low = splat_f32(grid.low);
+  const f32 high = splat_f32(grid.high);
+  int64_t k = 0;
+  for (; k + 4 * LANES <= columns; k += 4 * LANES) {
+    i32 codes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const f32 scaled = mul_f32(load_vector<D>(x, begin + k + i * LANES), multiply);
+      codes[i] = round_i32(max_f32(low, min_f32(high, scaled)));
+    }
+    store_i8(q + k, codes);
+  }
+  for (; k < columns; ++k)
+    q[k] =
+        int8_t(round_even(clamp(load_value<D>(x, begin + k) * grid.multiply, grid.low, grid.high)));
   return grid.scale;
 }
 

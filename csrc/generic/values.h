@@ -1,45 +1,7 @@
-// Reading and writing fp32, bf16 and fp16 values; plain loops that the compiler vectorises.
+// Reading, rounding and writing runs of fp32, bf16 and fp16 values.
 #pragma once
 
-TERNC_INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  return bits;
-}
-TERNC_INLINE float float_of(uint32_t bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-// fp16 -> fp32, exact: the exponent is rebased by one multiplication, which also normalises
-// subnormal numbers.
-TERNC_INLINE float half_to_float(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fffu, sign = uint32_t(half & 0x8000u) << 16;
-  const uint32_t finite = bits_of(float_of(magnitude << 13) * 0x1p112f);
-  const uint32_t special = 0x7f800000u | magnitude << 13;
-  return float_of((magnitude >= 0x7c00u ? special : finite) | sign);
-}
-
-// fp32 -> fp16, round half to even.
-TERNC_INLINE uint16_t float_to_half(float value) {
-  const uint32_t bits = bits_of(value), magnitude = bits & 0x7fffffffu;
-  const uint32_t sign = bits >> 16 & 0x8000u;
-  // Normal result: rebias, add half of the dropped part, ties to the even neighbour.
-  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + (magnitude >> 13 & 1u)) >> 13;
-  // Subnormal result: adding 0.5 makes the float adder round at 2^-24.
-  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
-  return uint16_t((magnitude >= (143u << 23) ? special : finite) | sign);
-}
-
-// fp32 -> bf16, round half to even.
-TERNC_INLINE uint16_t float_to_bfloat(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
+#include "halves.h"
 
 template <Dtype D>
 TERNC_INLINE float load_value(const void* values, int64_t i) {
@@ -50,8 +12,33 @@ TERNC_INLINE float load_value(const void* values, int64_t i) {
 }
 
 template <Dtype D>
+TERNC_INLINE void store_value(void* values, int64_t i, float value) {
+  if constexpr (D == Dtype::f32) static_cast<float*>(values)[i] = value;
+  if constexpr (D == Dtype::bf16) static_cast<uint16_t*>(values)[i] = float_to_bfloat(value);
+  if constexpr (D == Dtype::f16) static_cast<uint16_t*>(values)[i] = float_to_half(value);
+}
+
+// LANES values from values[i] on.
+template <Dtype D>
+TERNC_INLINE f32 load_vector(const void* values, int64_t i) {
+  if constexpr (D == Dtype::f32) return load_f32(static_cast<const float*>(values) + i);
+  const uint16_t* at = static_cast<const uint16_t*>(values) + i;
+  if constexpr (D == Dtype::bf16) return load_bf16(at);
+  return load_f16(at);
+}
+
+template <Dtype D>
+TERNC_INLINE void store_vector(void* values, int64_t i, f32 vector) {
+  if constexpr (D == Dtype::f32) store_f32(static_cast<float*>(values) + i, vector);
+  if constexpr (D == Dtype::bf16) store_bf16(static_cast<uint16_t*>(values) + i, vector);
+  if constexpr (D == Dtype::f16) store_f16(static_cast<uint16_t*>(values) + i, vector);
+}
+
+template <Dtype D>
 inline void widen_as(const void* values, int64_t begin, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = load_value<D>(values, begin + i);
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store_f32(out + i, load_vector<D>(values, begin + i));
+  for (; i < count; ++i) out[i] = load_value<D>(values, begin + i);
 }
 
 // values[begin, begin + count) as fp32.
@@ -62,31 +49,48 @@ TERNC_NOINLINE void widen_values(const void* values, Dtype dtype, int64_t begin,
   if (dtype == Dtype::f16) widen_as<Dtype::f16>(values, begin, count, out);
 }
 
+template <Dtype D>
+inline void store_as(const float* values, int64_t count, void* out, int64_t begin) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store_vector<D>(out, begin + i, load_f32(values + i));
+  for (; i < count; ++i) store_value<D>(out, begin + i, values[i]);
+}
+
 TERNC_NOINLINE void store_values(const float* values, int64_t count, Dtype dtype, void* out,
                                  int64_t begin) {
-  if (dtype == Dtype::f32)
-    for (int64_t i = 0; i < count; ++i) static_cast<float*>(out)[begin + i] = values[i];
-  uint16_t* halves = static_cast<uint16_t*>(out);
-  if (dtype == Dtype::bf16)
-    for (int64_t i = 0; i < count; ++i) halves[begin + i] = float_to_bfloat(values[i]);
-  if (dtype == Dtype::f16)
-    for (int64_t i = 0; i < count; ++i) halves[begin + i] = float_to_half(values[i]);
+  if (dtype == Dtype::f32) store_as<Dtype::f32>(values, count, out, begin);
+  if (dtype == Dtype::bf16) store_as<Dtype::bf16>(values, count, out, begin);
+  if (dtype == Dtype::f16) store_as<Dtype::f16>(values, count, out, begin);
 }
 
 // Each value rounded to `dtype`.
 TERNC_NOINLINE void round_values(float* values, int64_t count, Dtype dtype) {
-  if (dtype == Dtype::bf16)
-    for (int64_t i = 0; i < count; ++i)
-      values[i] = float_of(uint32_t(float_to_bfloat(values[i])) << 16);
-  if (dtype == Dtype::f16)
-    for (int64_t i = 0; i < count; ++i) values[i] = half_to_float(float_to_half(values[i]));
+  if (dtype == Dtype::f32) return;
+  uint16_t halves[LANES];
+  int64_t i = 0;
+  for (; dtype == Dtype::bf16 && i + LANES <= count; i += LANES)
+    store_f32(values + i, round_bf16(load_f32(values + i)));
+  for (; dtype == Dtype::f16 && i + LANES <= count; i += LANES)
+    store_f32(values + i, round_f16(load_f32(values + i)));
+  store_values(values + i, count - i, dtype, halves, 0);
+  widen_values(halves, dtype, 0, count - i, values + i);
 }
 
 // Largest |value| as the bits of a float, which order like integers; NaN and infinity on top.
 template <Dtype D>
 inline uint32_t largest_as(const void* values, int64_t begin, int64_t count) {
-  int32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) {
+  constexpr int MAXIMA = 4;
+  i32 top[MAXIMA];
+  for (int j = 0; j < MAXIMA; ++j) top[j] = splat_i32(0);
+  int64_t i = 0;
+  for (; i + MAXIMA * LANES <= count; i += MAXIMA * LANES)
+#pragma GCC unroll 4
+    for (int j = 0; j < MAXIMA; ++j)
+      top[j] = max_i32(top[j], magnitude_bits(load_vector<D>(values, begin + i + j * LANES)));
+  int32_t lanes[MAXIMA * LANES], largest = 0;
+  for (int j = 0; j < MAXIMA; ++j) store_i32(lanes + j * LANES, top[j]);
+  for (int32_t lane : lanes) largest = lane > largest ? lane : largest;
+  for (; i < count; ++i) {
     const int32_t magnitude = int32_t(bits_of(load_value<D>(values, begin + i)) & 0x7fffffffu);
     largest = magnitude > largest ? magnitude : largest;
   }

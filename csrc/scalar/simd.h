@@ -1,4 +1,6 @@
 // The simd vocabulary in plain C++: one lane, four bytes in a word. Included inside ternc::scalar.
+#include "../generic/halves.h"
+
 constexpr int LANES = 1;
 constexpr int ACCUMULATORS = 4;  // independent sums that stay in registers
 constexpr int MAX_FIELD = 255;   // largest unsigned byte that dot() takes without saturating
@@ -66,20 +68,41 @@ TERNC_INLINE f32 byte_f32(bytes a) {
   return float(signed_at(a, J));
 }
 
+// Halves, 16 bits each.
+TERNC_INLINE f32 load_bf16(const uint16_t* p) { return float_of(uint32_t(*p) << 16); }
+TERNC_INLINE f32 load_f16(const uint16_t* p) { return half_to_float(*p); }
+TERNC_INLINE void store_bf16(uint16_t* p, f32 a) { *p = float_to_bfloat(a); }
+TERNC_INLINE void store_f16(uint16_t* p, f32 a) { *p = float_to_half(a); }
+TERNC_INLINE f32 round_bf16(f32 a) { return float_of(uint32_t(float_to_bfloat(a)) << 16); }
+TERNC_INLINE f32 round_f16(f32 a) { return half_to_float(float_to_half(a)); }
+
+TERNC_INLINE i32 max_i32(i32 a, i32 b) { return int32_t(a) > int32_t(b) ? a : b; }
+TERNC_INLINE i32 magnitude_bits(f32 a) { return bits_of(a) & 0x7fffffffu; }
+// Nearest integer, half to even, for |a| < 2^22: the adder rounds.
+TERNC_INLINE i32 round_i32(f32 a) { return bits_of(a + 0x1.8p23f) - bits_of(0x1.8p23f); }
+// Four integers that fit int8, one after the other.
+TERNC_INLINE void store_i8(int8_t* p, const i32 (&a)[4]) {
+  for (int i = 0; i < 4; ++i) p[i] = int8_t(a[i]);
+}
+// b where a or b is NaN.
+TERNC_INLINE f32 min_f32(f32 a, f32 b) { return a < b ? a : b; }
+TERNC_INLINE f32 max_f32(f32 a, f32 b) { return a > b ? a : b; }
+TERNC_INLINE f32 abs_f32(f32 a) { return float_of(bits_of(a) & 0x7fffffffu); }
+// |size| with the sign of a.
+TERNC_INLINE f32 copy_sign(f32 size, f32 a) {
+  return float_of((bits_of(size) & 0x7fffffffu) | (bits_of(a) & 0x80000000u));
+}
+TERNC_INLINE f32 reciprocal(f32 a) { return 1.0f / a; }
+// a * 2^n for an integer n from -126 to 128, in two factors: 2^128 is too much for one.
+TERNC_INLINE f32 times_power_of_two(f32 a, f32 n) {
+  const f32 scaled = a * float_of((round_i32(n) + 126) << 23);
+  return scaled + scaled;
+}
 TERNC_INLINE f32 load_i8_f32(const int8_t* p) { return float(*p); }
 TERNC_INLINE f32 sub_f32(f32 a, f32 b) { return a - b; }
 TERNC_INLINE f32 div_f32(f32 a, f32 b) { return a / b; }
 // a < b ? x : y, y where a or b is NaN.
 TERNC_INLINE f32 select_less(f32 a, f32 b, f32 x, f32 y) { return a < b ? x : y; }
-// 2^n for an integer n from -126 to 127; no cast from float, which a NaN would make undefined.
-TERNC_INLINE f32 power_of_two(f32 n) {
-  n += 0x1.8p23f + 127.0f;
-  uint32_t bits;
-  __builtin_memcpy(&bits, &n, 4);
-  bits <<= 23;
-  __builtin_memcpy(&n, &bits, 4);
-  return n;
-}
 // One lane has no neighbour: declared for the sake of two-phase lookup, never called.
 template <int H>
 f32 butterfly_lanes(f32 a);
