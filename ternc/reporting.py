@@ -220,6 +220,22 @@ class Report:
         """Write `to_dict()` to `path`. Raises OSError when it cannot be written."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
+    def to_html(self, path: str | Path, *, title: str = "", bandwidth: float | None = None) -> None:
+        """Write one self-contained page: totals, layers, refusals, graphs before and after.
+
+        Args:
+            title: what the page is about, the name of the model.
+            bandwidth: bytes a second that the memory of the machine can be read at; None where
+                it is not known, and the page then says so.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from ternc.html_report import render
+
+        page = render(self, title=title, bandwidth=bandwidth)
+        Path(path).write_text(page, encoding="utf-8")
+
     def __str__(self) -> str:
         parts = [self.status] if self.status else []
         if self.rewritten:

@@ -145,6 +145,21 @@ def test_explain_a_model_folder(model_folder, capsys):
     assert all(row["action"] == "rewritten" and "x1" in row["format"] for row in linears)
 
 
+def test_explain_writes_a_page(model_folder, tmp_path, capsys):
+    page = tmp_path / "out.html"
+    arguments = ["explain", str(model_folder), "--html", str(page), "--bandwidth", "20"]
+    assert main(arguments) == 0
+    text = page.read_text()
+    assert model_folder.name in text and '"bandwidth":20000000000.0' in text
+    assert "7 of 7 rewritten" in capsys.readouterr().out, "the table is printed all the same"
+
+
+def test_a_page_that_cannot_be_written_is_one_line(model_folder, tmp_path, capsys):
+    assert main(["explain", str(model_folder), "--html", str(tmp_path / "no" / "out.html")]) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1 and "No such file" in error[0]
+
+
 def test_quantize_a_model_folder(model_folder, tmp_path, capsys):
     output = tmp_path / "packed"
     assert main(["quantize", str(model_folder), "-o", str(output), "--planes", "2"]) == 0

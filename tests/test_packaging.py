@@ -47,7 +47,7 @@ def test_the_package_holds_every_file(tmp_path):
     sources = set()
     for top in ("ternc", "passes", "runtime", "csrc"):
         for path in (ROOT / top).rglob("*.*"):
-            if path.suffix in (".py", ".cpp", ".h", ".json", ".typed"):
+            if path.suffix in (".py", ".cpp", ".h", ".json", ".typed", ".html", ".css", ".js"):
                 name = path.relative_to(ROOT).as_posix()
                 sources.add(name if top == "ternc" else f"ternc/{name}")
     assert packaged == sources

@@ -13,6 +13,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="HF_MODEL_DIR", help="folder with config.json")
     add_config_options(parser)
     add_json_option(parser)
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the report as one HTML page"
+    )
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="memory bandwidth that the page sets the kernels against (default: unknown)",
+    )
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -28,6 +37,10 @@ def run(namespace: argparse.Namespace) -> int:
     say("tracing and fitting")
     with torch.inference_mode():
         report = ternc.explain(model, config=config, **example_inputs(model))
+    if namespace.html:
+        bandwidth = namespace.bandwidth and 1e9 * namespace.bandwidth
+        report.to_html(namespace.html, title=namespace.model.resolve().name, bandwidth=bandwidth)
+        say(f"wrote {namespace.html}")
     if namespace.json:
         print_json(report.to_dict())
     else:
