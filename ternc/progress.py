@@ -37,5 +37,7 @@ def _lines(items: Iterable[T], total: int, label: str) -> Iterator[T]:
         yield item
         now = time.monotonic()
         if now - last >= INTERVAL or done == total:
-            print(f"{label}: {done} of {total}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            spent = now - start
+            left = f", {spent * (total - done) / done:.0f} s left" if done < total else ""
+            print(f"{label}: {done} of {total}, {spent:.0f} s{left}", file=sys.stderr, flush=True)
             last = now

@@ -26,6 +26,7 @@ def test_lines_without_tqdm(monkeypatch, capsys):
     assert taken(enabled=True) == [0, 1, 2, 3]
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"work: {i} of 4" for i in (1, 2, 3, 4)]
+    assert [line.endswith("s left") for line in lines] == [True, True, True, False]
 
 
 def test_quick_work_gives_one_line(monkeypatch, capsys):
