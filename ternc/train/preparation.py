@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from ternc.config import Config
 from ternc.decision import decide
+from ternc.errors import TrainingError
 from ternc.formats.rotation import Rotation
 from ternc.modules.attention import (
     TernaryMultiheadAttention,
@@ -54,7 +55,8 @@ def prepare(
     schedule the model starts at its beginning: floating point, if it has a ramp.
 
     Args:
-        config: `TrainConfig`, or a plain `Config` of what the weights become.
+        config: `TrainConfig`, or a plain `Config` of what the weights become. A model that was
+            prepared before keeps its own.
         inplace: change `model` itself; otherwise a copy.
 
     Raises:
@@ -78,6 +80,8 @@ def prepare(
                 parent._modules[name] = module
             model = module if "" in site.paths else model
     switch_off_fast_paths(model)
+    if not made and hasattr(model, "_ternc_train_config"):
+        return model  # prepared before: it keeps the configuration that its layers were made with
     model._ternc_train_config = config  # type: ignore[assignment]
     model._ternc_train_rows = rows  # type: ignore[assignment]
     if config.schedule is not None or config.activation_schedule is not None:
@@ -98,11 +102,36 @@ def states_at(
 def set_schedule(
     model: nn.Module, weights: BlendState | None, activations: BlendState | None = None
 ) -> None:
-    """Writes a state of the schedules into every site that follows one; nothing is recompiled."""
+    """Writes a state of the schedules into every site that follows one; nothing is recompiled.
+
+    None stands for the final quantiser.
+    """
     for layer in layers(model):
-        final_weights, _ = final_states(layer)
+        final_weights, final_activations = final_states(layer)
         follows = layer.settings.formats != (TERNARY,)
-        layer.set_schedule(weights if follows and weights else final_weights, activations)
+        layer.set_schedule(
+            weights if follows and weights else final_weights, activations or final_activations
+        )
+
+
+def check_schedules(model: nn.Module, config: TrainConfig) -> None:
+    """Raises TrainingError where the layers were not made for the bit-widths of a schedule."""
+    found = layers(model)
+    for schedule, formats in (
+        (config.schedule, [layer.settings.formats for layer in found]),
+        (config.activation_schedule, [layer.settings.activation_formats for layer in found]),
+    ):
+        # A weight that was ternary from the start follows no schedule.
+        following = [own for own in formats if own not in ((), (TERNARY,))]
+        if schedule is None or not found:
+            continue
+        wanted = set(schedule.formats) - {TERNARY}
+        if not (following or not wanted) or any(not wanted <= set(own) for own in following):
+            raise TrainingError(
+                f"the schedule has stages of {schedule.formats} bits, the layers were made for "
+                f"{following[0] if following else 'none'}; prepare the model with the "
+                "configuration that it is trained with"
+            )
 
 
 def finish(model: nn.Module) -> nn.Module:
@@ -128,7 +157,7 @@ def _prepare_site(
         return None, [skipped_row(name, "linear", "prepared before", module)]
     reason = excluded(name, config.weights) or ties.why_not(name)
     if is_attention(module):
-        return _prepare_attention(module, name, config, reason)
+        return _prepare_attention(module, name, config, reason, made)
     if site.spelling is None:
         return None, [skipped_row(name, "embedding", reason or "packed before", module)]
     new, row = _prepare_linear(module, name, config, site.spelling, reason, made)
@@ -136,7 +165,11 @@ def _prepare_site(
 
 
 def _prepare_attention(
-    module: nn.MultiheadAttention, name: str, config: TrainConfig, reason: str | None
+    module: nn.MultiheadAttention,
+    name: str,
+    config: TrainConfig,
+    reason: str | None,
+    made: dict[Any, QATLinear],
 ) -> tuple[nn.Module | None, list[Row]]:
     reason = reason or why_not(module)
     if reason:
@@ -147,7 +180,7 @@ def _prepare_attention(
     for part, linear in list(projections.items()):
         path = f"{name}.{part}" if name else part
         kept = excluded(path, config.weights) or excluded(name, config.weights)
-        new, row = _prepare_linear(linear, path, config, SPELLINGS[0], kept, {})
+        new, row = _prepare_linear(linear, path, config, SPELLINGS[0], kept, made)
         projections[part] = new or linear
         rows.append(row)
     if all(row.action == "skipped" for row in rows):

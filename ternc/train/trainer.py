@@ -28,7 +28,7 @@ from ternc.train.log import TrainingLog, plot_curves
 from ternc.train.metrics import TritMonitor
 from ternc.train.momentum import MomentumTransform
 from ternc.train.optimizer import make_optimizers, set_rates
-from ternc.train.preparation import finish, prepare, set_schedule, states_at
+from ternc.train.preparation import check_schedules, finish, prepare, set_schedule, states_at
 from ternc.train.regularize import Penalty
 from ternc.train.schedule import Schedule
 from ternc.train.site import final_quantizers, sites, unwrap
@@ -84,6 +84,7 @@ class Trainer:
             model = prepared if unwrap(model) is model else model
         self.model, self.inner = model, unwrap(model)
         self.sites = sites(model)
+        check_schedules(self.inner, self.config)
         self.device = next(self.inner.parameters()).device
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
@@ -145,6 +146,7 @@ class Trainer:
         self.total_steps = num_epochs * self._steps_per_epoch
         if resume is not None:
             self.load(resume)
+        set_schedule(self.inner, None)
         self.model.train()
         while self.epoch < num_epochs:
             self._run_epoch(train_loader)
