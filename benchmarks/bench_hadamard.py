@@ -74,10 +74,19 @@ def contenders(width: int, options: argparse.Namespace) -> list[common.Contender
         up = xs[(i + copies // 2) % copies]
         return library.activate_quantize(xs[i], up, name, signs if block else None, block, 8)[0]
 
+    kept: list[torch.Tensor | None] = [None] * copies
+
+    def keep(i: int, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A result as large as its input goes to memory as cold as copy_'s: what round i freed."""
+        kept[i] = None
+        kept[i] = run()
+        return kept[i]
+
     runs: dict[str, Callable[[int], torch.Tensor]] = {
         "copy_": lambda i: targets[i].copy_(xs[i]),
+        "clone": lambda i: keep(i, xs[i].clone),
         "int8": lambda i: library.quantize_act(xs[i], 8)[0],
-        "hadamard": lambda i: library.hadamard(xs[i], signs, block),
+        "hadamard": lambda i: keep(i, lambda: library.hadamard(xs[i], signs, block)),
         "rms + int8": lambda i: normed(xs[i], "rms", 0),
         "layer + int8": lambda i: normed(xs[i], "layer", 0),
         "rms + hadamard + int8": lambda i: normed(xs[i], "rms", block),

@@ -134,9 +134,20 @@ TERNC_INLINE f32 times_power_of_two(f32 a, f32 n) {
   const f32 scaled = _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   return _mm256_add_ps(scaled, scaled);
 }
-TERNC_INLINE f32 load_i8_f32(const int8_t* p) {
-  return _mm256_cvtepi32_ps(
-      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+// a times the signs at p, +1 or -1: one exclusive or with the top bit.
+TERNC_INLINE f32 with_sign(f32 a, const int8_t* p) {
+  const __m256i signs = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_xor_ps(a, _mm256_and_ps(_mm256_castsi256_ps(signs), _mm256_set1_ps(-0.0f)));
+}
+TERNC_INLINE float sum_lanes(f32 a) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+}
+TERNC_INLINE int32_t max_lanes(i32 a) {
+  __m128i top = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(top, _mm_shuffle_epi32(top, 0xb1)));
 }
 TERNC_INLINE f32 sub_f32(f32 a, f32 b) { return _mm256_sub_ps(a, b); }
 TERNC_INLINE f32 div_f32(f32 a, f32 b) { return _mm256_div_ps(a, b); }

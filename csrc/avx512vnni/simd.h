@@ -118,10 +118,14 @@ TERNC_INLINE f32 reciprocal(f32 a) {
 }
 // a * 2^n for an integer n.
 TERNC_INLINE f32 times_power_of_two(f32 a, f32 n) { return _mm512_scalef_ps(a, n); }
-TERNC_INLINE f32 load_i8_f32(const int8_t* p) {
-  return _mm512_cvtepi32_ps(
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+// a times the signs at p, +1 or -1: one exclusive or with the top bit.
+TERNC_INLINE f32 with_sign(f32 a, const int8_t* p) {
+  const __m512i signs = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+      _mm512_castps_si512(a), signs, _mm512_set1_epi32(int(0x80000000)), 0x78));  // a ^ (b & c)
 }
+TERNC_INLINE float sum_lanes(f32 a) { return _mm512_reduce_add_ps(a); }
+TERNC_INLINE int32_t max_lanes(i32 a) { return _mm512_reduce_max_epi32(a); }
 TERNC_INLINE f32 sub_f32(f32 a, f32 b) { return _mm512_sub_ps(a, b); }
 TERNC_INLINE f32 div_f32(f32 a, f32 b) { return _mm512_div_ps(a, b); }
 // a < b ? x : y, y where a or b is NaN.

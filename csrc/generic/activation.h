@@ -79,8 +79,11 @@ TERNC_INLINE f32 activation(f32 x) {
 
 // out = act(x), or act(x) * up. Without UP, up is not read.
 template <Activation A, bool UP>
-TERNC_NOINLINE void activation_row(const float* x, const float* up, int64_t columns, float* out) {
+TERNC_NOINLINE void activation_row(const float* x, const float* up, int64_t columns,
+                                   const NextRow& next_gate, const NextRow& next_up, float* out) {
   for (int64_t k = 0; k < columns; k += LANES) {
+    next_gate.prefetch(k);
+    if constexpr (UP) next_up.prefetch(k);
     f32 h = activation<A>(load_f32(x + k));
     if constexpr (UP) h = mul_f32(h, load_f32(up + k));
     store_f32(out + k, h);
@@ -89,13 +92,13 @@ TERNC_NOINLINE void activation_row(const float* x, const float* up, int64_t colu
 
 template <bool UP>
 inline void apply_activation(Activation function, const float* x, const float* up, int64_t columns,
-                             float* out) {
+                             const NextRow& next_gate, const NextRow& next_up, float* out) {
   constexpr decltype(&activation_row<Activation::none, UP>) ROWS[] = {
       activation_row<Activation::none, UP>, activation_row<Activation::silu, UP>,
       activation_row<Activation::gelu, UP>, activation_row<Activation::gelu_tanh, UP>,
       activation_row<Activation::relu, UP>, activation_row<Activation::relu2, UP>,
   };
-  ROWS[int(function)](x, up, columns, out);
+  ROWS[int(function)](x, up, columns, next_gate, next_up, out);
 }
 
 // gate, up -> h [padded(K)]. The activation is rounded to the dtype of gate, and so is the product,
@@ -104,16 +107,18 @@ inline void gated_row(const ActivateArgs& args, int64_t token, float* wide, floa
   const int64_t columns = args.columns;
   const Dtype dtype = args.gate.dtype;
   const bool gated = args.up.values != nullptr;
+  const NextRow next_gate(args.gate, token), next_up(args.up, token);
   const float* gate = float_row(args.gate, token, columns, h);
   if (gated && dtype == Dtype::f32) {
     apply_activation<true>(args.function, gate, float_row(args.up, token, columns, wide), columns,
-                           h);
+                           next_gate, next_up, h);
     return;
   }
-  apply_activation<false>(args.function, gate, nullptr, columns, h);
+  apply_activation<false>(args.function, gate, nullptr, columns, next_gate, next_gate, h);
   round_values(h, columns, dtype);
   if (!gated) return;
-  apply_activation<true>(Activation::none, h, float_row(args.up, token, columns, wide), columns, h);
+  apply_activation<true>(Activation::none, h, float_row(args.up, token, columns, wide), columns,
+                         next_up, next_up, h);
   round_values(h, columns, dtype);
 }
 

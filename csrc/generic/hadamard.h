@@ -54,7 +54,7 @@ TERNC_NOINLINE void first_pass(const HadamardRow& row) {
     for (int i = 0; i < R; ++i) v[i] = load_f32(row.in + k + i * LANES);
     if (row.signs != nullptr) {
 #pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) v[i] = mul_f32(v[i], load_i8_f32(row.signs + k + i * LANES));
+      for (int i = 0; i < R; ++i) v[i] = with_sign(v[i], row.signs + k + i * LANES);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) v[i] = lane_stages<WIDTH>(v[i]);
@@ -126,6 +126,22 @@ inline const float* float_row(const Rows& rows, int64_t token, int64_t columns, 
   for (int64_t k = columns; k < padded(columns); ++k) scratch[k] = 0.0f;
   return scratch;
 }
+
+// The token after one: brought into L2 while that one is worked on, a little with every vector.
+struct NextRow {
+  uintptr_t address;
+  int itemsize;
+
+  NextRow(const Rows& rows, int64_t token)
+      : address(reinterpret_cast<uintptr_t>(rows.values)),
+        itemsize(rows.dtype == Dtype::f32 ? 4 : 2) {
+    address += uintptr_t((token + 1) * rows.stride * itemsize);
+  }
+  TERNC_INLINE void prefetch(int64_t column) const {
+    // An address past the end of the tensor is harmless to a prefetch.
+    __builtin_prefetch(reinterpret_cast<const void*>(address + uintptr_t(column * itemsize)), 0, 2);
+  }
+};
 
 inline void hadamard(const HadamardArgs& args, int64_t token_begin, int64_t token_end,
                      float* scratch) {

@@ -8,9 +8,20 @@
 #include "hadamard.h"
 #include "quantize.h"
 
-constexpr int SUMS = 4;  // independent vectors of sums hide the adder's latency
-// fp32 sums move to fp64 after this many columns: 64 values to a sum.
+// Sums of vectors in fp32; they move to fp64 after 64 values each.
+constexpr int SUMS = 4;  // independent, to hide the adder's latency
 constexpr int64_t SUM_COLUMNS = 64 * SUMS * LANES;
+
+struct VectorSums {
+  f32 sum[SUMS];
+
+  TERNC_INLINE VectorSums() {
+    for (int i = 0; i < SUMS; ++i) sum[i] = splat_f32(0.0f);
+  }
+  TERNC_INLINE double total() const {
+    return double(sum_lanes(add_f32(add_f32(sum[0], sum[1]), add_f32(sum[2], sum[3]))));
+  }
+};
 
 // Sum of row[0, padded(columns)) or of its squares.
 template <bool SQUARES>
@@ -18,31 +29,37 @@ inline double row_sum(const float* row, int64_t columns) {
   double total = 0.0;
   for (int64_t first = 0; first < columns; first += SUM_COLUMNS) {
     const int64_t end = first + SUM_COLUMNS < columns ? first + SUM_COLUMNS : padded(columns);
-    f32 sum[SUMS];
-    for (int i = 0; i < SUMS; ++i) sum[i] = splat_f32(0.0f);
-    const auto add = [&](f32& acc, const float* at) {
+    VectorSums sums;
+    const auto add = [](f32& acc, const float* at) {
       const f32 value = load_f32(at);
       acc = SQUARES ? fma_f32(value, value, acc) : add_f32(acc, value);
     };
     int64_t k = first;
     for (; k + SUMS * LANES <= end; k += SUMS * LANES)
 #pragma GCC unroll 4
-      for (int i = 0; i < SUMS; ++i) add(sum[i], row + k + i * LANES);
-    for (; k < end; k += LANES) add(sum[0], row + k);
-    float lanes[SUMS * LANES];
-    for (int i = 0; i < SUMS; ++i) store_f32(lanes + i * LANES, sum[i]);
-    for (float lane : lanes) total += double(lane);
+      for (int i = 0; i < SUMS; ++i) add(sums.sum[i], row + k + i * LANES);
+    for (; k < end; k += LANES) add(sums.sum[0], row + k);
+    total += sums.total();
   }
   return total;
 }
 
-// out = ((row - shift) * factor) * gain + bias, each rounded; shift 0 and factor 1 change nothing.
+// out = row - shift; past `columns`, 0.
+TERNC_NOINLINE void center_row(const float* row, int64_t columns, float shift, float* out) {
+  const f32 minus = splat_f32(shift);
+  for (int64_t k = 0; k < columns; k += LANES)
+    store_f32(out + k, sub_f32(load_f32(row + k), minus));
+  for (int64_t k = columns; k < padded(columns); ++k) out[k] = 0.0f;
+}
+
+// out = (row * factor) * gain + bias, each rounded; factor 1 changes nothing.
 template <bool GAIN, bool BIAS>
-TERNC_NOINLINE void affine_row(const float* row, int64_t columns, float shift, float factor,
-                               const float* gain, const float* bias, float* out) {
-  const f32 minus = splat_f32(shift), times = splat_f32(factor);
+TERNC_NOINLINE void affine_row(const float* row, int64_t columns, float factor, const float* gain,
+                               const float* bias, const NextRow& next, float* out) {
+  const f32 times = splat_f32(factor);
   for (int64_t k = 0; k < columns; k += LANES) {
-    f32 n = mul_f32(sub_f32(load_f32(row + k), minus), times);
+    next.prefetch(k);
+    f32 n = mul_f32(load_f32(row + k), times);
     if constexpr (GAIN) n = mul_f32(n, load_f32(gain + k));
     if constexpr (BIAS) n = add_f32(n, load_f32(bias + k));
     store_f32(out + k, n);
@@ -53,12 +70,13 @@ TERNC_NOINLINE void affine_row(const float* row, int64_t columns, float shift, f
 struct Affine {
   const float *gain, *bias;
 
-  void operator()(const float* row, int64_t columns, float shift, float factor, float* out) const {
+  void operator()(const float* row, int64_t columns, float factor, const NextRow& next,
+                  float* out) const {
     const auto run = gain != nullptr
                          ? bias != nullptr ? affine_row<true, true> : affine_row<true, false>
                      : bias != nullptr ? affine_row<false, true>
                                        : affine_row<false, false>;
-    run(row, columns, shift, factor, gain, bias, out);
+    run(row, columns, factor, gain, bias, next, out);
   }
 };
 
@@ -74,24 +92,23 @@ inline const float* float_columns(const ColumnVector& vector, int64_t columns, f
 }
 
 // x [K] as float_row() gives it -> y [padded(K)] in fp32, rounded to the dtype of x.
-inline void norm_row(const NormArgs& args, const Affine& affine, const float* x, float* y) {
+inline void norm_row(const NormArgs& args, const Affine& affine, const float* x,
+                     const NextRow& next, float* y) {
   const int64_t columns = args.columns;
   const bool halves = args.x.dtype != Dtype::f32;
-  const Affine identity = {nullptr, nullptr};
   if (args.kind == Norm::layer) {
     const float mean = float(row_sum<false>(x, columns) / double(columns));
-    identity(x, columns, mean, 1.0f, y);
-    for (int64_t k = columns; k < padded(columns); ++k) y[k] = 0.0f;
+    center_row(x, columns, mean, y);
     x = y;
   }
   const float variance = float(row_sum<true>(x, columns) / double(columns));
   const float factor = 1.0f / __builtin_sqrtf(variance + args.eps);
   if (halves && args.round_first) {
-    identity(x, columns, 0.0f, factor, y);
+    affine_row<false, false>(x, columns, factor, nullptr, nullptr, next, y);
     round_values(y, columns, args.x.dtype);
-    affine(y, columns, 0.0f, 1.0f, y);
+    affine(y, columns, 1.0f, next, y);
   } else {
-    affine(x, columns, 0.0f, factor, y);
+    affine(x, columns, factor, next, y);
   }
   if (halves) round_values(y, columns, args.x.dtype);
 }
@@ -111,7 +128,8 @@ inline void norm(const NormArgs& args, int64_t token_begin, int64_t token_end, f
   const Affine affine = {float_columns(args.gain, columns, scratch + padded(columns)),
                          float_columns(args.bias, columns, scratch + 2 * padded(columns))};
   for (int64_t token = token_begin; token < token_end; ++token) {
-    norm_row(args, affine, float_row(args.x, token, columns, scratch), scratch);
+    norm_row(args, affine, float_row(args.x, token, columns, scratch), NextRow(args.x, token),
+             scratch);
     if (args.y != nullptr) store_values(scratch, columns, args.x.dtype, args.y, token * columns);
     quantize_rotated(scratch, columns, args.rotation, args.x.dtype, args.out, token);
   }

@@ -46,6 +46,29 @@ inline Grid token_grid(const void* x, int64_t begin, int64_t columns, int bits) 
   return {multiply, wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f, size / numerator};
 }
 
+// x[begin, begin + columns) * multiply, rounded and clamped. 8 bits need no clamping: |x| * (127 /
+// max|x|) rounds to 127 at most.
+template <Dtype D, bool CLAMP>
+TERNC_NOINLINE void round_row(const void* x, int64_t begin, int64_t columns, const Grid& grid,
+                              int8_t* q) {
+  const f32 multiply = splat_f32(grid.multiply), low = splat_f32(grid.low);
+  const f32 high = splat_f32(grid.high);
+  int64_t k = 0;
+  for (; k + 4 * LANES <= columns; k += 4 * LANES) {
+    i32 codes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      f32 scaled = mul_f32(load_vector<D>(x, begin + k + i * LANES), multiply);
+      if constexpr (CLAMP) scaled = max_f32(low, min_f32(high, scaled));
+      codes[i] = round_i32(scaled);
+    }
+    store_i8(q + k, codes);
+  }
+  for (; k < columns; ++k)
+    q[k] =
+        int8_t(round_even(clamp(load_value<D>(x, begin + k) * grid.multiply, grid.low, grid.high)));
+}
+
 // x[begin, begin + columns) -> q, and its scale.
 template <Dtype D>
 inline float quantize_row(const void* x, int64_t begin, int64_t columns, int bits, int8_t* q) {
@@ -54,21 +77,7 @@ inline float quantize_row(const void* x, int64_t begin, int64_t columns, int bit
     __builtin_memset(q, 0, size_t(columns));
     return grid.scale;
   }
-  const f32 multiply = splat_f32(grid.multiply), low = splat_f32(grid.low);
-  const f32 high = splat_f32(grid.high);
-  int64_t k = 0;
-  for (; k + 4 * LANES <= columns; k += 4 * LANES) {
-    i32 codes[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const f32 scaled = mul_f32(load_vector<D>(x, begin + k + i * LANES), multiply);
-      codes[i] = round_i32(max_f32(low, min_f32(high, scaled)));
-    }
-    store_i8(q + k, codes);
-  }
-  for (; k < columns; ++k)
-    q[k] =
-        int8_t(round_even(clamp(load_value<D>(x, begin + k) * grid.multiply, grid.low, grid.high)));
+  (bits == 8 ? round_row<D, false> : round_row<D, true>)(x, begin, columns, grid, q);
   return grid.scale;
 }
 

@@ -87,9 +87,7 @@ inline uint32_t largest_as(const void* values, int64_t begin, int64_t count) {
 #pragma GCC unroll 4
     for (int j = 0; j < MAXIMA; ++j)
       top[j] = max_i32(top[j], magnitude_bits(load_vector<D>(values, begin + i + j * LANES)));
-  int32_t lanes[MAXIMA * LANES], largest = 0;
-  for (int j = 0; j < MAXIMA; ++j) store_i32(lanes + j * LANES, top[j]);
-  for (int32_t lane : lanes) largest = lane > largest ? lane : largest;
+  int32_t largest = max_lanes(max_i32(max_i32(top[0], top[1]), max_i32(top[2], top[3])));
   for (; i < count; ++i) {
     const int32_t magnitude = int32_t(bits_of(load_value<D>(values, begin + i)) & 0x7fffffffu);
     largest = magnitude > largest ? magnitude : largest;

@@ -98,7 +98,10 @@ TERNC_INLINE f32 times_power_of_two(f32 a, f32 n) {
   const f32 scaled = a * float_of((round_i32(n) + 126) << 23);
   return scaled + scaled;
 }
-TERNC_INLINE f32 load_i8_f32(const int8_t* p) { return float(*p); }
+// a times the sign at p, +1 or -1.
+TERNC_INLINE f32 with_sign(f32 a, const int8_t* p) { return *p < 0 ? -a : a; }
+TERNC_INLINE float sum_lanes(f32 a) { return a; }
+TERNC_INLINE int32_t max_lanes(i32 a) { return int32_t(a); }
 TERNC_INLINE f32 sub_f32(f32 a, f32 b) { return a - b; }
 TERNC_INLINE f32 div_f32(f32 a, f32 b) { return a / b; }
 // a < b ? x : y, y where a or b is NaN.
