@@ -265,3 +265,15 @@ def test_a_budget_of_bits_is_kept_and_used(budget):
 def test_a_budget_that_nothing_fits_is_refused():
     with pytest.raises(ConfigError, match="one plane in every layer"):
         quantize(Net(), Config(bits_budget=1.0, **PLAIN), calibration=data(2))
+
+
+def test_the_backend_compiles_rotated_layers():
+    model = Net().eval()
+    q = quantize(model, Config(planes=2, rotation="hadamard", group_size=32), calibration=data(3))
+    compiled = torch.compile(q, backend="ternc", options={"inner": "eager"})
+    x = data(1)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), q(x))
+    report = ternc.report(compiled)
+    assert {row.name for row in report.rewritten} == {"up", "down"}
+    torch._dynamo.reset()
