@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ KINDS = {
     "weight": "weight",
 }
 """Kind of a node -> what the page calls it; templates/report.css has a colour for each."""
+
+_PARAMETER = re.compile(r"^.*_(?:parameters|buffers)_|_$")
+"""What Dynamo writes around the name of a parameter, `l_self_modules_a_parameters_weight_`."""
 
 _TERNARY_KINDS = (
     ("fake_quantize", "training"),
@@ -78,14 +82,15 @@ def kind_of(node: GraphNode) -> str:
 def label_of(node: GraphNode) -> str:
     """`torch._C._nn.linear` -> `linear`, `ternc.linears.default` -> `ternc.linears`."""
     if node.op not in ("call_function", "call_method"):
-        return node.name
+        return _PARAMETER.sub("", node.name)
     parts = node.target.split(".")
     return ".".join(parts[:2]) if parts[0] == "ternc" else parts[-1]
 
 
 def _nodes(nodes: Sequence[GraphNode]) -> list[dict[str, Any]]:
     """Inputs as positions in the list. What takes one result of several is left out: its users
-    read the operation itself.
+    read the operation itself. So are weights that nothing reads any more; the others belong to the
+    layer that reads them first.
     """
     several = {node.name for node in nodes if node.value.startswith("(")}
     taken = {
@@ -93,7 +98,12 @@ def _nodes(nodes: Sequence[GraphNode]) -> list[dict[str, Any]]:
         for node in nodes
         if label_of(node) == "getitem" and len(node.inputs) == 1 and node.inputs[0] in several
     }
-    kept = [node for node in nodes if node.name not in taken]
+    users = {source: node for node in reversed(nodes) for source in node.inputs}
+    kept = [
+        node
+        for node in nodes
+        if node.name not in taken and (kind_of(node) != "weight" or node.name in users)
+    ]
     positions = {node.name: i for i, node in enumerate(kept)}
     return [
         {
@@ -101,12 +111,17 @@ def _nodes(nodes: Sequence[GraphNode]) -> list[dict[str, Any]]:
             "label": label_of(node),
             "kind": kind_of(node),
             "target": node.target,
-            "layer": "" if node.op == "placeholder" and not node.weight else node.layer or "",
+            "layer": _layer(node, users) or "",
             "value": node.value,
             "inputs": _inputs(node, taken, positions),
         }
         for node in kept
     ]
+
+
+def _layer(node: GraphNode, users: dict[str, GraphNode]) -> str | None:
+    kind = kind_of(node)
+    return users[node.name].layer if kind == "weight" else None if kind == "input" else node.layer
 
 
 def _inputs(node: GraphNode, taken: dict[str, str], positions: dict[str, int]) -> list[int]:

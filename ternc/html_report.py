@@ -46,9 +46,7 @@ def render(report: Report, *, title: str = "", bandwidth: float | None = None) -
     sections = [("totals", "Whole model", _totals(report))]
     if report.rows:
         sections.append(("layers", "Layers", _layers(report, bandwidth)))
-        sections.append(
-            ("kernels", "Kernels and their limit", _kernels(report.rewritten, bandwidth))
-        )
+        sections.append(("kernels", "Kernels and their limit", _kernels(report.rows, bandwidth)))
         sections.append(("refusals", "Left as they were", _refusals(report.rows)))
     if report.nodes or report.nodes_before:
         sections.append(("graphs", "Graph before and after", _GRAPHS))
@@ -208,7 +206,7 @@ def _table_row(index: int, row: Row, columns: set[str], bandwidth: float | None)
     }
     if not row.shape:
         values = {key: values[key] if key == "layer" else (None, "-") for key in values}
-    elif row.action == "skipped":
+    elif not _is_packed(row):
         values["read limit"] = (None, "-")
     cells = "".join(
         f'<td class="{kind}" data-value="{escape(_plain(values[name][0]))}">{values[name][1]}</td>'
@@ -222,6 +220,11 @@ def _table_row(index: int, row: Row, columns: set[str], bandwidth: float | None)
 def _breakable(name: str) -> str:
     """A dotted name that may be broken after its dots."""
     return escape(name).replace(".", ".<wbr>")
+
+
+def _is_packed(row: Row) -> bool:
+    """Whether a kernel reads packed bytes: while training, the float weight is read instead."""
+    return row.action == "rewritten" and bool(row.shape) and "(training)" not in row.pattern
 
 
 def _elements(row: Row) -> int:
@@ -252,6 +255,7 @@ def _limit(nbytes: int, bandwidth: float | None) -> str:
 
 def _kernels(rows: Sequence[Row], bandwidth: float | None) -> str:
     groups: dict[tuple[str, str], list[Row]] = {}
+    rows = [row for row in rows if _is_packed(row)]
     for row in rows:
         groups.setdefault((row.kernel or "not run yet", row.format), []).append(row)
     if not groups:

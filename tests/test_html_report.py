@@ -164,6 +164,12 @@ def test_read_limit_is_unknown_until_the_bandwidth_is_known():
     assert "0.54 us" in page and page.count("5.44 ms") == 2
 
 
+def test_weights_in_training_have_no_read_limit():
+    report = Report(rows=[row("a", pattern="linear (training)")])
+    page = "".join(Page(html_report.render(report)).text)
+    assert "unknown" not in page and "No layer is packed" in page
+
+
 def test_reference_is_called_slow():
     assert "ternc info" in html_report.render(Report(rows=[row("a", kernel="reference")]))
     assert "ternc info" not in html_report.render(Report(rows=[row("a")]))
@@ -212,6 +218,22 @@ def test_results_of_an_operation_with_several_are_not_drawn():
     drawn = graph_data(Report(nodes=nodes))["after"]
     assert [node["name"] for node in drawn] == ["x", "pair", "slice", "sum"]
     assert drawn[3]["inputs"] == [1, 2]
+
+
+def test_weights_are_drawn_where_they_are_read_and_only_if_they_are():
+    weight = "l_self_modules_a_parameters_weight_"
+    nodes = [
+        GraphNode("x", "placeholder", "x", (), "a"),
+        GraphNode(weight, "placeholder", weight, (), "elsewhere", weight=True),
+        GraphNode("unread", "placeholder", "unread", (), "a", weight=True),
+        GraphNode("y", "call_function", "torch.linear", ("x", weight), "a"),
+    ]
+    drawn = graph_data(Report(nodes=nodes))["after"]
+    assert [(node["label"], node["layer"]) for node in drawn] == [
+        ("x", ""),
+        ("weight", "a"),
+        ("linear", "a"),
+    ]
 
 
 # --- a real model, a real browser ----------------------------------------------------------------
@@ -301,6 +323,9 @@ found.boxes = views.map((view) => layoutTree(view.root, opened, view.nodes).item
 views[1].choose(leavesOf(views[1].root).find((leaf) => leaf.node.kind === "product"));
 found.detail = views[1].detail.textContent;
 found.marked = document.querySelectorAll("#after path.on").length;
+byId("weights").click();
+found.weights = document.querySelectorAll("#before .item.weight").length;
+found.backward = document.querySelectorAll("path.back").length;
 const scale = views[0].scale;
 document.querySelector("#before [data-do=in]").click(); found.zoom = views[0].scale / scale;
 """
@@ -354,6 +379,8 @@ def test_browser_sorts_finds_opens_and_zooms(stack_report, tmp_path):
     assert found["frames"] == [1, 1], "both graphs open the same module"
     assert found["closed"] < found["drawn"][1][0] == found["drawn"][1][1]
     assert "ternc." in found["detail"] and found["marked"] >= 2
+    assert found["weights"] == sum(node.weight for node in stack_report.nodes_before)
+    assert found["backward"] == 0, "every edge leads down, from the weights too"
     assert found["zoom"] == pytest.approx(1.4)
     for boxes in found["boxes"]:
         for i, (x, y, width, height) in enumerate(boxes):

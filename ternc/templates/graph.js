@@ -137,8 +137,8 @@ class GraphView {
   describe(item) {
     this.detail.replaceChildren();
     if (!item) {
-      const shown = leavesOf(this.root).length;
-      const text = `${shown} operations, ${this.nodes.length} nodes with weights. Click one to read it.`;
+      const weights = this.nodes.filter((node) => node.kind === "weight").length;
+      const text = `${this.nodes.length - weights} operations, ${weights} weights. Click one to read it.`;
       element("p", this.detail, text).className = "hint";
       return;
     }
@@ -283,7 +283,12 @@ function startGraphs() {
   });
   byId("close-all").addEventListener("click", () => { opened.clear(); redraw(); });
   byId("weights").addEventListener("change", (event) => {
-    for (const view of views) view.build(event.target.checked);
+    for (const view of views) {
+      const known = new Set(allKeys(view.root));
+      view.build(event.target.checked);
+      // An operation that was drawn alone has become a module with its weights: show both.
+      for (const key of allKeys(view.root)) if (!known.has(key)) opened.add(key);
+    }
     redraw();
   });
   window.addEventListener("resize", () => {

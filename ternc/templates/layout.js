@@ -11,11 +11,12 @@ const CHARACTER = 6.7, ROW = 18, GAP = 14, LINE_GAP = 5, RANK_GAP = 22, PADDING 
 /** Nodes in execution order -> root module {key, label, children: modules and leaves}. */
 function moduleTree(nodes, withWeights) {
   const root = { key: "", label: "", children: [], order: -1 };
+  const orders = weightOrders(nodes);
   const several = nodes.some((node) => node.name.includes(":"));
   const modules = new Map([["", root]]);
-  const open = (key, label, parent, order) => {
+  const open = (key, label, parent) => {
     if (!modules.has(key)) {
-      const made = { key, label, parent, order, children: [] };
+      const made = { key, label, parent, order: Infinity, children: [] };
       modules.set(key, made);
       parent.children.push(made);
     }
@@ -24,14 +25,25 @@ function moduleTree(nodes, withWeights) {
   nodes.forEach((node, index) => {
     if (node.kind === "weight" && !withWeights) return;
     const graph = several ? `graph ${node.name.includes(":") ? +node.name.split(":")[0] + 1 : 1}` : "";
-    let parent = graph ? open(graph, graph, root, index) : root;
+    let parent = graph ? open(graph, graph, root) : root;
     for (const part of node.layer ? node.layer.split(".") : []) {
-      parent = open(parent.key ? `${parent.key}.${part}` : part, part, parent, index);
+      parent = open(parent.key ? `${parent.key}.${part}` : part, part, parent);
     }
-    parent.children.push({ node, index, order: index, parent, caption: "", children: null });
+    const order = node.kind === "weight" ? orders[index] : index;
+    parent.children.push({ node, index, order, parent, caption: "", children: null });
+    for (let group = parent; group; group = group.parent) group.order = Math.min(group.order, order);
   });
   dissolve(root);
   return root;
+}
+
+/** Weights are all there before the first operation; each is placed just before its first user. */
+function weightOrders(nodes) {
+  const orders = nodes.map((_, index) => index);
+  for (let user = nodes.length - 1; user >= 0; user--) {
+    for (const input of nodes[user].inputs) orders[input] = user - 1 + (input + 1) / (nodes.length + 1);
+  }
+  return orders;
 }
 
 /** A module of one thing becomes that thing; lists of numbered modules give them their label. */
