@@ -34,7 +34,9 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
     def compile_inductor(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        if not _keeps_static_addresses(inputs):
+        if _keeps_static_addresses(inputs):
+            _mark_packed(gm)
+        else:
             _forget_dynamo(gm)
         compiled: Any = compile_fx(gm, inputs, config_patches=patches)
         return compiled
@@ -95,6 +97,16 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
 def _keeps_static_addresses(inputs: list[Any]) -> bool:
     """CUDA graphs need to know which inputs keep their address: Dynamo's metadata says so."""
     return any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
+
+
+def _mark_packed(gm: fx.GraphModule) -> None:
+    """Packed inputs get what Dynamo gives its own: a source, unique, and the mark of an address
+    that stays, so that no replay of a CUDA graph copies them.
+    """
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if "ternc_packed" in node.meta:
+            node._dynamo_source = ConstantSource(f"ternc_packed_{index}")  # type: ignore[attr-defined]
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def _forget_dynamo(gm: fx.GraphModule) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import ternc
+from ternc.backend import ternc_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -52,9 +53,9 @@ def test_backend(tokens):
     model = small_model()
     x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        eager = torch.compile(model, backend="ternc", options={"inner": "eager"})(x)
+        eager = torch.compile(model, backend=ternc_backend, options={"inner": "eager"})(x)
         torch._dynamo.reset()
-        fast = torch.compile(model, backend="ternc", mode="reduce-overhead")
+        fast = torch.compile(model, backend=ternc_backend, mode="reduce-overhead")
         y = fast(x).clone()
     assert torch.equal(y, eager)
     assert copies_in_a_replay(fast, x) <= 1
