@@ -1,30 +1,25 @@
-"""The page of a report: well formed, nothing unescaped, nothing fetched; seen by a real browser."""
+"""The page of a report: well formed, nothing unescaped, nothing fetched, the graphs' data."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import html
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
+from html_reports import HOSTILE, Stack, hostile_report, row, skipped, stack_report
 
 import ternc
 from ternc import html_report
 from ternc.html_chart import layer_chart
 from ternc.html_graph import KINDS, graph_data, kind_of
-from ternc.reporting import GraphNode, Report, Row, Totals
+from ternc.reporting import GraphNode, Report, Row
 from ternc.runtime import ops
 
-HOSTILE = "</script><b id=injected onclick='x'>&amp;\"'<!--"
 VOID = {"meta", "input", "br", "wbr", "hr", "img", "link"}
 
 
@@ -61,43 +56,9 @@ class Page(html.parser.HTMLParser):
         return [attrs[name] for _, attrs in self.elements if name in attrs]
 
 
-def row(name, **changes):
-    values = {
-        "pattern": "linear",
-        "action": "rewritten",
-        "reason": "3 planes",
-        "format": "ternary x3",
-        "shape": (64, 128),
-        "bytes_before": 32768,
-        "bytes_after": 5440,
-        "bytes_at_rest": 5312,
-        "bits_per_weight": 5.3125,
-        "weight_error": 0.06,
-        "kernel": "avx2",
-    }
-    return Row(name, **{**values, **changes})
-
-
-def skipped(name, reason):
-    return row(name, action="skipped", reason=reason, format="float", weight_error=None)
-
-
 @pytest.fixture
 def hostile():
-    """A report in which every string is an attack."""
-    evil = row(HOSTILE, pattern=HOSTILE, reason=HOSTILE, format=HOSTILE, kernel=HOSTILE)
-    nodes = [
-        GraphNode(HOSTILE, "placeholder", HOSTILE, (), HOSTILE, HOSTILE),
-        GraphNode("b", "call_function", f"torch.{HOSTILE}", (HOSTILE,), HOSTILE, HOSTILE),
-    ]
-    return Report(
-        rows=[evil, row("tied", shared_with=HOSTILE), skipped(HOSTILE + "2", HOSTILE)],
-        totals=Totals(weights=40_000, bytes_before=160_000, bytes_after=43_210, bytes_at_rest=4),
-        notes=[HOSTILE],
-        status=HOSTILE,
-        nodes=nodes,
-        nodes_before=nodes,
-    )
+    return hostile_report()
 
 
 def test_every_string_is_escaped(hostile):
@@ -236,52 +197,19 @@ def test_weights_are_drawn_where_they_are_read_and_only_if_they_are():
     ]
 
 
-# --- a real model, a real browser ----------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(64)
-        self.side, self.up, self.down = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x):
-        hidden = self.norm(x)
-        return x + self.down(F.gelu(self.side(hidden)) * self.up(hidden))
-
-
-class Stack(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.lm_head = nn.Linear(64, 10)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(x)
-
-
-@pytest.fixture(scope="module")
-def stack_report():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        return ternc.explain(Stack().eval(), torch.randn(2, 5, 64))
-
-
-def test_both_graphs_are_in_the_report(stack_report, tmp_path):
-    before = [node for node in stack_report.nodes_before if node.op == "call_function"]
-    after = [node for node in stack_report.nodes if node.op == "call_function"]
+def test_both_graphs_are_in_the_report(tmp_path):
+    report = stack_report()
+    before = [node for node in report.nodes_before if node.op == "call_function"]
+    after = [node for node in report.nodes if node.op == "call_function"]
     assert sum(node.target.endswith(".linear") for node in before) == 10
     assert not [node for node in before if "ternc" in node.target]
     assert [node for node in after if "ternc" in node.target]
     assert {node.layer for node in before} >= {"blocks.0", "blocks.2.up", "lm_head"}
     assert any(node.value == "float32[2, 5, 128]" for node in before)
-    assert sum(node.weight for node in stack_report.nodes_before) == 26, "every parameter"
-    stack_report.to_json(tmp_path / "report.json")
+    assert sum(node.weight for node in report.nodes_before) == 26, "every parameter"
+    report.to_json(tmp_path / "report.json")
     written = json.loads((tmp_path / "report.json").read_text())
-    assert len(written["graph_before"]) == len(stack_report.nodes_before)
+    assert len(written["graph_before"]) == len(report.nodes_before)
 
 
 def test_a_compiled_model_reports_both_graphs():
@@ -292,129 +220,3 @@ def test_a_compiled_model_reports_both_graphs():
     report = ternc.report(fast)
     assert sum(node.target.endswith(".linear") for node in report.nodes_before) == 10
     assert [node for node in report.nodes if "ternc" in node.target]
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-
-ACTIONS = """
-const rows = (key) => [...document.querySelectorAll("#rows tbody tr")]
-  .filter((row) => !row.hidden).map((row) => row.cells[0].dataset.value);
-const found = {};
-byId("rows").tHead.rows[0].cells[0].firstChild.click(); found.ascending = rows();
-byId("rows").tHead.rows[0].cells[0].firstChild.click(); found.descending = rows();
-byId("find").value = "UP blocks.1"; byId("find").dispatchEvent(new Event("input"));
-found.searched = rows();
-byId("find").value = ""; byId("show").value = "skipped";
-byId("show").dispatchEvent(new Event("input")); found.refused = rows();
-document.querySelectorAll(".hit")[2].dispatchEvent(new Event("click"));
-found.chosen = [...document.querySelectorAll("tr.chosen")].map((r) => r.cells[0].dataset.value);
-byId("bandwidth").value = "0.001"; byId("bandwidth").dispatchEvent(new Event("input"));
-found.limits = [...document.querySelectorAll("#kernels td.limit")].map((c) => c.textContent);
-byId("close-all").click();
-found.closed = document.querySelectorAll("#after .item").length;
-[...document.querySelectorAll("#after .item")].find((i) => i.textContent.startsWith("+"))
-  .dispatchEvent(new Event("click"));
-found.frames = ["before", "after"].map((id) => document.querySelectorAll(`#${id} .frame`).length);
-byId("open-all").click();
-found.drawn = views.map((view) => [leavesOf(view.root).length, view.byOrder.size]);
-found.boxes = views.map((view) => layoutTree(view.root, opened, view.nodes).items
-  .filter((box) => !box.item.open).map(({x, y, width, height}) => [x, y, width, height]));
-views[1].choose(leavesOf(views[1].root).find((leaf) => leaf.node.kind === "product"));
-found.detail = views[1].detail.textContent;
-found.marked = document.querySelectorAll("#after path.on").length;
-byId("weights").click();
-found.weights = document.querySelectorAll("#before .item.weight").length;
-found.backward = document.querySelectorAll("path.back").length;
-const scale = views[0].scale;
-document.querySelector("#before [data-do=in]").click(); found.zoom = views[0].scale / scale;
-"""
-
-
-def browse(text, path, script="", *options):
-    """The page in headless Chromium -> (what `script` left in `found`, the DOM)."""
-    if script:  # the policy of the page lets no other script run
-        text = re.sub(r"<meta http-equiv[^>]*>", "", text)
-        script += "document.body.append(element('pre', document.body, JSON.stringify(found)));"
-        script += "document.body.lastChild.id = 'found';"
-        text = text.replace("</body>", f"<script>{script}</script></body>")
-    path.write_text(text, encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=3000", *options, "--dump-dom"]
-    command += [f"--user-data-dir={path.parent / 'profile'}", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    match = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    return json.loads(html.unescape(match.group(1))) if match else None, done.stdout
-
-
-@needs_browser
-def test_browser_draws_the_page_under_its_policy(stack_report, tmp_path):
-    stack_report.to_html(tmp_path / "report.html", title="stack")
-    text = (tmp_path / "report.html").read_text()
-    _, dom = browse(text, tmp_path / "page.html")
-    assert dom.count('class="canvas"') == 2
-    assert dom.count('class="item product tinted"') > 0
-    assert "10 of 10 shown" in dom
-
-
-@needs_browser
-def test_browser_runs_nothing_of_a_hostile_report(hostile, tmp_path):
-    _, dom = browse(html_report.render(hostile, title=HOSTILE), tmp_path / "page.html")
-    assert "<b id=" not in dom and dom.count('class="canvas"') == 2
-
-
-@needs_browser
-def test_browser_sorts_finds_opens_and_zooms(stack_report, tmp_path):
-    found, _ = browse(html_report.render(stack_report), tmp_path / "page.html", ACTIONS)
-    names = [row.name for row in stack_report.rows]
-    assert found["ascending"] == sorted(names)
-    assert found["descending"] == sorted(names, reverse=True)
-    assert set(found["searched"]) == {
-        row.name for row in stack_report.rows if "blocks.1" in row.name and "up" in str(row)
-    }
-    assert found["refused"] == ["lm_head"]
-    assert found["chosen"] == [stack_report.rows[2].name]
-    assert all(limit.endswith(" ms") for limit in found["limits"])
-    assert found["frames"] == [1, 1], "both graphs open the same module"
-    assert found["closed"] < found["drawn"][1][0] == found["drawn"][1][1]
-    assert "ternc." in found["detail"] and found["marked"] >= 2
-    assert found["weights"] == sum(node.weight for node in stack_report.nodes_before)
-    assert found["backward"] == 0, "every edge leads down, from the weights too"
-    assert found["zoom"] == pytest.approx(1.4)
-    for boxes in found["boxes"]:
-        for i, (x, y, width, height) in enumerate(boxes):
-            for left, top, wide, high in boxes[:i]:
-                apart = (
-                    x >= left + wide or left >= x + width or y >= top + high or top >= y + height
-                )
-                assert apart, "two boxes lie on each other"
-
-
-@needs_browser
-@pytest.mark.parametrize("width", [600, 1280])
-def test_browser_fits_the_page_into_the_window(stack_report, tmp_path, width):
-    script = "const found = {wide: document.documentElement.scrollWidth, window: innerWidth};"
-    page = html_report.render(stack_report)
-    found, _ = browse(page, tmp_path / "page.html", script, f"--window-size={width},900")
-    assert found["wide"] <= found["window"]
-
-
-@needs_browser
-def test_browser_follows_the_colour_scheme(stack_report, tmp_path):
-    script = "const found = [getComputedStyle(document.body).backgroundColor];"
-    page = html_report.render(stack_report)
-    light, _ = browse(page, tmp_path / "page.html", script)
-    dark, _ = browse(
-        page, tmp_path / "page.html", script, "--blink-settings=preferredColorScheme=0"
-    )
-    luminance = [sum(map(int, re.findall(r"\d+", c)[:3])) for (c,) in (light, dark)]
-    assert luminance[0] > 600 > 150 > luminance[1]
-
-
-@needs_browser
-def test_browser_takes_a_picture(stack_report, tmp_path):
-    picture = tmp_path / "page.png"
-    browse(html_report.render(stack_report), tmp_path / "page.html", "", f"--screenshot={picture}")
-    data = picture.read_bytes()
-    assert data.startswith(b"\x89PNG") and len(data) > 20_000, "a blank page is smaller"
