@@ -1,4 +1,4 @@
-"""The page of a report in headless Chromium: drawn, sorted, searched, opened, zoomed, in colours."""
+"""The page of a report in headless Chromium: drawn, sorted, searched, opened, zoomed, coloured."""
 
 from __future__ import annotations
 
