@@ -186,7 +186,7 @@ def gemm(
     if DEPENDENT and FEW:
         gdc_launch_dependents()
 
-    stored = (n[:, None] < N) & (m[None, :] < M)
+    end = tl.zeros([1], tl.int32) + N
     if SPLIT > 1:  # noqa: SIM102
         if tl.program_id(0) >= unsplit:
             part = (tl.program_id(0) - unsplit) % SPLIT
@@ -195,12 +195,13 @@ def gemm(
             tl.store(parts + part * (BLOCK_N * BLOCK_M) + place, total)
             tl.debug_barrier()
             arrived = tl.atomic_add(count_ptr + tile - unsplit, 1, sem="acq_rel")
-            stored = stored & (arrived == SPLIT - 1)
+            end = tl.where(arrived == SPLIT - 1, end, 0)  # only the last one stores
             if arrived == SPLIT - 1:
                 total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
                 for other in range(SPLIT):
                     partial = parts + other * (BLOCK_N * BLOCK_M) + place
                     total += tl.load(partial, cache_modifier=".cg")
+    stored = (n < end)[:, None] & (m[None, :] < M)
     finish(
         total, sx_ptr, scale_ptr, bias_ptr, y_ptr, n, m, row, token, N, stored, SHIFT, GROUPS,
         ROW_SCALES, BIAS,
