@@ -1,5 +1,7 @@
 """A small byte model, text of known structure, loaders: what the training tests share."""
 
+import random
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -18,6 +20,22 @@ def text(length=20_000, seed=0):
     chosen = torch.randint(len(WORDS), (length // 4,), generator=generator).tolist()
     joined = "".join(WORDS[i] for i in chosen).encode()[:length]
     return torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+
+
+def chain(length, seed, words=64, followers=4):
+    """Bytes of a Markov chain over made-up words: the same language for every seed."""
+    language = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    spelled = [
+        "".join(language.choice(letters) for _ in range(language.randint(3, 8))) + " "
+        for _ in range(words)
+    ]
+    after = [[language.randrange(words) for _ in range(followers)] for _ in range(words)]
+    draw, word, made = random.Random(seed), 0, []
+    while len(made) < length:
+        made.extend(spelled[word].encode())
+        word = draw.choice(after[word])
+    return bytes(made[:length])
 
 
 def windows(count=24, length=33, seed=0):

@@ -1,13 +1,14 @@
 """Named recipes: `preset("warm_start")` -> TrainConfig.
 
     bitnet_b158    mean-magnitude scales per tensor, ternary from the first step (arXiv 2402.17764)
-    modern         least-squares scales in groups of 128, flat learning rate with a warm-down
+    modern         mean-magnitude scales in groups of 128, flat learning rate with a warm-down
     warm_start     modern, floating point for the first 40 % of the steps, then a ramp over 10 %
     stages         modern, 8 -> 4 -> 2 -> 1.58 bits
     full           warm_start with the teacher's KL and the dead-zone bias
 
 `warm_start` is the recommendation where there is no teacher: the shape of 16 -> 1.58 continual
-training (ACL Findings 2025), of which the seed's four stages are a slow variant.
+training (ACL Findings 2025), of which the seed's four stages are a slow variant. A model that was
+trained already is better converted with `TrainConfig()`, whose scales are of least squares.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def _bitnet_b158() -> TrainConfig:
 
 
 def _modern() -> TrainConfig:
-    return TrainConfig(optimization=Optimization(schedule="wsd", weight_decay=0.0))
+    return TrainConfig(
+        scale="absmean", optimization=Optimization(schedule="wsd", weight_decay=0.0)
+    )
 
 
 def _warm_start() -> TrainConfig:
