@@ -29,7 +29,7 @@ struct Job {
 };
 
 // Splits the blocks of all jobs, and tokens where there are few blocks, over the threads. Token
-// pieces are multiples of four from token 0, so that the split never changes which tokens share a
+// pieces are multiples of eight from token 0, so that the split never changes which tokens share a
 // tile. A block belongs to the thread that has its first unit.
 template <class Args>
 void split(const std::vector<Job<Args>>& jobs, int64_t tokens, int64_t stride) {

@@ -10,10 +10,10 @@
 
 constexpr int64_t NO_LIMIT = MAX_COLUMNS;
 
-// Totals of one block for up to TOKENS tokens: integers (tied scales) or fp32 (free scales).
+// Totals of one block for up to WIDE_TOKENS tokens: integers (tied scales) or fp32 (free scales).
 struct TotalsI8 {
-  alignas(64) int32_t tied[TOKENS][MAX_BLOCK_ROWS];
-  alignas(64) float free[TOKENS][MAX_BLOCK_ROWS];
+  alignas(64) int32_t tied[WIDE_TOKENS][MAX_BLOCK_ROWS];
+  alignas(64) float free[WIDE_TOKENS][MAX_BLOCK_ROWS];
 };
 
 struct SpanI8 {
@@ -22,7 +22,7 @@ struct SpanI8 {
   const int8_t* q;              // first column of the span, first token
   const uint8_t* multiplier;    // of this block and group, or null
   int64_t block, group, count;  // count: steps
-  int32_t sum[TOKENS];          // of q over the columns that this span corrects for
+  int32_t sum[WIDE_TOKENS];     // of q over the columns that this span corrects for
 };
 
 template <int PLANES, int T, int F0, int FN, int PN, int F = 0>
@@ -32,7 +32,7 @@ TERNC_INLINE void add_step(i32 (&acc)[FN][PN][T], const uint8_t* step, const byt
 #pragma GCC unroll 16
     for (int p = 0; p < PN; ++p) {
       const bytes field = decode<PLANES, F0 + F>(step, part + p);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int t = 0; t < T; ++t) acc[F][p][t] = dot(acc[F][p][t], field, q[t]);
     }
     add_step<PLANES, T, F0, FN, PN, F + 1>(acc, step, q, part);
@@ -42,7 +42,7 @@ TERNC_INLINE void add_step(i32 (&acc)[FN][PN][T], const uint8_t* step, const byt
 template <int PLANES, int T, int F0, int FN, int PN, int F = 0>
 TERNC_INLINE void start_sums(i32 (&acc)[FN][PN][T], const SpanI8& span) {
   if constexpr (F < FN) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const i32 start =
           shift_i32_left<carry(PLANES, F0 + F)>(splat_i32(-bias(PLANES) * span.sum[t]));
@@ -64,7 +64,7 @@ TERNC_INLINE void retire(const i32 (&acc)[FN][PN][T], const SpanI8& span, int pa
       const int row = (F0 + F) * FIELD_ROWS + (part + p) * LANES;
       i32 factor = splat_i32(1);
       if (span.multiplier != nullptr) factor = load_u8_i32(span.multiplier + row);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         i32 sum = shift_i32_right<carry(PLANES, F0 + F)>(acc[F][p][t]);
         if (weight.scale_kind == ScaleKind::group) {
@@ -85,7 +85,7 @@ TERNC_INLINE void retire(const i32 (&acc)[FN][PN][T], const SpanI8& span, int pa
 
 template <int T>
 TERNC_INLINE void load_q(bytes (&q)[T], const int8_t* at, int64_t stride) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int t = 0; t < T; ++t) q[t] = splat_word(at + t * stride);
 }
 
@@ -100,7 +100,7 @@ TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
   bytes q[T];
   start_sums<PLANES, T, F0, FN, PN>(acc[0], span);
   if constexpr (SETS > 1) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int set = 1; set < SETS; ++set)
 #pragma GCC unroll 16
       for (int i = 0; i < FN * PN * T; ++i)
@@ -108,7 +108,7 @@ TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
   }
   int64_t s = 0;
   for (; s + SETS <= span.count; s += SETS) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int set = 0; set < SETS; ++set) {
       prefetch_step<PLANES>(step);
       load_q<T>(q, at, stride);
@@ -122,7 +122,7 @@ TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
       load_q<T>(q, at, stride);
       add_step<PLANES, T, F0, FN, PN>(acc[0], step, q, part);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int set = 1; set < SETS; ++set)
 #pragma GCC unroll 16
       for (int i = 0; i < FN * PN * T; ++i) {
@@ -189,6 +189,8 @@ inline void linear_i8(const LinearI8Args& args, const Range& range) {
   for (int64_t block = range.block_begin; block < range.block_end; ++block) {
     load_factors(args.weight, args.out, block_rows(PLANES), block, factors);
     int64_t token = range.token_begin;
+    for (; token + WIDE_TOKENS <= range.token_end; token += WIDE_TOKENS)
+      block_i8<PLANES, WIDE_TOKENS>(args, block, token, factors);
     for (; token + TOKENS <= range.token_end; token += TOKENS)
       block_i8<PLANES, TOKENS>(args, block, token, factors);
     const int64_t left = range.token_end - token;
