@@ -33,6 +33,7 @@ from ternc.modules.linear import TernaryLinear
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+RECORD = RESULTS / "quality_minilm.json"
 
 
 def example():
@@ -57,43 +58,58 @@ def main() -> int:
     wanted = minilm.embed(model, batches)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
     say(f"{len(train)} calibration sentences, {tokens} tokens; {len(scored)} scored")
-    rows = []
-    for name, planes, make in variants(model, calibration, options):
-        if options.only and not any(word in f"{name} {planes}" for word in options.only):
-            continue
-        say(f"{name}, planes {planes}")
-        start = time.perf_counter()
-        made, bits = make()
-        seconds = time.perf_counter() - start
-        rows.append({"method": name, "planes": planes, "bits": bits, "seconds": seconds})
-        rows[-1] |= score(made, batches, wanted)
-        say(json.dumps(rows[-1]))
-    result = {
+    settings = {
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit(),
         "calibration": {"sentences": len(train), "tokens": tokens},
         "scored_sentences": len(scored),
         "tuning": {"epochs": options.epochs, "rate": options.rate},
-        "rows": rows,
-        "line": line(rows),
     }
+    known = earlier(settings) if options.only else {}
+    order = []
+    with tempfile.TemporaryDirectory() as kept:
+        for name, planes, make in variants(model, calibration, options, Path(kept)):
+            key = f"{name} {planes}"
+            order.append(key)
+            if options.only and key not in options.only:
+                continue
+            say(key)
+            start = time.perf_counter()
+            made, bits = make()
+            seconds = time.perf_counter() - start
+            known[key] = {"method": name, "planes": planes, "bits": bits, "seconds": seconds}
+            known[key] |= score(made, batches, wanted) | {"commit": commit()}
+            say(json.dumps(known[key]))
+    rows = [known[key] for key in order if key in known]
+    result = settings | {"rows": rows, "line": line(rows)}
     print(table(result))
-    if not options.only:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "quality_minilm.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "quality_minilm.md").write_text(table(result) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    RECORD.write_text(json.dumps(result, indent=1) + "\n")
+    RECORD.with_suffix(".md").write_text(table(result) + "\n")
     return 0
+
+
+def earlier(settings: dict) -> dict[str, dict]:
+    """Rows of the record on disk, if it was made with these settings."""
+    if not RECORD.exists():
+        return {}
+    result = json.loads(RECORD.read_text())
+    if any(result.get(key) != value for key, value in settings.items()):
+        say("the record on disk has other settings: it is begun anew")
+        return {}
+    return {f"{row['method']} {row['planes']}": row for row in result["rows"]}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with the two CSV files")
     parser.add_argument("--sentences", type=int, default=1024, help="calibration sentences")
-    parser.add_argument("--epochs", type=int, default=4, help="of tuning")
+    parser.add_argument("--epochs", type=int, default=3, help="of tuning")
     parser.add_argument("--rate", type=float, default=Tuning.rate, help="of tuning")
-    parser.add_argument("--only", action="append", help="rows whose name holds this; no files")
+    parser.add_argument(
+        "--only", action="append", help="this row anew, as 'ternc 2'; more than once"
+    )
     return parser.parse_args()
 
 
@@ -102,8 +118,11 @@ def spread(sentences: list[str], count: int) -> list[str]:
     return [sentences[i * len(sentences) // count] for i in range(min(count, len(sentences)))]
 
 
-def variants(model, calibration, options):
-    """(name, planes, function that makes the model and says its bits per weight)."""
+def variants(model, calibration, options, kept: Path):
+    """(name, planes, function that makes the model and says its bits per weight).
+
+    Fits go to the folder `kept`, where tuning finds them again: its seconds come on top.
+    """
     for planes in (1, 2, 3):
         yield "greedy", planes, plain(model, lambda w, k=planes: greedy(w, k), planes)
     yield "absmean", 1, plain(model, lambda w: absmean(w, 1), 1)
@@ -119,12 +138,9 @@ def variants(model, calibration, options):
     ]
     for config in chosen:
         name = "auto, 2.6 bits" if config.planes == "auto" else config.planes
-        yield "ternc", name, ours(model, config, calibration=calibration, loss=embedding_loss)
-        yield (
-            "ternc + tuning",
-            name,
-            ours(model, config, calibration=calibration, loss=embedding_loss, tuning=tuning),
-        )
+        common = {"calibration": calibration, "loss": embedding_loss, "resume": kept / str(name)}
+        yield "ternc", name, ours(model, config, **common)
+        yield "ternc + tuning", name, ours(model, config, tuning=tuning, **common)
 
 
 def plain(model, rule: Callable[[torch.Tensor], torch.Tensor], planes: int):
@@ -216,8 +232,8 @@ def table(result) -> str:
     facts = (
         f"{result['calibration']['sentences']} calibration sentences "
         f"({result['calibration']['tokens']} tokens), {result['scored_sentences']} scored; "
-        f"{result['machine']}, {result['threads']} threads, torch {result['torch']}, "
-        f"commit {result['commit']}."
+        f"{result['machine']}, {result['threads']} threads, torch {result['torch']}. Seconds of "
+        "tuning come on top of those of the row above it."
     )
     if (auto := result["line"]) is not None:
         facts += (

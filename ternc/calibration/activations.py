@@ -1,11 +1,13 @@
 """Model, batches, layer -> the layer's moments, its inputs recomputed from the model as it is now.
 
-A layer in a chain costs one run of its block from kept inputs; any other layer a run of the model
-up to it. One block's inputs are kept at a time.
+A layer in a chain costs one run of its block from kept inputs, and one of a float copy of that
+block from the float model's inputs; any other layer costs a run of the model up to it. One block's
+inputs, and one float copy, are kept at a time.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from ternc.calibration.batches import HELD_OUT_EVERY, call, counted_rows, held_o
 from ternc.calibration.execution import Chain, Execution, Leaves, StopForward, input_of
 from ternc.calibration.moments import SplitMoments
 
+_Run = Callable[[], Any]
+
 
 class Activations:
     """Inputs of the layers of a model that is being converted from front to back."""
@@ -27,54 +31,75 @@ class Activations:
         self._calls = execution.calls
         self._chains = [_Walk(chain, model, batches) for chain in execution.chains]
 
+    def arrive(self, layer: nn.Module) -> None:
+        """To be called before `layer`, or any other of its group, is replaced; eval mode."""
+        for walk in self._chains:
+            if (index := walk.find(layer)) is not None:
+                walk.go_to(index)
+
     def moments(self, name: str, layer: nn.Module) -> SplitMoments:
         """Moments of the inputs that `layer` gets now. The model must be in eval mode.
 
         Args:
             name: of the layer, as recorded.
         """
-        moments: SplitMoments | None = None
-        current = 0
         once = self._calls[name] == 1
-
-        def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal moments
-            x = input_of(args, kwargs)
+        walk = next((w for w in self._chains if w.find(layer) is not None), None)
+        if walk is not None:
+            walk.go_to(walk.find(layer) or 0)
+        moments: SplitMoments | None = None
+        for index, batch in enumerate(self._batches):
+            if walk is None:
+                inputs = _inputs(layer, lambda batch=batch: call(self._model, batch), once)
+                wanted = None
+            else:
+                inputs = _inputs(layer, lambda index=index: walk.run(index), once)
+                original = walk.original(layer)
+                wanted = _inputs(original, lambda index=index: walk.run_float(index), once)
+            if not inputs:
+                continue
+            rows = torch.cat([counted_rows(batch, x) for x in inputs])
             if moments is None:
-                moments = SplitMoments.empty(x.shape[-1], x.device)
-            rows = counted_rows(self._batches[current], x)
-            _share_out(moments, rows, current, len(self._batches))
-            if once:
-                raise StopForward
-
-        run = self._runner(layer)
-        handle = layer.register_forward_pre_hook(take, with_kwargs=True)
-        try:
-            for current in range(len(self._batches)):
-                try:
-                    run(current)
-                except StopForward:
-                    continue
-        finally:
-            handle.remove()
+                moments = SplitMoments.empty(rows.shape[1], rows.device)
+            goals = None if wanted is None else [counted_rows(batch, x) for x in wanted]
+            paired = goals is not None and sum(map(len, goals)) == len(rows) and once
+            goal = torch.cat(goals) if goals and paired else None
+            _share_out(moments, rows, goal, index, len(self._batches))
         assert moments is not None, f"{name} was called when the model was recorded"
         return moments
 
-    def _runner(self, layer: nn.Module) -> Callable[[int], Any]:
-        for walk in self._chains:
-            if (index := walk.find(layer)) is not None:
-                walk.go_to(index)
-                return walk.run
-        return lambda batch: call(self._model, self._batches[batch])
+
+def _inputs(layer: nn.Module, run: _Run, once: bool) -> list[torch.Tensor]:
+    """What `layer` is given while `run` runs, which ends there if it is called but once."""
+    found: list[torch.Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(input_of(args, kwargs).detach())
+        if once:
+            raise StopForward
+
+    handle = layer.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        run()
+    except StopForward:
+        pass
+    finally:
+        handle.remove()
+    return found
 
 
 class _Walk:
-    """A chain and the inputs of one of its blocks, for every batch. Goes forward only."""
+    """A chain and the inputs of one of its blocks, for every batch. Goes forward only.
+
+    Beside it goes the float model: the same inputs at the first block, then float copies of blocks.
+    """
 
     def __init__(self, chain: Chain, model: nn.Module, batches: Sequence[Any]) -> None:
         self._chain, self._model, self._batches = chain, model, batches
         self._index = 0
         self._inputs: list[Leaves] = []
+        self._float_inputs: list[Leaves] = []
+        self._float_block: nn.Module | None = None
 
     def find(self, layer: nn.Module) -> int | None:
         """The block that `layer` is in, unless the walk has passed it."""
@@ -85,15 +110,32 @@ class _Walk:
 
     def go_to(self, index: int) -> None:
         """Computes the inputs of block `index`, through the blocks before as they are now."""
-        if not self._inputs:
+        if self._float_block is None:
             self._inputs = [self._capture(batch) for batch in self._batches]
+            self._float_inputs = list(self._inputs)
+            self._float_block = copy.deepcopy(self._chain.block(0))
         while self._index < index:
-            for batch, inputs in enumerate(self._inputs):
-                self._inputs[batch] = self._chain.advance(self._index, inputs)
+            here, block = self._index, self._float_block
+            for batch in range(len(self._batches)):
+                self._inputs[batch] = self._chain.advance(here, self._inputs[batch])
+                self._float_inputs[batch] = self._chain.advance(
+                    here, self._float_inputs[batch], block
+                )
             self._index += 1
+            self._float_block = copy.deepcopy(self._chain.block(self._index))
 
     def run(self, batch: int) -> Any:
         return self._chain.run(self._index, self._inputs[batch])
+
+    def run_float(self, batch: int) -> Any:
+        return self._chain.run(self._index, self._float_inputs[batch], self._float_block)
+
+    def original(self, layer: nn.Module) -> nn.Module:
+        """The layer of the float copy that `layer` of the block was copied to."""
+        assert self._float_block is not None
+        block = self._chain.block(self._index)
+        path = next(path for path, module in block.named_modules() if module is layer)
+        return self._float_block.get_submodule(path)
 
     def _capture(self, batch: Any) -> Leaves:
         """Inputs of the first block in a call of the model."""
@@ -113,12 +155,14 @@ class _Walk:
         return captured
 
 
-def _share_out(moments: SplitMoments, rows: torch.Tensor, batch: int, count: int) -> None:
+def _share_out(
+    moments: SplitMoments, rows: torch.Tensor, goal: torch.Tensor | None, batch: int, count: int
+) -> None:
     """A batch is for fitting or for judging; of a single batch, one row in eight is for judging."""
     if count > 1:
-        (moments.held_out if held_out(batch, count) else moments.fitted).add(rows)
+        (moments.held_out if held_out(batch, count) else moments.fitted).add(rows, goal)
         return
     kept = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     kept[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] = True
-    moments.held_out.add(rows[kept])
-    moments.fitted.add(rows[~kept])
+    for part, chosen in ((moments.held_out, kept), (moments.fitted, ~kept)):
+        part.add(rows[chosen], None if goal is None else goal[chosen])

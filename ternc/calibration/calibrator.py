@@ -21,6 +21,7 @@ from ternc.calibration.guard import Candidate, fell_back, judged
 from ternc.calibration.moments import SplitMoments
 from ternc.calibration.refit import corrected_bias
 from ternc.calibration.resume import Store
+from ternc.calibration.target import Target, target_of, transfer
 from ternc.config import CODE_MAX, Config
 from ternc.formats.detect import detect_ternary
 from ternc.formats.fit import over_budget, refuse
@@ -97,6 +98,8 @@ class Calibrator:
             self._layers.pop(name, None)
             return None
         if name not in self._decided:
+            with evaluating(self._model):
+                self._activations.arrive(self._layers[name].module)
             group = [n for n in self._group_of[name] if n in self._layers]
             self._decided.update(self._restored(group) or self._fitted(group))
         self._layers.pop(name, None)
@@ -131,14 +134,19 @@ class Calibrator:
     def _fit_group(self, group: list[str], moments: SplitMoments) -> dict[str, Decision]:
         fits = _GroupFits(moments, self._config)
         layers = {name: self._layers[name] for name in group}
-        weights = {name: layer.weight().float() for name, layer in layers.items()}
+        targets = {
+            name: fits.target(layer.weight().float(), layer.bias is not None)
+            for name, layer in layers.items()
+        }
         rotation = fits.choose_rotation(
-            {name: (w, layers[name].bias is not None) for name, w in weights.items()},
+            {
+                name: (target.weight, layers[name].bias is not None)
+                for name, target in targets.items()
+            },
             {name: self._planes_to_compare(name) for name in group},
         )
         return {
-            name: self._decide(name, weights[name], layers[name].bias, fits, rotation)
-            for name in group
+            name: self._decide(name, targets[name], layers[name], fits, rotation) for name in group
         }
 
     def _planes_to_compare(self, name: str) -> int:
@@ -148,14 +156,15 @@ class Calibrator:
     def _decide(
         self,
         name: str,
-        w: torch.Tensor,
-        bias: torch.Tensor | None,
+        target: Target,
+        layer: Layer,
         fits: _GroupFits,
         rotation: Rotation | None,
     ) -> Decision:
+        bias = layer.bias
         planes, budget = self._planes.get(name, self._config.planes), self._config.error_budget
         for count in CODE_MAX if planes == "auto" else (int(planes),):
-            candidates = fits.candidates(w, bias is not None, count, rotation)
+            candidates = fits.candidates(target.weight, bias is not None, count, rotation)
             chosen = min(candidates, key=lambda candidate: candidate.error)
             if planes != "auto" or chosen.error <= budget:
                 break
@@ -173,11 +182,16 @@ class Calibrator:
         return Decision(
             quantized=chosen.quantized,
             reason=f"{reason}; {chosen.method}{fell_back(chosen, candidates)}",
-            error=float(chosen.difference.norm() / w.norm()) if w.any() else 0.0,
+            error=_relative(layer.weight().float(), target.weight - chosen.difference),
             output_error=chosen.error,
             rotation=rotation,
-            bias=None if bias is None else fits.corrected(bias, chosen),
+            bias=None if bias is None else fits.corrected(bias, target, chosen),
         )
+
+
+def _relative(w: torch.Tensor, quantized: torch.Tensor) -> float:
+    """||w - q|| / ||w||; 0 for an all-zero w."""
+    return float((w - quantized).norm() / w.norm()) if w.any() else 0.0
 
 
 class _GroupFits:
@@ -185,8 +199,9 @@ class _GroupFits:
 
     def __init__(self, moments: SplitMoments, config: Config) -> None:
         self._config = config
-        self._moments: dict[Rotation | None, SplitMoments] = {None: moments}
+        self._moments = moments
         self._metrics: dict[tuple[Rotation | None, bool], Metric] = {}
+        self._transfers: dict[bool, torch.Tensor | None] = {}
         columns = len(moments.fitted.mean)
         self._rotation = Rotation.of(columns, config.seed)
         method = "gptq" if config.method == "auto" else config.method
@@ -221,28 +236,32 @@ class _GroupFits:
         sweeps: int = SWEEPS,
     ) -> list[Candidate]:
         """One candidate a method, in a fixed order."""
-        moments = self._rotated(rotation)
-        w = w if rotation is None else rotation.rotate(w)
+        rotated = w if rotation is None else rotation.rotate(w)
         found = []
         for method in self._methods:
             metric = self._metric(rotation, centred)
-            quantized = fit(w, metric, planes, self._config, method, sweeps)
-            found.append(judged(w, quantized, method, rotation, moments.held_out, centred))
+            quantized = fit(rotated, metric, planes, self._config, method, sweeps)
+            held_out = self._moments.held_out
+            found.append(judged(w, quantized, method, rotation, held_out, centred))
         return found
 
-    def corrected(self, bias: torch.Tensor, chosen: Candidate) -> torch.Tensor:
-        """The bias that takes up the mean of the error."""
-        mean = self._rotated(chosen.rotation).fitted.mean
-        return corrected_bias(bias, chosen.difference, mean)
+    def target(self, w: torch.Tensor, centred: bool) -> Target:
+        """What is fitted in the place of w fp32 [N, K]; w itself unless errors are compensated."""
+        if "gptq" not in self._methods:
+            return Target(w, w.new_zeros(len(w)))
+        if centred not in self._transfers:
+            self._transfers[centred] = transfer(self._moments, centred)
+        return target_of(w, self._transfers[centred], self._moments, centred)
 
-    def _rotated(self, rotation: Rotation | None) -> SplitMoments:
-        if rotation not in self._moments:
-            assert rotation is not None
-            self._moments[rotation] = self._moments[None].rotated(rotation)
-        return self._moments[rotation]
+    def corrected(self, bias: torch.Tensor, target: Target, chosen: Candidate) -> torch.Tensor:
+        """The bias that takes up the mean of the error."""
+        wanted = bias.float() + target.shift
+        return corrected_bias(wanted, chosen.difference, self._moments.fitted.mean).to(bias.dtype)
 
     def _metric(self, rotation: Rotation | None, centred: bool) -> Metric:
         key = (rotation, centred)
         if key not in self._metrics:
-            self._metrics[key] = Metric.of(self._rotated(rotation).fitted, centred)
+            fitted = self._moments.fitted
+            rotated = fitted if rotation is None else fitted.rotated(rotation)
+            self._metrics[key] = Metric.of(rotated, centred)
         return self._metrics[key]

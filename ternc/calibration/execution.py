@@ -60,14 +60,14 @@ class Chain:
         assert found is not None
         return found
 
-    def run(self, index: int, inputs: Leaves) -> Any:
-        """Calls a block on kept leaves."""
+    def run(self, index: int, inputs: Leaves, block: nn.Module | None = None) -> Any:
+        """Calls a block, or `block` in its place, on kept leaves."""
         args, kwargs = pytree.tree_unflatten(inputs, self.specs[index])
-        return self.block(index)(*args, **kwargs)
+        return (block or self.block(index))(*args, **kwargs)
 
-    def advance(self, index: int, inputs: Leaves) -> Leaves:
+    def advance(self, index: int, inputs: Leaves, block: nn.Module | None = None) -> Leaves:
         """Leaves of block `index` -> leaves of block `index` + 1, by running block `index`."""
-        outputs = pytree.tree_leaves(self.run(index, inputs))
+        outputs = pytree.tree_leaves(self.run(index, inputs, block))
         return [_follow(link, inputs, outputs) for link in self.links[index]]
 
 

@@ -49,7 +49,7 @@ class Metric:
         Args:
             centred: a bias takes up the mean of the error, so that only its spread counts.
         """
-        second = moments.covariance() if centred else moments.second
+        second = moments.metric(centred)
         few = moments.count < ENOUGH_ROWS * len(second)
         hessian = damped(second, SHORT_DAMPING if few else DAMPING)
         return cls(hessian, inverse_factor(hessian))

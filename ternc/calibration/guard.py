@@ -25,21 +25,27 @@ class Candidate:
     error: float
     """Relative error of the outputs on held-out inputs."""
     difference: torch.Tensor
-    """W - Q in the weight's own basis, rotated where the weight is; fp32 [N, K]."""
+    """Target - Q in the basis of the layer's own inputs, fp32 [N, K]."""
 
 
 def judged(
-    w: torch.Tensor,
+    target: torch.Tensor,
     quantized: Quantized,
     method: str,
     rotation: Rotation | None,
     held_out: Moments,
     centred: bool,
 ) -> Candidate:
-    """A candidate with its error. `w` and `held_out` are rotated where the candidate is."""
-    metric = held_out.covariance() if centred else held_out.second
-    difference = w - quantized.dequantize()
-    error = output_error(difference, w, metric)
+    """A candidate with its error.
+
+    Args:
+        target: the weight that was fitted, not rotated, fp32 [N, K].
+        quantized: rotated where there is a rotation.
+        held_out: of the layer's inputs, not rotated.
+    """
+    q = quantized.dequantize()
+    difference = target - (q if rotation is None else rotation.restore(q))
+    error = output_error(difference, target, held_out.metric(centred))
     return Candidate(method, rotation, quantized, error, difference)
 
 

@@ -1,5 +1,7 @@
 """`Moments`: inputs x of a layer -> E[x x^T] and E[x], for fitting and for judging apart.
 
+Where the layer's inputs f in the float model are known too: E[d x^T] and E[d], d = f - x.
+
 Rows of calibration data are taken in once and let go of: K x K numbers stay.
 """
 
@@ -22,6 +24,10 @@ class Moments:
     """E[x], fp32 [K]."""
     count: int
     """Rows taken in."""
+    lag: torch.Tensor | None = None
+    """E[d x^T], fp32 [K, K]; None where f is not known."""
+    lag_mean: torch.Tensor | None = None
+    """E[d], fp32 [K]."""
 
     @classmethod
     def empty(cls, columns: int, device: torch.device) -> Moments:
@@ -29,10 +35,18 @@ class Moments:
         zeros = torch.zeros(columns, columns, device=device)
         return cls(zeros, zeros.new_zeros(columns), 0)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Takes in rows [M, K] of any float dtype; rows with NaN or infinity are left out."""
+    def add(self, rows: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
+        """Takes in rows [M, K] of any float dtype; rows with NaN or infinity are left out.
+
+        Args:
+            wanted: the same rows in the float model; given with every call or with none.
+        """
         rows = rows.float()
-        rows = rows[rows.isfinite().all(1)]
+        kept = rows.isfinite().all(1)
+        if wanted is not None:
+            kept &= wanted.isfinite().all(1)
+            wanted = wanted[kept].float()
+        rows = rows[kept]
         total = self.count + len(rows)
         if not len(rows):
             return
@@ -40,14 +54,34 @@ class Moments:
         keep = self.count / total
         self.second.mul_(keep).addmm_(rows.T, rows, alpha=1 / total)
         self.mean.mul_(keep).add_(rows.sum(0), alpha=1 / total)
+        if wanted is not None:
+            self._add_lag(wanted - rows, rows, keep, total)
         self.count = total
+
+    def _add_lag(
+        self, difference: torch.Tensor, rows: torch.Tensor, keep: float, total: int
+    ) -> None:
+        if self.lag is None or self.lag_mean is None:
+            self.lag, self.lag_mean = torch.zeros_like(self.second), torch.zeros_like(self.mean)
+        self.lag.mul_(keep).addmm_(difference.T, rows, alpha=1 / total)
+        self.lag_mean.mul_(keep).add_(difference.sum(0), alpha=1 / total)
 
     def covariance(self) -> torch.Tensor:
         """E[(x - E x)(x - E x)^T]: what is left of an error once a bias takes up its mean."""
         return self.second - torch.outer(self.mean, self.mean)
 
+    def metric(self, centred: bool) -> torch.Tensor:
+        """The covariance, or the second moment where no bias takes up the mean."""
+        return self.covariance() if centred else self.second
+
+    def lag_metric(self, centred: bool) -> torch.Tensor | None:
+        """E[d x^T], of both about their means if `centred`; None where f is not known."""
+        if self.lag is None or self.lag_mean is None or not centred:
+            return self.lag
+        return self.lag - torch.outer(self.lag_mean, self.mean)
+
     def rotated(self, rotation: Rotation) -> Moments:
-        """Moments of the rotated rows: R^T E[x x^T] R."""
+        """Moments of the rotated rows, R^T E[x x^T] R; without the lag."""
         half = rotation.rotate(self.second)
         second = rotation.rotate(half.T.contiguous())
         return Moments((second + second.T) / 2, rotation.rotate(self.mean), self.count)
@@ -63,9 +97,6 @@ class SplitMoments:
     @classmethod
     def empty(cls, columns: int, device: torch.device) -> SplitMoments:
         return cls(Moments.empty(columns, device), Moments.empty(columns, device))
-
-    def rotated(self, rotation: Rotation) -> SplitMoments:
-        return SplitMoments(self.fitted.rotated(rotation), self.held_out.rotated(rotation))
 
 
 def output_error(difference: torch.Tensor, w: torch.Tensor, moments: torch.Tensor) -> float:

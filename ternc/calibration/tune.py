@@ -33,7 +33,7 @@ class Tuning:
 
     epochs: int = 4
     """Times that the calibration batches are gone through."""
-    rate: float = 1e-2
+    rate: float = 5e-3
     """Adam's step in units of each tensor's root mean square; falls to zero along a cosine."""
     seed: int = 0
     """Order of the batches."""
