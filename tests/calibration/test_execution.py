@@ -1,5 +1,6 @@
 """What a recorded call says: groups, order, chains, and that a chain replays the model."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -135,3 +136,21 @@ def test_evaluating_puts_everything_back():
         assert not torch.is_grad_enabled()
     assert [module.training for module in model.modules()] == modes
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_decoder_with_a_cache_is_a_chain():
+    """Its cache of keys and values would make a second run of a block another one."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    batch = {"input_ids": torch.randint(32, (2, 7))}
+    assert len(recorded(model, batch).chains[0].keys) == 3
+    assert model.config.use_cache
