@@ -18,6 +18,7 @@ from ternc.passes.graph import example_value, is_tensor
 from ternc.passes.region import ancestors, between, evaluate
 
 _MAX_ELEMENTS = 1 << 22
+_ROWS = 5
 _AGREEMENT = 0.999
 """Share of integers that must be equal: the rule of the contract for two roundings of the same
 quantity.
@@ -51,7 +52,10 @@ def _same_shape(a: fx.Node, b: fx.Node) -> bool:
 
 def _quantizes(source: fx.Node, x: fx.Node, region: set[fx.Node], bits: int) -> bool:
     example = example_value(source)
-    shape = [int(size) for size in example.shape]
+    if not isinstance(example.shape[-1], int):
+        return False
+    # Any number will do for a size that varies; asking for its value would fix it with a guard.
+    shape = [size if isinstance(size, int) else _ROWS for size in example.shape]
     if math.prod(shape) > _MAX_ELEMENTS or 0 in shape:
         return False
     generator = torch.Generator().manual_seed(0)

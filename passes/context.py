@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ternc.config import Config
-from ternc.passes.graph import calling_module, module_path, source_of
+from ternc.passes.graph import calling_module, mode_switches, module_path, source_of
 from ternc.passes.rule import Skip
 from ternc.reporting import GraphNode, Row
 from ternc.site import WeightSite
@@ -46,6 +46,13 @@ class Context:
         for node in read:
             if node is not None and node in self.tainted:
                 return Skip(f"{node} is written in place", node)
+        return None
+
+    def why_not_join(self, first: fx.Node, last: fx.Node) -> Skip | None:
+        """A refusal where gradients or autocast are switched between two nodes."""
+        for node in mode_switches(first.graph):
+            if first < node < last:
+                return Skip(f"{node} switches gradients or autocast in between", node)
         return None
 
     def skip(self, name: str, pattern: str, why: Skip, weight: torch.Tensor | None) -> None:

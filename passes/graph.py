@@ -105,6 +105,24 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+_MODES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+_INFERENCE = ("_enter_inference_mode", "_exit_inference_mode")
+
+
+def mode_switches(graph: fx.Graph) -> list[fx.Node]:
+    """Calls that switch gradients, autocast or inference mode from there on, in graph order."""
+    names = {*_MODES, *_INFERENCE}
+    return [node for node in graph.nodes if getattr(node.target, "__name__", "") in names]
+
+
+def enables_grad(graph: fx.Graph) -> bool:
+    """Whether some part of the graph runs with gradients whatever the caller's mode is."""
+    return any(
+        getattr(node.target, "__name__", "") == "_set_grad_enabled" and node.args[:1] == (True,)
+        for node in mode_switches(graph)
+    )
+
+
 def arguments(node: fx.Node) -> tuple[Any, ...]:
     """Positional arguments, for code that has checked what the node is."""
     return node.args
@@ -123,7 +141,11 @@ def is_call(node: Any, name: str) -> bool:
         isinstance(node, fx.Node)
         and node.op in ("call_function", "call_method")
         and node.target in _SPELLINGS[name]
+        and _CHANGES_MEANING.isdisjoint(node.kwargs)
     )
+
+
+_CHANGES_MEANING = frozenset(("alpha", "rounding_mode", "out"))
 
 
 _SPELLINGS: dict[str, set[Any]] = {

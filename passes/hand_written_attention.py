@@ -6,6 +6,7 @@ Runs before the rules: what it leaves is what torch's fused attention kernels ta
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from typing import Any
 
@@ -16,14 +17,17 @@ from torch.nn import functional as F
 from ternc.passes.graph import argument, arguments, example_value, is_call, is_tensor
 from ternc.passes.inline import inline
 from ternc.passes.mutation import drop_unused
+from ternc.passes.region import steps, written_outside
 from ternc.passes.rule import Skip
 
 _MATMUL = {torch.matmul, torch.bmm, operator.matmul, torch.Tensor.matmul, "matmul", "bmm"}
 _SOFTMAX = {F.softmax, torch.softmax, "softmax"}
 _TRANSPOSE = {"transpose", torch.transpose, "swapaxes", torch.swapaxes}
 _MASKED_FILL = {"masked_fill", torch.masked_fill}
-_HIDDEN = -1e4
-"""Scores at or below this count as masked: finfo.min, -inf, the -1e4 and -1e9 of older code."""
+_HIDDEN = -1e8
+"""Scores at or below this count as masked: finfo.min, -inf, -1e9. Above it, a row whose every score
+is masked would keep the differences of its scores.
+"""
 
 
 @dataclasses.dataclass
@@ -34,8 +38,8 @@ class _Scores:
     k: fx.Node | None = None
     scale: float = 1.0
     added: list[fx.Node] = dataclasses.field(default_factory=list)
-    hidden: list[tuple[fx.Node, bool]] = dataclasses.field(default_factory=list)
-    """(condition, True where it is the condition to keep)."""
+    hidden: list[tuple[fx.Node, bool, float]] = dataclasses.field(default_factory=list)
+    """(condition, True where it is the condition to keep, score of what is hidden)."""
 
 
 def fuse_attention(gm: fx.GraphModule) -> list[Skip]:
@@ -63,13 +67,16 @@ def _attend(q: Any, k: Any, v: Any, scores: _Scores) -> Any:
     for node in scores.added:
         addend = _proxy(q, node).to(q.dtype)
         mask = addend if mask is None else mask + addend
-    for node, keep in scores.hidden:
+    for node, keep, value in scores.hidden:
         condition = _proxy(q, node)
         condition = condition if keep else condition.logical_not()
-        if mask is None:
+        if mask is None and math.isinf(value):
             mask = condition
-        else:
-            mask = _as_addend(mask, q).masked_fill(condition.logical_not(), float("-inf"))
+            continue
+        least = max(value, torch.finfo(q.dtype).min) if math.isfinite(value) else value
+        if mask is None:
+            mask = torch.zeros_like(condition, dtype=q.dtype)
+        mask = _as_addend(mask, q).masked_fill(condition.logical_not(), least)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale)
 
 
@@ -103,6 +110,10 @@ def _parse(product: fx.Node, softmax: fx.Node) -> _Scores | Skip:
     if reason:
         return Skip(reason, softmax)
     q, k, v = scores.q, scores.k, arguments(product)[1]
+    conditions = [condition for condition, _, _ in scores.hidden]
+    inner = steps(product, q, k, v, *scores.added, *conditions)
+    if written_outside(inner - {product}):
+        return Skip("the scores are written in place", product)
     examples = [example_value(node) for node in (q, k, v)]
     if len({example.dtype for example in examples}) != 1:
         return Skip("query, key and value differ in dtype", product)
@@ -121,11 +132,13 @@ def _read_scores(node: Any, scores: _Scores) -> str | None:
             return "the scores are no tensor of the graph"
         if node.target in _MATMUL:
             return _read_product(node, scores)
-        if node.target in _MASKED_FILL and _is_hidden(argument(node, 2, "value")):
-            scores.hidden.append((arguments(node)[1], False))
+        if node.target in _MASKED_FILL and _hides(argument(node, 2, "value"), scores):
+            value = argument(node, 2, "value") * scores.scale
+            scores.hidden.append((arguments(node)[1], False, value))
             node = arguments(node)[0]
-        elif node.target is torch.where and _is_hidden(arguments(node)[2]):
-            scores.hidden.append((arguments(node)[0], True))
+        elif node.target is torch.where and _hides(arguments(node)[2], scores):
+            value = arguments(node)[2] * scores.scale
+            scores.hidden.append((arguments(node)[0], True, value))
             node = arguments(node)[1]
         elif (
             is_call(node, "add")
@@ -138,11 +151,13 @@ def _read_scores(node: Any, scores: _Scores) -> str | None:
             scores.added.append(addend)
             node = inner
         elif is_call(node, "mul") or is_call(node, "div"):
-            factor = arguments(node)[1]
+            scaled, factor = arguments(node)[:2]
+            if is_call(node, "mul") and not is_tensor(scaled):
+                scaled, factor = factor, scaled
             if not isinstance(factor, int | float):
                 return "the scores are scaled by a tensor"
             scores.scale *= factor if is_call(node, "mul") else 1.0 / factor
-            node = arguments(node)[0]
+            node = scaled
         else:
             return f"the scores are computed with {node.target!s}"
     return "more steps between the product and the softmax than are read"
@@ -192,5 +207,5 @@ def _untransposed(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _is_hidden(value: Any) -> bool:
-    return isinstance(value, int | float) and value <= _HIDDEN
+def _hides(value: Any, scores: _Scores) -> bool:
+    return isinstance(value, int | float) and value * scores.scale <= _HIDDEN

@@ -9,9 +9,10 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
-from ternc.passes.graph import is_tensor
+from ternc.passes.graph import arguments, example_value, is_tensor
 
 _OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -23,8 +24,13 @@ _VIEW_NAMES = frozenset(
     (
         *("view", "reshape", "flatten", "unflatten", "view_as", "transpose", "permute", "swapaxes"),
         *("t", "expand", "squeeze", "unsqueeze", "narrow", "select", "getitem", "getattr"),
-        *("chunk", "split", "unbind", "contiguous", "detach"),
-        *("to", "float", "half", "bfloat16", "type_as"),
+        *("ravel", "movedim", "moveaxis", "swapdims", "expand_as", "reshape_as", "broadcast_to"),
+        *("diagonal", "unfold", "as_strided", "adjoint", "real", "imag", "conj", "resolve_conj"),
+        *("view_as_real", "view_as_complex", "broadcast_tensors", "atleast_2d", "atleast_3d"),
+        *("chunk", "split", "unbind", "contiguous", "detach", "tensor_split", "split_with_sizes"),
+        *("unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "dsplit"),
+        *("to", "float", "half", "bfloat16", "double", "type", "type_as", "cpu", "cuda"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "_get_data_attr"),
     )
 )
 """Calls whose result may share storage with their first argument."""
@@ -35,8 +41,16 @@ def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal_", "uniform_")
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers."""
+    return any(word in name_of(node) for word in _RANDOM)
+
+
 def writes_in_place(node: fx.Node) -> bool:
-    """Whether a call writes to its first argument."""
+    """Whether a call writes to its first argument, or to what is given as `out`."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
@@ -45,7 +59,13 @@ def writes_in_place(node: fx.Node) -> bool:
         or node.target in _OUT_OF_PLACE
         or node.target is operator.setitem
         or node.kwargs.get("inplace") is True
+        or isinstance(node.kwargs.get("out"), fx.Node)
     )
+
+
+def written_by(node: fx.Node) -> object:
+    """What a call that writes in place writes to."""
+    return node.kwargs.get("out") or (node.args[0] if node.args else None)
 
 
 def without_needless_writes(gm: fx.GraphModule) -> None:
@@ -56,22 +76,35 @@ def without_needless_writes(gm: fx.GraphModule) -> None:
             continue
         written: Any = node.args[0]
         read_later = any(position[user] > position[node] for user in written.users)
-        if not read_later and not _may_alias(written) and not _viewed(written):
+        if read_later or shares_storage(written) or _viewed(written):
+            continue
+        if _keeps_dtype(node):
             node.target = _OUT_OF_PLACE[node.target]
+
+
+def _keeps_dtype(node: fx.Node) -> bool:
+    """Whether the sum has the dtype of its first operand anyway, as a write in place has."""
+    first, second = (
+        example_value(arg) if isinstance(arg, fx.Node) else arg for arg in arguments(node)
+    )
+    if not isinstance(second, torch.Tensor | int | float):
+        return False
+    return torch.result_type(first, second) == first.dtype
 
 
 def tainted(gm: fx.GraphModule) -> set[fx.Node]:
     """Nodes whose storage is written in place by some call of the graph."""
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if writes_in_place(node) and node.args and isinstance(node.args[0], fx.Node):
-            _taint(_base(node.args[0]), found)
+        written = written_by(node) if writes_in_place(node) else None
+        if isinstance(written, fx.Node):
+            _taint(_base(written), found)
             _taint(node, found)
     return found
 
 
 def _base(node: fx.Node) -> fx.Node:
-    while _may_alias(node) and node.op != "placeholder" and isinstance(node.args[0], fx.Node):
+    while shares_storage(node) and node.op != "placeholder" and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -83,17 +116,22 @@ def _taint(node: fx.Node, found: set[fx.Node]) -> None:
         if current in found:
             continue
         found.add(current)
-        pending.extend(user for user in current.users if _may_alias(user) or writes_in_place(user))
+        pending.extend(
+            user
+            for user in current.users
+            if shares_storage(user) or (writes_in_place(user) and written_by(user) is current)
+        )
 
 
-def _may_alias(node: fx.Node) -> bool:
+def shares_storage(node: fx.Node) -> bool:
+    """Whether a call may return a view of its first argument."""
     return node.op == "placeholder" or (
         node.op in ("call_function", "call_method") and name_of(node) in _VIEW_NAMES
     )
 
 
 def _viewed(node: fx.Node) -> bool:
-    return any(_may_alias(user) for user in node.users)
+    return any(shares_storage(user) for user in node.users)
 
 
 def drop_unused(gm: fx.GraphModule) -> None:
@@ -108,7 +146,7 @@ def _mutates(node: fx.Node) -> bool:
     """In-place writes to anything but a value that nothing else reads."""
     if not writes_in_place(node):
         return False
-    target = node.args[0] if node.args else None
+    target = written_by(node)
     return not isinstance(target, fx.Node) or (
-        _may_alias(target) or any(user is not node for user in target.users)
+        shares_storage(target) or any(user is not node for user in target.users)
     )

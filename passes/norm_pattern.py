@@ -7,6 +7,7 @@ layer: F.layer_norm;  F.rms_norm
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -63,8 +64,18 @@ def _module_norm(y: fx.Node) -> Norm | None:
         return Norm(x, gain, argument(y, 3, "bias"), "layer", eps)
     eps = argument(y, 3, "eps")
     if eps is None:
-        eps = torch.finfo(example_value(x).dtype).eps
+        eps = _default_epsilon(example_value(x).dtype)
     return Norm(x, gain, None, "rms", eps)
+
+
+@functools.cache
+def _default_epsilon(dtype: torch.dtype) -> float:
+    """eps of `F.rms_norm(x, shape)` for this dtype: versions of torch differ, so it is measured."""
+    x = 2.0**-10
+    y = F.rms_norm(torch.full((1,), x, dtype=dtype), (1,)).item()
+    measured = (x / y) ** 2 - x**2
+    known = (torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return min(known, key=lambda eps: abs(math.log(max(measured, 1e-30) / eps)))
 
 
 def _spelled_norm(y: fx.Node) -> Norm | None:

@@ -1,7 +1,8 @@
 """Removes what stands between a norm, an activation and the linears that read them.
 
 dropout(x, training=False) -> x;  x.to(its own dtype) -> x;  contiguous of the contiguous -> x;
-linear(x.view(-1, K)) -> linear(x).view(-1, N);  x.view(a).view(b) -> x where b is the shape of x.
+linear(x.view(-1, K)) -> linear(x).view(-1, N);  x.view(a).view(b) -> x where b is the shape of x;
+ternc::linear(x) under autocast -> ternc::linear(x.to(dtype)).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ternc.passes.graph import argument, arguments, example_value, is_tensor
 from ternc.passes.inline import inline
 
 _CASTS = {"to", "float", "half", "bfloat16", "type_as", "type"}
+_PACKED = ("ternc.linear", "ternc.linear.default")
 _VIEWS = {"view", "reshape", torch.reshape}
 
 
@@ -24,11 +26,20 @@ def simplify(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if _is_linear(node):
             _hoist_view(node)
+        if str(node.target) in _PACKED:
+            _cast_before(node)
     for node in list(gm.graph.nodes):
         source = _same_value(node)
         if source is not None:
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
+
+
+def _cast_before(node: fx.Node) -> None:
+    """Autocast gives a packed linear another dtype than its input: the cast becomes a node."""
+    x, dtype = arguments(node)[0], example_value(node).dtype
+    if example_value(x).dtype != dtype:
+        node.update_arg(0, inline(node, lambda value: value.to(dtype), x))
 
 
 def _is_linear(node: fx.Node) -> bool:

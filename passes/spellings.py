@@ -67,7 +67,7 @@ def _matmul(node: fx.Node) -> Found | None:
 
 
 def _addmm(node: fx.Node) -> Found | None:
-    if node.target not in _ADDMM or len(node.args) != 3:
+    if node.target not in _ADDMM or len(node.args) != 3 or "out" in node.kwargs:
         return None
     if argument(node, 3, "beta", 1) != 1 or argument(node, 4, "alpha", 1) != 1:
         return None

@@ -14,13 +14,12 @@ import torch
 from torch import fx
 
 from ternc.passes.graph import is_static_input
-from ternc.passes.mutation import name_of, writes_in_place
+from ternc.passes.mutation import is_random, name_of, writes_in_place, written_by
 from ternc.passes.rule import Skip
 
 _ADD = {operator.add, torch.add, "add"}
 _SUB = {operator.sub, torch.sub, torch.subtract, "sub", "subtract"}
 _DETACH = {torch.detach, "detach", torch.Tensor.detach}
-_RANDOM = ("dropout", "rand", "bernoulli", "multinomial", "normal_", "uniform_")
 
 
 class WeightExpression:
@@ -53,7 +52,7 @@ class WeightExpression:
 def weight_expression(weight: fx.Node) -> WeightExpression | Skip:
     """The expression that computes `weight`, or why it is not one of static inputs alone."""
     if is_static_input(weight):
-        if any(writes_in_place(user) and user.args[0] is weight for user in weight.users):
+        if any(writes_in_place(user) and written_by(user) is weight for user in weight.users):
             return Skip("the model writes to the weight in place", weight)
         return WeightExpression([weight], None)
     collected = _collect(weight)
@@ -91,9 +90,7 @@ def _collect(weight: fx.Node) -> set[fx.Node] | Skip:
         collected.add(node)
         pending.extend(node.all_input_nodes)
         pending.extend(
-            user
-            for user in node.users
-            if writes_in_place(user) and user.args and user.args[0] is node
+            user for user in node.users if writes_in_place(user) and written_by(user) is node
         )
     if not any(node.op == "placeholder" for node in collected):
         return Skip(
@@ -110,7 +107,7 @@ def _why_not_static(node: fx.Node) -> str | None:
     if node.op == "get_attr":
         return None
     name = name_of(node)
-    if any(word in name for word in _RANDOM):
+    if is_random(node):
         return f"the weight is computed with the random operation {name!r}"
     if writes_in_place(node) and any(
         source in node.args[:1] for source in node.all_input_nodes if is_static_input(source)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import fx
 
+from ternc.config import Config
 from ternc.decision import decide
 from ternc.formats import layouts
 from ternc.formats.layouts import at_rest_layout, resident_layout
@@ -39,6 +40,8 @@ def decide_now(evaluate: Evaluate, positions: Sequence[int], context: Context) -
     if context.abstract:
         return Decision(None, "default policy: the values are not known while the graph is split")
     weight = evaluate([context.inputs[position] for position in positions])
+    if weight.is_meta:
+        return Skip("the weight is on the meta device, without values")
     decision = decide(weight, None, context.config)
     return Skip(decision.reason) if decision.quantized is None else decision
 
@@ -70,7 +73,7 @@ def add_site(
     site = WeightSite(
         name=name,
         inputs=expression.positions,
-        key=expression.key,
+        key=f"{expression.key}|{_policy(context.config)}",
         evaluate=evaluate,
         decide=partial(decide, config=context.config),
         planes=planes,
@@ -84,6 +87,11 @@ def add_site(
     context.sites.append(site)
     context.rows.append(row)
     return site
+
+
+def _policy(config: Config) -> str:
+    """The settings that decide what a weight becomes: packed under others it is another weight."""
+    return f"{config.planes},{config.error_budget},{config.group_size}"
 
 
 def packed_inputs(
@@ -104,6 +112,11 @@ def replace(node: fx.Node, new: fx.Node, rule: str) -> None:
     new.meta["ternc_rule"] = rule
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
+
+
+def fit_group(config: Config, weight: torch.Tensor) -> int:
+    """Group argument of `ternc::fit` for a weight [N, K]: one group a row is a row scale."""
+    return config.fit_group if config.fit_group < weight.shape[1] else 0
 
 
 def describe_row(
@@ -153,9 +166,7 @@ def _variant(decision: Decision, weight: torch.Tensor, planes: int, context: Con
             tuple(quantized.scale.shape),
             quantized.multiplier is not None,
         )
-    group = context.config.fit_group
-    if group >= weight.shape[1]:  # one group is a row
-        group = 0
+    group = fit_group(context.config, weight)
     return Variant(layout, max(group, 0), (1 if group < 0 else int(weight.shape[0]),), group > 0)
 
 

@@ -110,12 +110,11 @@ class CompiledGraph:
 
     def _entry(self, site: WeightSite, args: Sequence[Any]) -> PackedWeight:
         sources = [args[position] for position in site.inputs]
-        known = CACHE.find(site, sources)
-        if known is not None:
-            return known
-        entry = CACHE.pack(site, sources, site.first)
-        site.first = None
-        self._remember(args)
+        entry = CACHE.find(site, sources)
+        if entry is None:
+            entry = CACHE.pack(site, sources, site.first)
+            self._remember(args)
+        site.first = None  # true of the weight at compilation alone, packed by another graph or not
         return entry
 
     def _remember(self, args: Sequence[Any]) -> None:
@@ -128,7 +127,8 @@ class CompiledGraph:
         for seen in self.instance_tensors():
             if {id(tensor) for tensor in seen.values()} == identities:
                 return
-        self._instances.append({p: weakref.ref(tensor) for p, tensor in static.items()})
+        alive = [i for i in self._instances if any(ref() is not None for ref in i.values())]
+        self._instances = [*alive, {p: weakref.ref(tensor) for p, tensor in static.items()}]
 
     def _gather(self, args: Sequence[Any], entries: Sequence[PackedWeight]) -> list[Any]:
         gathered = []

@@ -1,7 +1,7 @@
 """Float weights of a compiled graph -> packed tensors, kept while the weights do not change.
 
 A packed weight is found by the identity of the tensors it was computed from, and is current while
-their versions and addresses are. Repacking writes in place where the shapes agree, so captured
+their versions and storages are. Repacking writes in place where the shapes agree, so captured
 addresses stay valid. A write that leaves no trace (`p.data.copy_()`) is not seen: `forget` is for
 that.
 """
@@ -14,12 +14,13 @@ import weakref
 from collections.abc import Sequence
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ternc.formats import Packed, pack
 from ternc.site import Decision, Variant, WeightSite
 
 _Key = tuple[tuple[int, ...], str, int]
-_Stamp = tuple[tuple[int, int], ...]
+_Stamp = tuple[tuple[int, int, int], ...]
 
 
 @dataclasses.dataclass
@@ -27,7 +28,8 @@ class PackedWeight:
     """Packed tensors of one weight as it is now.
 
     `packed` is None where the weight has to stay floating point now; it is then recomputed at
-    every call.
+    every call. `storages` keeps the identities in `stamp` from being given to new storages; it
+    holds no data.
     """
 
     stamp: _Stamp
@@ -36,6 +38,7 @@ class PackedWeight:
     packed: Packed | None
     variant: Variant | None
     repacks: int = 0
+    storages: tuple[StorageWeakRef, ...] = ()
 
 
 def variant_of(packed: Packed) -> Variant:
@@ -110,6 +113,7 @@ class PackCache:
             packed,
             variant,
             0 if old is None else old.repacks + 1,
+            tuple(StorageWeakRef(source.untyped_storage()) for source in sources),
         )
         self._entries[key] = entry
         return entry
@@ -125,7 +129,12 @@ def _key(site: WeightSite, sources: Sequence[torch.Tensor]) -> _Key:
 
 def _stamp(sources: Sequence[torch.Tensor]) -> _Stamp:
     return tuple(
-        (-1 if source.is_inference() else source._version, source.data_ptr()) for source in sources
+        (
+            -1 if source.is_inference() else source._version,
+            source.untyped_storage()._cdata,
+            source.data_ptr(),
+        )
+        for source in sources
     )
 
 

@@ -17,7 +17,8 @@ from ternc.config import Config, field_names
 from ternc.errors import ConfigError, UnknownOptionError
 from ternc.passes import pipeline
 from ternc.passes.context import Context
-from ternc.passes.graph import copy_graph
+from ternc.passes.graph import copy_graph, enables_grad, mark_inputs
+from ternc.passes.opaque import is_transformed, report_bodies, report_transformed
 from ternc.policy import refuse_live
 from ternc.runtime import ops
 from ternc.runtime.inductor import INNER_COMPILERS, inner_compiler
@@ -87,7 +88,14 @@ def rewrite(
     context = Context(
         config=config,
         inputs=list(example_inputs),
-        grad_enabled=torch.is_grad_enabled(),
+        grad_enabled=torch.is_grad_enabled() or enables_grad(gm.graph),
         abstract=any(isinstance(value, FakeTensor) for value in example_inputs),
     )
-    return pipeline.run(copy_graph(gm), context), context
+    copied = copy_graph(gm)
+    if is_transformed(copied.graph):
+        mark_inputs(copied, context.inputs)
+        report_transformed(copied, context)
+        return copied, context
+    rewritten = pipeline.run(copied, context)
+    report_bodies(rewritten, context)
+    return rewritten, context

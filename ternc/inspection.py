@@ -153,7 +153,11 @@ def _graphs_of(
     """Compiled graphs that have run with tensors of this model, and those tensors by position."""
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for graph in GRAPHS:
+        needed = {position for site in graph.sites for position in site.inputs}
+        needed.update(position for _, position in graph.row_positions)
         for instance in graph.instance_tensors():
+            if not needed.issubset(instance):
+                continue  # a parameter has been replaced since: the instance is gone
             if any(id(tensor) in own for tensor in instance.values()):
                 yield graph, instance
 

@@ -5,6 +5,7 @@ The activation function is found by its values, whatever its spelling.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 
@@ -25,7 +26,10 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.nn.functional.relu,
     "relu2": lambda x: torch.nn.functional.relu(x).square(),
 }
-_GRID = 257
+_LARGE = 2.0 ** torch.arange(4, 15)
+"""Up to 16,384: a clipped ReLU is no ReLU."""
+_GRID = 257 + 2 * len(_LARGE)
+_ROWS = 3
 _TOLERANCE = 3e-6
 
 
@@ -112,17 +116,26 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
     return first.dtype == second.dtype and str(first.shape) == str(second.shape)
 
 
+def _grid(dtype: torch.dtype) -> torch.Tensor:
+    """Values from -9 to 9, and large ones of both signs."""
+    return torch.cat([-_LARGE, torch.linspace(-9.0, 9.0, 257), _LARGE]).to(dtype)
+
+
 def _name_of(source: fx.Node, acted: fx.Node, region: set[fx.Node]) -> str | None:
-    """Which function the region computes, on a grid of the source's rank and dtype."""
+    """Which function the region computes, on a grid of the source's rank and dtype.
+
+    Every row is another part of the grid, so that code which moves rows is no match.
+    """
     value = example_value(source)
-    grid = torch.linspace(-9.0, 9.0, _GRID).view([1] * (value.dim() - 1) + [_GRID])
-    given = grid.to(value.dtype)
+    shape = [_ROWS] * (value.dim() - 1) + [_GRID]
+    given = _grid(value.dtype).repeat(math.prod(shape[:-1])).view(shape)
+    given = given + torch.arange(math.prod(shape[:-1]), dtype=value.dtype).view(*shape[:-1], 1) / 64
     computed = evaluate(source, acted, region, given)
     if computed is None or computed.shape != given.shape:
         return None
     tolerance = max(_TOLERANCE, 2 * torch.finfo(value.dtype).eps)
     for name, function in _FUNCTIONS.items():
-        expected = function(given.float())
+        expected = function(given.float()).to(value.dtype).float()
         if torch.allclose(computed.float(), expected, rtol=tolerance, atol=tolerance):
             return name
     return None

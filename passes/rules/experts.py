@@ -63,6 +63,8 @@ class ExpertsRule:
         x, weight = example_value(match.parts["x"]), example_value(match.parts["weight"])
         if weight.dim() != 3 or x.dim() != 2 or match.parts["offsets"] is None:
             return Skip("a grouped product that is not rows of x against a stack of experts")
+        if context.why_not_move(*expression.inputs):
+            return Skip("the model writes to the weight in place")
         if reason := excluded(_name(match), context.config):
             return Skip(reason)
         if context.grad_enabled and requires_grad(expression, context):

@@ -19,6 +19,7 @@ from ternc.passes.weight_site import (
     add_site,
     decide_now,
     describe_row,
+    fit_group,
     packed_inputs,
     planes_of,
     replace,
@@ -57,11 +58,15 @@ class LinearRule:
                 f"weight {weight.dtype} with {weight.dim()} dimensions, input {x.dtype}: "
                 "not a matrix product in float32, bfloat16 or float16"
             )
+        if 0 in weight.shape:
+            return Skip(f"the weight {list(weight.shape)} has no elements")
         if weight.shape[1] > MAX_IN_FEATURES:
             return Skip(
                 f"in_features={weight.shape[1]} exceeds {MAX_IN_FEATURES}: "
                 "integer sums would overflow"
             )
+        if context.why_not_move(*expression.inputs):
+            return Skip("the model writes to the weight in place")
         if reason := excluded(_name(match), context.config):
             return Skip(reason)
         if (
@@ -93,14 +98,14 @@ def _rewrite_training(match: Match, context: Context, name: str, decision: Decis
     """linear(x, W, b) -> linear(fake_quantize_act(x), fake_quantize(W), b), straight-through."""
     config, node = context.config, match.root
     planes = planes_of(decision, context)
-    ops = torch.ops.ternc
+    ops, group = torch.ops.ternc, fit_group(config, example_value(match.parts["weight"]))
 
     def fake_quantised(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         if config.op_activation_bits:
             x = ops.fake_quantize_act.default(x, config.op_activation_bits)
-        return F.linear(x, ops.fake_quantize.default(weight, planes, config.fit_group), bias)
+        return F.linear(x, ops.fake_quantize.default(weight, planes, group), bias)
 
     new = inline(node, fake_quantised, match.parts["x"], match.parts["weight"], match.parts["bias"])
     replace(node, new, LinearRule.name)

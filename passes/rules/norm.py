@@ -10,6 +10,7 @@ from torch import fx
 from ternc.passes.context import Context
 from ternc.passes.inline import inline
 from ternc.passes.norm_pattern import read_norm
+from ternc.passes.region import steps, written_outside
 from ternc.passes.rule import Match, Skip
 from ternc.passes.ternary_call import read, read_known, retarget, ternary_users
 
@@ -31,7 +32,10 @@ class NormRule:
             return Skip(
                 "gradients do not flow through integers: the norm stays separate", match.root
             )
-        return context.why_not_move(match.parts["norm"].x, match.root)
+        norm = match.parts["norm"]
+        if written_outside(steps(match.root, norm.x) - {match.root}):
+            return Skip("a step of the norm is written in place", match.root)
+        return context.why_not_move(norm.x, match.root)
 
     def rewrite(self, match: Match, context: Context) -> None:
         y, norm, bits = match.root, match.parts["norm"], match.parts["bits"]

@@ -35,7 +35,8 @@ class ResidualRule:
         if not a.dtype == b.dtype == c.dtype or len({str(t.shape) for t in (a, b, c)}) != 1:
             return Skip("the sum broadcasts or changes the dtype", match.root)
         call = read_known(match.parts["product"])
-        return context.why_not_move(residual, output, call.x)
+        moved = context.why_not_join(match.parts["product"], match.root)
+        return moved or context.why_not_move(residual, output, call.x)
 
     def rewrite(self, match: Match, context: Context) -> None:
         product, add = match.parts["product"], match.root

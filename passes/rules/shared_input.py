@@ -35,7 +35,8 @@ class SharedInputRule:
             bias = read_known(node).biases[0]
             if bias is not None and bias.op != "placeholder" and not bias < first:
                 return Skip("a bias is computed after the first product of the same input", node)
-        return context.why_not_move(read_known(first).x)
+        last = match.parts["nodes"][-1]
+        return context.why_not_join(first, last) or context.why_not_move(read_known(first).x)
 
     def rewrite(self, match: Match, context: Context) -> None:
         nodes = match.parts["nodes"]
