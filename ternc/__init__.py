@@ -49,6 +49,9 @@ __all__ = [
     "sites",
 ]
 
+_SUBPACKAGES = ("bitlinear", "bitnet_v3", "train")
+"""Reachable as attributes too: `ternc.train.Trainer`."""
+
 # A source checkout keeps passes/, runtime/ and csrc/ beside ternc/, an installed package inside.
 _ROOT = Path(__file__).resolve().parent.parent
 if (_ROOT / "pyproject.toml").is_file() and not (_ROOT / "ternc" / "passes").exists():
@@ -60,6 +63,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"ternc.{name}")
     raise AttributeError(f"module 'ternc' has no attribute {name!r}")
 
 

@@ -49,7 +49,8 @@ class BitLinear(QATLinear):
         made = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         config = Config(planes=1, group_size=None, activation_bits=activation_bits)
         settings = SiteSettings(1, 0, activation_bits=config.op_activation_bits)
-        super().__init__(made.weight, made.bias, settings, config=config)
+        weight = nn.Parameter(made.weight.detach())
+        super().__init__(weight, made.bias, settings, config=config)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, activation_bits: int | None = None) -> BitLinear:

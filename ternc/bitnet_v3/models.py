@@ -96,6 +96,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: BitNetV3Config) -> None:
         super().__init__()
         width, hidden = config.hidden_size, config.intermediate_size
+        assert hidden is not None  # the configuration filled it in
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)

@@ -73,7 +73,8 @@ class EnhancedHBitLinear(QATLinear):
             learn_scale=adaptive_hadamard and learnable_scale,
             learn_shift=adaptive_hadamard and learnable_shift,
         )
-        super().__init__(made.weight, made.bias, settings, config=config)
+        weight = nn.Parameter(made.weight.detach())
+        super().__init__(weight, made.bias, settings, config=config)
         self.schedule = schedule
         self.set_epoch(0)
 
@@ -123,6 +124,9 @@ class MultiStageProgressiveQuantizer(nn.Module):
 
 class AdaptiveHadamardTransform(nn.Module):
     """x [..., size] -> scale * (H x) + shift; an orthonormal transform where both are fresh."""
+
+    scale: nn.Parameter | None
+    shift: nn.Parameter | None
 
     def __init__(
         self,

@@ -18,9 +18,9 @@ from ternc.errors import ConfigError, MissingExtraError
 from ternc.train.config import TrainConfig
 from ternc.train.distill import kl_divergence, logit_gradient_distance
 from ternc.train.metrics import TritMonitor
-from ternc.train.momentum import MomentumTransform
+from ternc.train.momentum import make_momentum
 from ternc.train.preparation import finish, set_schedule, states_at
-from ternc.train.regularize import Penalty
+from ternc.train.regularize import make_penalty
 from ternc.train.schedule import Schedule
 from ternc.train.site import sites
 from ternc.train.task import Example, logits_of, scored
@@ -38,8 +38,8 @@ class TrainingHooks:
     ) -> None:
         self.model, self.config, self.teacher = model, config, teacher
         self.sites = sites(model)
-        self.penalty = config.regularization and Penalty(self.sites, config.regularization)
-        self.momentum = config.momentum and MomentumTransform(config.momentum)
+        self.penalty = make_penalty(self.sites, config)
+        self.momentum = make_momentum(config)
         self.monitor = TritMonitor()
         distillation = config.distillation
         if distillation is not None and (distillation.gamma or distillation.gradient != "logit"):
@@ -98,7 +98,9 @@ def hf_callback(model: nn.Module, config: TrainConfig, teacher: nn.Module | None
         raise MissingExtraError("transformers", "hf", "its Trainer's callback") from error
     hooks = TrainingHooks(model, config, teacher)
 
-    class Callback(TrainerCallback):  # type: ignore[misc]
+    class Callback(TrainerCallback):
+        hooks: TrainingHooks
+
         def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             per_epoch = round(state.max_steps / max(state.num_train_epochs or 1, 1))
             hooks.begin_step(state.global_step, state.max_steps, per_epoch)

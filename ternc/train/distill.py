@@ -44,7 +44,7 @@ def logit_gradient_distance(
 def feature_distance(
     student: Mapping[str, torch.Tensor],
     teacher: Mapping[str, torch.Tensor],
-    projections: Mapping[str, nn.Module] | None = None,
+    projections: nn.ModuleDict | None = None,
 ) -> torch.Tensor:
     """Mean over layers and tokens of ||a - b||^2, a and b of unit length; features [..., C]."""
     terms = []
@@ -198,10 +198,7 @@ def _chosen(names: list[str], wanted: tuple[str, ...] | int) -> list[str]:
 
 def _width(module: nn.Module) -> int | None:
     """Output features of a linear in either spelling."""
-    weight = getattr(module, "weight", None)
-    if hasattr(module, "out_features"):
-        return int(module.out_features)
-    return getattr(module, "nf", None) if weight is not None else None
+    return getattr(module, "out_features", getattr(module, "nf", None))
 
 
 def _keep_output(module: nn.Module, name: str, into: dict[str, torch.Tensor]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,7 +117,7 @@ def add_exact_alignment_gradient(
 
 def _teacher_weight(teacher: nn.Module, site: Site) -> torch.Tensor:
     try:
-        weight = unwrap(teacher).get_submodule(site.name).weight
+        weight: Any = unwrap(teacher).get_submodule(site.name).weight
     except AttributeError as error:
         raise TrainingError(
             f"{site.name}: the teacher has no weight of that name to align gradients with; "

@@ -66,6 +66,9 @@ class QATLinear(nn.Linear):
         config: of the packed layer.
     """
 
+    weight: nn.Parameter
+    hadamard_scale: nn.Parameter | None
+    hadamard_shift: nn.Parameter | None
     signs: torch.Tensor | None
     weight_state: torch.Tensor
     activation_state: torch.Tensor | None
@@ -94,7 +97,9 @@ class QATLinear(nn.Linear):
         ):
             made = torch.full((self.in_features,), value, dtype=weight.dtype, device=device)
             self.register_parameter(name, nn.Parameter(made) if wanted else None)
-        signs = settings.rotation and settings.rotation.signs(self.in_features, device)
+        signs = None
+        if settings.rotation is not None:
+            signs = settings.rotation.signs(self.in_features, device)
         self.register_buffer("signs", signs, persistent=False)
         start = torch.tensor([TERNARY, TERNARY, 1.0], device=device)
         self.register_buffer("weight_state", start)
@@ -231,7 +236,7 @@ class QATLinear(nn.Linear):
 
     def _bias(self, weight: torch.Tensor, dead: torch.Tensor | None) -> torch.Tensor | None:
         """b + W shift + lambda sum of the master weights whose trit is 0 (`dead`, bool [N, K])."""
-        bias = self.bias
+        bias: torch.Tensor | None = self.bias
         if self.hadamard_shift is not None:
             shift = F.linear(self.hadamard_shift, weight)
             bias = shift if bias is None else bias + shift

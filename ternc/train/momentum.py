@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ternc.train.config import Momentum
+from ternc.train.config import Momentum, TrainConfig
 from ternc.train.site import Site
 
 
@@ -48,3 +48,8 @@ class MomentumTransform:
         """Inverse of `state_dict`."""
         self.steps = int(state["steps"])
         self.averages = {name: value.clone() for name, value in state.items() if name != "steps"}
+
+
+def make_momentum(config: TrainConfig) -> MomentumTransform | None:
+    """The transform that a configuration asks for."""
+    return None if config.momentum is None else MomentumTransform(config.momentum)

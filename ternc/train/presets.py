@@ -34,9 +34,7 @@ def _bitnet_b158() -> TrainConfig:
 
 
 def _modern() -> TrainConfig:
-    return TrainConfig(
-        scale="absmean", optimization=Optimization(schedule="wsd", weight_decay=0.0)
-    )
+    return TrainConfig(scale="absmean", optimization=Optimization(schedule="wsd", weight_decay=0.0))
 
 
 def _warm_start() -> TrainConfig:

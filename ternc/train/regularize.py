@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ternc.train.config import Regularization
+from ternc.train.config import Regularization, TrainConfig
 from ternc.train.site import Site
 
 
@@ -68,6 +68,11 @@ class Penalty(nn.Module):
             if site.weight.grad is not None:
                 site.weight.grad.add_(step.t() if module.transposed else step)
         return total
+
+
+def make_penalty(found: list[Site], config: TrainConfig) -> Penalty | None:
+    """The penalty that a configuration asks for."""
+    return None if config.regularization is None else Penalty(found, config.regularization)
 
 
 def _root_mean_square(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -34,4 +34,4 @@ def insert_subln(model: nn.Module, names: tuple[str, ...] = OUTPUT_PROJECTIONS) 
 
 
 def _normalize(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (module.subln(args[0]), *args[1:])
+    return (module.get_submodule("subln")(args[0]), *args[1:])

@@ -26,10 +26,10 @@ from ternc.train.config import TrainConfig, as_train_config
 from ternc.train.distill import Distiller
 from ternc.train.log import TrainingLog, plot_curves
 from ternc.train.metrics import TritMonitor
-from ternc.train.momentum import MomentumTransform
+from ternc.train.momentum import make_momentum
 from ternc.train.optimizer import make_optimizers, set_rates
 from ternc.train.preparation import check_schedules, finish, prepare, set_schedule, states_at
-from ternc.train.regularize import Penalty
+from ternc.train.regularize import make_penalty
 from ternc.train.schedule import Schedule
 from ternc.train.site import final_quantizers, sites, unwrap
 from ternc.train.task import (
@@ -94,10 +94,8 @@ class Trainer:
         self._loss = loss or cross_entropy
         self.teacher: nn.Module | None = None
         self.distiller: Distiller | None = None
-        self.penalty = self.config.regularization and Penalty(
-            self.sites, self.config.regularization
-        )
-        self.momentum = self.config.momentum and MomentumTransform(self.config.momentum)
+        self.penalty = make_penalty(self.sites, self.config)
+        self.momentum = make_momentum(self.config)
         self.monitor = TritMonitor()
         self.step = self.epoch = self.batch = 0
         self.best = math.inf
@@ -214,7 +212,7 @@ class Trainer:
         return {**self._random_state("now"), **self._epoch_start}
 
     def _run_epoch(self, loader: Any) -> None:
-        sampler = getattr(loader, "sampler", None)
+        sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)
         batches = self._batches(loader)
