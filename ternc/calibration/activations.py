@@ -8,6 +8,7 @@ inputs, and one float copy, are kept at a time.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,13 +50,13 @@ class Activations:
             walk.go_to(walk.find(layer) or 0)
         moments: SplitMoments | None = None
         for index, batch in enumerate(self._batches):
+            wanted = None
             if walk is None:
-                inputs = _inputs(layer, lambda batch=batch: call(self._model, batch), once)
-                wanted = None
+                inputs = _inputs(layer, functools.partial(call, self._model, batch), once)
             else:
-                inputs = _inputs(layer, lambda index=index: walk.run(index), once)
+                inputs = _inputs(layer, functools.partial(walk.run, index), once)
                 original = walk.original(layer)
-                wanted = _inputs(original, lambda index=index: walk.run_float(index), once)
+                wanted = _inputs(original, functools.partial(walk.run_float, index), once)
             if not inputs:
                 continue
             rows = torch.cat([counted_rows(batch, x) for x in inputs])

@@ -133,7 +133,7 @@ def measured_costs(
                     ]
                 finally:
                     handle.remove()
-                bits = bits_at_rest(*w.shape, planes, config)
+                bits = bits_at_rest(w.shape[0], w.shape[1], planes, config)
                 costs[name][planes] = Cost(bits, sum(losses) / len(losses))
     return costs
 

@@ -89,11 +89,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no fused path that reads weights around the modules, no cache of
     keys and values; all put back at the end."""
     modes = [(module, module.training) for module in model.modules()]
-    settings = [
-        module.config
-        for module in model.modules()
-        if getattr(getattr(module, "config", None), "use_cache", False) is True
-    ]
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    settings = [config for config in found if getattr(config, "use_cache", False) is True]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)

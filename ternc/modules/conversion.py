@@ -160,15 +160,9 @@ def convert_linear(
     weight = None if reason else float_weight(module)
     if weight is not None:
         if isinstance(module, QATLinear):
-            config, decision = module.config, module.decision(name)
-        else:
-            decision = calibrated(name) if calibrated is not None else None
-        if decision is None:
-            matrix = weight.t() if spelling.transposed else weight
-            decision = _decide_by_weight(matrix, config)
-            if calibrated is not None:
-                unseen = f"{decision.reason}; not called on the calibration data"
-                decision = dataclasses.replace(decision, reason=unseen)
+            config = module.config
+        matrix = weight.t() if spelling.transposed else weight
+        decision = _decide(module, name, matrix, config, calibrated)
         reason = decision.reason
     if weight is None or decision.quantized is None:
         row = skipped_row(name, spelling.pattern, str(reason), module)
@@ -185,6 +179,25 @@ def convert_linear(
     )
     carry_over(module, layer)
     return Converted(layer, [_rewritten_row(name, spelling.pattern, weight, decision, layer)])
+
+
+def _decide(
+    module: nn.Module,
+    name: str,
+    w: torch.Tensor,
+    config: Config,
+    calibrated: Callable[[str], Decision | None] | None,
+) -> Decision:
+    """By what was trained, by what the layer is given, or else by the weight [N, K] alone."""
+    if isinstance(module, QATLinear):
+        return module.decision(name) or _decide_by_weight(w, config)
+    if calibrated is None:
+        return _decide_by_weight(w, config)
+    if (decision := calibrated(name)) is not None:
+        return decision
+    decision = _decide_by_weight(w, config)
+    unseen = f"{decision.reason}; not called on the calibration data"
+    return dataclasses.replace(decision, reason=unseen)
 
 
 def _decide_by_weight(w: torch.Tensor, config: Config) -> Decision:
