@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ternc.formats import Packed, pack
 from ternc.site import Decision, Variant, WeightSite
@@ -56,6 +57,7 @@ class PackCache:
     def __init__(self) -> None:
         self._entries: dict[_Key, PackedWeight] = {}
         self._lock = threading.RLock()
+        self._sees_optimizers = False
 
     def find(self, site: WeightSite, sources: Sequence[torch.Tensor]) -> PackedWeight | None:
         """The packed form of `site` for these source tensors, if it is there and current."""
@@ -97,6 +99,7 @@ class PackCache:
         sources: Sequence[torch.Tensor],
         decision: Decision,
     ) -> PackedWeight:
+        self._see_optimizers()
         packed = None
         if decision.quantized is not None:
             packed = _own_storage(pack(decision.quantized, site.device))
@@ -117,6 +120,19 @@ class PackCache:
         )
         self._entries[key] = entry
         return entry
+
+    def _see_optimizers(self) -> None:
+        """Fused optimisers write their parameters without a new version: their steps are seen."""
+        if self._sees_optimizers:
+            return
+        self._sees_optimizers = True
+
+        def forget_fused(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            groups = (group for group in optimizer.param_groups if group.get("fused"))
+            if written := [parameter for group in groups for parameter in group["params"]]:
+                self.forget(written)
+
+        register_optimizer_step_post_hook(forget_fused)
 
     def _watch(self, key: _Key, sources: Sequence[torch.Tensor]) -> None:
         for source in sources:
