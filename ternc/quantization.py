@@ -90,7 +90,9 @@ def quantize(
         progress: show progress on stderr; None shows it on a terminal.
 
     Raises:
-        ConfigError: a setting that this version does not obey; the message names another.
+        ConfigError: a setting that cannot be obeyed like this; the message names another.
+        InputError: the calibration data are empty or hold no tensors.
+        CheckpointError: the `resume` folder is damaged or of another run.
         UnsupportedModelError: the model cannot be copied.
     """
     config = config or Config()
@@ -155,8 +157,8 @@ def _convert(
     calibrator = None
     if session is not None:
         calibrator = session.calibrator(model, _layers_to_fit(sites, ties, config))
-        order = calibrator.order(position)
-        sites.sort(key=lambda site: order.index(site.name))
+        order = {name: index for index, name in enumerate(calibrator.order(position))}
+        sites.sort(key=lambda site: order[site.name])
     # A queue: nothing here may keep a float weight alive once its layer is packed.
     queue, total = deque(sites), len(sites)
     del sites

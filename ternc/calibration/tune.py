@@ -45,6 +45,7 @@ class Tuning:
             raise ConfigError(f"rate={self.rate!r} is not between 0 and 1")
 
 
+@torch.inference_mode(mode=False)
 def tune(
     model: nn.Module,
     teacher: nn.Module,
@@ -62,8 +63,11 @@ def tune(
     total = tuning.epochs * len(batches)
     generator = torch.Generator().manual_seed(tuning.seed)
     model.requires_grad_(False)
+    owners: dict[int, TernaryLinear] = {}
     for layer in layers:
+        owner = owners.setdefault(id(layer.packed_weight), layer)
         layer.scale_requires_grad_()
+        layer.scale = owner.scale  # a tied weight has one scale
     trained = list(_trained(model))
     for parameter in trained:
         parameter.requires_grad_()
@@ -105,10 +109,13 @@ def _unit(parameter: torch.Tensor) -> float:
 
 def _settle(model: nn.Module, layers: list[TernaryLinear], wanted: dict[str, bool]) -> None:
     """Scales become stored numbers and buffers again; requires_grad is what it was."""
-    with torch.no_grad():
-        for layer in layers:
-            layer.scale.copy_(round_to_storage(layer.scale.clamp(min=0)))
-            layer.scale_requires_grad_(False)
+    stored: dict[int, torch.Tensor] = {}
+    for layer in layers:
+        key = id(layer.packed_weight)
+        if key not in stored:
+            stored[key] = round_to_storage(layer.scale.detach().clamp(min=0))
+        layer.scale_requires_grad_(False)
+        layer.scale = stored[key]
     for name, parameter in model.named_parameters():
         parameter.grad = None
         parameter.requires_grad_(wanted.get(name, False))

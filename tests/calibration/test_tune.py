@@ -1,5 +1,7 @@
 """Tuning: lowers the loss, touches scales, norms and biases only, leaves nothing behind."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,21 @@ def test_tuned_scales_are_saved_exactly(tmp_path):
     assert torch.equal(loaded(batches[0])["logits"], q(batches[0])["logits"])
     assert q.up.state_dict()["scale"].dtype == torch.float16
     assert all("tuned" in row.reason for row in q._ternc_rows)
+
+
+def test_tied_scales_stay_tied(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)).eval()
+    model[2].weight = model[0].weight
+    batches = [torch.randn(16, 32) for _ in range(4)]
+    with torch.inference_mode():
+        q = quantize(
+            model, Config(planes=1, group_size=16), calibration=batches, tuning=Tuning(epochs=2)
+        )
+    assert q[0].scale is q[2].scale and q[0].packed_weight is q[2].packed_weight
+    ternc.save(q, tmp_path)
+    loaded = ternc.load(tmp_path, model=copy.deepcopy(model))
+    assert torch.equal(loaded(batches[0]), q(batches[0]))
 
 
 def test_two_tunings_are_one():
