@@ -39,7 +39,8 @@ def dotted_path(source: str) -> str:
     """`L['self']._modules['a']._parameters['weight']` -> `a.weight`; other expressions
     unchanged.
     """
-    return ".".join(_PATH_STEP.findall(source)) or source
+    steps = [step for step in _PATH_STEP.findall(source) if step != "_orig_mod"]
+    return ".".join(steps) or source
 
 
 def module_path(source: str) -> str:

@@ -158,9 +158,16 @@ def _detached_difference(node: object) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
+def _text_of(constant: object) -> str:
+    """All of a constant, not the few elements that its repr shows."""
+    if isinstance(constant, torch.Tensor):
+        return f"{constant.dtype}{constant.tolist()}"
+    return repr(constant)
+
+
 def _key_of(body: fx.GraphModule) -> str:
     constants = "".join(
-        f"{node.target}:{getattr(body, str(node.target), None)!r}"
+        f"{node.target}:{_text_of(getattr(body, str(node.target), None))}"
         for node in body.graph.nodes
         if node.op == "get_attr"
     )

@@ -49,7 +49,7 @@ def ternc_backend(
     compile_inner = inner_compiler(inner, mode, settings)
     ops.register()
     gm, context = rewrite(gm, example_inputs, config)
-    return CompiledGraph(
+    compiled = CompiledGraph(
         gm,
         context.sites,
         context.rows,
@@ -59,6 +59,8 @@ def ternc_backend(
         context.abstract,
         context.nodes_before,
     )
+    compiled.notes.extend(context.notes)
+    return compiled
 
 
 def parse_options(options: Mapping[str, Any] | None) -> tuple[Config, str, dict[str, Any]]:

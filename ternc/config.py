@@ -60,16 +60,18 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("exclude", "include", "int8"):
             globs = getattr(self, name)
-            if isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
+            sequence = isinstance(globs, list | tuple)
+            if not sequence or not all(isinstance(glob, str) for glob in globs):
                 raise ConfigError(f"{name}={globs!r} is not a sequence of name globs")
             object.__setattr__(self, name, tuple(globs))
         self._require("planes", (1, 2, 3, "auto"))
         self._require("activation_bits", (8, 4, None))
         self._require("rotation", ("auto", "hadamard", "none"))
         self._require("method", ("auto", "rtn", "als", "gptq"))
-        if not 0.0 < float(self.error_budget) < 1.0:
+        if not _is_number(self.error_budget) or not 0.0 < self.error_budget < 1.0:
             raise ConfigError(f"error_budget={self.error_budget!r} is not between 0 and 1")
-        if self.bits_budget is not None and not 1.0 <= float(self.bits_budget) <= 16.0:
+        bits = self.bits_budget
+        if bits is not None and not (_is_number(bits) and 1.0 <= bits <= 16.0):
             raise ConfigError(f"bits_budget={self.bits_budget!r} is not between 1 and 16 bits")
         if self.group_size not in (None, "tensor"):
             size = self.group_size
@@ -82,7 +84,7 @@ class Config:
 
     def _require(self, name: str, choices: tuple[object, ...]) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or value not in choices:
+        if isinstance(value, bool | float) or value not in choices:
             listed = ", ".join(repr(choice) for choice in choices)
             raise ConfigError(f"{name}={value!r} is not one of {listed}")
 
@@ -112,6 +114,10 @@ class Config:
         if unknown := [key for key in values if key not in fields]:
             raise UnknownOptionError(unknown, fields)
         return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def field_names() -> list[str]:

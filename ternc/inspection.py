@@ -50,6 +50,7 @@ def explain(
     nodes_before: list[GraphNode] = []
     replaced: list[torch.Tensor] = []
     kept: set[str] = set()
+    found: list[str] = []
     graphs = 0
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -61,6 +62,7 @@ def explain(
         still_read = _still_read(rewritten)
         replaced.extend(_replaced(still_read, context.sites, inputs))
         kept.update(_kept(still_read, context.sites))
+        found.extend(note for note in context.notes if note not in found)
         graphs += 1
         return gm.forward
 
@@ -68,7 +70,7 @@ def explain(
     return Report(
         rows=rows,
         totals=Totals.of(model, rows, replaced, kept),
-        notes=_notes(rows, graphs),
+        notes=_notes(rows, graphs) + found,
         nodes=nodes,
         nodes_before=nodes_before,
     )

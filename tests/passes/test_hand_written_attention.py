@@ -128,3 +128,14 @@ def test_region_is_one_row():
         ("layers.1", "attention: q, k, v -> softmax(q k) v -> o"),
     ]
     assert len(report.rewritten) == 8
+
+
+def test_near_miss_is_a_note_of_the_report():
+    class Model(nn.Module):
+        def forward(self, x):
+            return F.softmax(torch.tanh(x @ x.mT), -1) @ x
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        report = ternc.explain(Model(), torch.randn(2, 5, 16))
+    assert any("attention left as written" in note for note in report.notes)
