@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -70,7 +71,7 @@ def test_every_field_has_its_own_documentation():
     body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config").body
     documented = {
         node.target.id
-        for node, after in zip(body, body[1:], strict=False)
+        for node, after in itertools.pairwise(body)
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr)
     }
     assert documented == set(field_names())
