@@ -55,6 +55,8 @@ def _run(name: str, *arguments: Any) -> Any:
 
 @functools.cache
 def _function(name: str, index: int) -> Callable[..., Any]:
+    module: str
+    reference: Callable[..., Any]
     module, reference = KERNELS[name]
     if reason := _missing_once(index):
         warnings.warn(

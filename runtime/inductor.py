@@ -105,7 +105,7 @@ def _mark_packed(gm: fx.GraphModule) -> None:
     """
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if "ternc_packed" in node.meta:
-            node._dynamo_source = ConstantSource(f"ternc_packed_{index}")  # type: ignore[attr-defined]
+            node._dynamo_source = ConstantSource(f"ternc_packed_{index}")
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 

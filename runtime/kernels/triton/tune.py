@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def random_weight(problem: Problem, copies: int = 1) -> list[Weight]:
         Weight(
             bytes=packed.weight.view(torch.int8).clone(),
             scale=packed.scale.clone(),
-            multiplier=None if multiplier is None else packed.multiplier.clone(),
+            multiplier=None if packed.multiplier is None else packed.multiplier.clone(),
             rows=rows,
             columns=columns,
             group_size=problem.group_size,
@@ -87,7 +88,7 @@ def configurations(problem: Problem, tokens: int) -> list[GemmConfig | GemvConfi
         tiles = -(-problem.rows // config.rows) * -(-tokens // config.tokens)
         waste = -(-tokens // config.tokens) * config.tokens / tokens
         full = waste <= 2 or config.tokens <= 16
-        few = tiles <= 600 or config.resident
+        few = tiles <= 600 or bool(config.resident)
         split = config.split == 1 or (few and chunks >= 2 * config.split)
         large = tokens <= 512 or config.tokens >= 128 or config.rows * config.tokens >= 8192
         return full and split and large and -(-tokens // config.tokens) <= 2 + tokens // 32
@@ -128,7 +129,7 @@ def compile_one(problem: Problem, tokens: int, config: GemmConfig | GemvConfig) 
 
 def compile_all(problems: list[Problem], token_counts: list[int], processes: int) -> None:
     """Every kernel that `tune` will time, compiled in parallel."""
-    jobs = {}
+    jobs: dict[tuple[Any, ...], tuple[Problem, int, GemmConfig | GemvConfig]] = {}
     for problem in problems:
         for tokens in token_counts:
             for config in configurations(problem, tokens):
@@ -157,10 +158,11 @@ def tune(problem: Problem, token_counts: list[int]) -> dict[str, tuple]:
             us = measure(weights, x, config, 8.0)
             if us is not None:
                 times[config] = us
-        order = sorted(times, key=times.get)
+        order = sorted(times, key=times.__getitem__)
         line = " ".join(f"{dataclasses.astuple(c)}={times[c]:.2f}" for c in order[:4])
         print(f"{problem.columns}->{problem.rows} p{problem.planes} g{problem.group_size} "
               f"M={tokens}: {line}", flush=True)  # fmt: skip
+        rule: GemmConfig | GemvConfig
         if tokens == 1:
             kernel, rule = "gemv", select.default_gemv(weights[0], x.device)
         else:
@@ -182,9 +184,10 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=0)
     parser.add_argument("--out", type=Path, help="default: the table that this GPU reads")
     args = parser.parse_args()
-    problems = [
-        Problem(*map(int, shape.split("x")), args.planes, args.group_size) for shape in args.shapes
-    ]
+    problems = []
+    for shape in args.shapes:
+        columns, rows = map(int, shape.split("x"))
+        problems.append(Problem(columns, rows, args.planes, args.group_size))
     compile_all(problems, args.tokens, os.cpu_count() or 1)
     name = torch.cuda.get_device_name()
     path = args.out or select.table_path(name)
