@@ -1,21 +1,15 @@
-"""The ops of fused graphs in C++: every instruction set, forced in turn, against the references."""
+"""norm_quantize, activate_quantize, hadamard: every instruction set against the references."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from reference import linear_arguments, random_quantized
 
-import ternc.csrc
-from ternc.formats import pack
-from ternc.runtime import cpu, ops
-from ternc.runtime.ops import activate_quantize, hadamard, linear, linears, norm_quantize
+from ternc.runtime.ops import activate_quantize, hadamard, norm_quantize
 
-ISAS = sorted(path.parent.name for path in Path(ternc.csrc.__path__[0]).glob("*/simd.h"))
+pytestmark = pytest.mark.usefixtures("every_isa")
+
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-BITS = pytest.mark.parametrize("bits", [8, 4])
 TOKENS = (0, 1, 2, 5, 33)
 ROTATIONS = [(1, 0), (3, 0), (127, 0), (129, 0), (129, 1), (6, 2), (132, 4), (24, 8), (48, 16)]
 ROTATIONS += [(96, 32), (192, 64), (384, 128), (768, 256), (1536, 512), (1024, 1024), (2048, 2048)]
@@ -23,21 +17,6 @@ ROTATIONS += [(4096, 4096)]
 """(width, block of the Hadamard transform); block 0: none."""
 SOME_ROTATIONS = [(1, 0), (129, 0), (132, 4), (768, 256)]
 ANY_ROTATION = pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
-
-
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request):
-    ops.register()
-    if cpu.isa() is None:
-        pytest.skip("no C++ library")
-    if reason := cpu.available()[request.param]:
-        pytest.skip(f"{request.param}: {reason}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # small tensors: waking threads would take most of the time
-    cpu.force_isa(request.param)
-    yield request.param
-    cpu.force_isa(None)
-    torch.set_num_threads(before)
 
 
 def random_signs(width):
@@ -196,7 +175,7 @@ def test_activate_quantize(rotation, dtype, activation):
 
 @pytest.mark.parametrize("activation", activate_quantize.ACTIVATIONS)
 def test_activation_functions(activation):
-    """Row 0 fixes the step of the grid: sx of a row of one value says what the function gave."""
+    """The scale sx of a row of one value says what the function gave."""
     x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e30, -200.0, 1e-20, 88.9, 1e4])])
     _, sx = torch.ops.ternc.activate_quantize(x[:, None], None, activation, None, 0, 8)
     exact = activate_quantize.ACTIVATIONS[activation](x.double()).abs()
@@ -236,116 +215,12 @@ def test_gate_and_up_in_one_tensor():
     assert torch.equal(turned[0], dense[0].transpose(0, 1))
 
 
-# Linears
-
-WEIGHTS = [
-    # rows, planes, group_size, scales, bias
-    (129, 1, 128, "row", True),
-    (3, 2, 0, "tensor", False),
-    (65, 3, 32, "row", True),
-    (127, 1, 32, "free", False),
-]
-
-
-def linears_arguments(x, sx, weights, columns, bits, dtype, residual=None):
-    packed, biases = [], []
-    for rows, planes, group_size, scales, bias in weights:
-        packed.append(pack(random_quantized(rows, columns, planes, group_size, scales), "cpu"))
-        biases.append(torch.randn(rows) if bias else torch.empty(0))
-    none = torch.empty(0, dtype=torch.uint8)
-    return (
-        x,
-        sx,
-        [p.weight for p in packed],
-        [p.scale for p in packed],
-        [none if p.multiplier is None else p.multiplier for p in packed],
-        biases,
-        residual,
-        [p.shape[0] for p in packed],
-        [p.group_size for p in packed],
-        bits,
-        [p.layout for p in packed],
-        dtype,
-    )
-
-
-@DTYPES
-@BITS
-@pytest.mark.parametrize("columns", [1, 3, 127, 129, 260])
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_linears_are_bit_for_bit(dtype, bits, columns, count):
-    for tokens in TOKENS:
-        x = torch.randn(tokens, columns).to(dtype)
-        first = tokens % len(WEIGHTS)
-        weights = (WEIGHTS[first:] + WEIGHTS[:first])[:count]
-        arguments = linears_arguments(x, None, weights, columns, bits, dtype)
-        seen = torch.ops.ternc.linears(*arguments)
-        assert len(seen) == count
-        for y, expected in zip(seen, linears.reference(*arguments), strict=True):
-            assert_same(y, expected)
-        q, sx = torch.ops.ternc.quantize_act(x, bits)
-        for y, expected in zip(torch.ops.ternc.linears(q, sx, *arguments[2:]), seen, strict=True):
-            assert_same(y, expected)
-
-
-@pytest.mark.parametrize("count", [1, 4])
-def test_linears_of_floats_are_those_of_linear(count):
-    x = torch.randn(5, 132)
-    arguments = linears_arguments(x, None, WEIGHTS[:count], 132, 0, x.dtype)
-    for i, y in enumerate(torch.ops.ternc.linears(*arguments)):
-        weight, scale, multiplier, bias = (entries[i] for entries in arguments[2:6])
-        rest = (arguments[7][i], arguments[8][i], 0, arguments[10][i])
-        multiplier, bias = linears.given(multiplier), linears.given(bias)
-        assert_same(y, torch.ops.ternc.linear(x, weight, scale, multiplier, bias, *rest))
-
-
-@DTYPES
-@BITS
-def test_linears_with_a_residual(dtype, bits):
-    for tokens in TOKENS:
-        x, residual = torch.randn(tokens, 130).to(dtype), torch.randn(tokens, 129).to(dtype)
-        arguments = linears_arguments(x, None, WEIGHTS[:1], 130, bits, dtype, residual)
-        assert_same(torch.ops.ternc.linears(*arguments)[0], linears.reference(*arguments)[0])
-        q, sx = torch.ops.ternc.quantize_act(x, bits)
-        arguments = (q, sx, *arguments[2:])
-        assert_same(torch.ops.ternc.linears(*arguments)[0], linears.reference(*arguments)[0])
-
-
-def test_linears_of_strided_tokens():
-    x, residual = torch.randn(2, 129, 3).transpose(1, 2), torch.randn(129, 3, 2).permute(2, 1, 0)
-    arguments = linears_arguments(x, None, WEIGHTS[:1], 129, 8, x.dtype, residual)
-    expected = linears.reference(*arguments)[0]
-    assert_same(torch.ops.ternc.linears(*arguments)[0], expected)
-
-
-def test_linears_record_every_weight(isa):
-    arguments = linears_arguments(torch.randn(1, 64), None, WEIGHTS, 64, 8, torch.float32)
-    for weight in arguments[2]:
-        cpu.forget_kernel(weight)
-    torch.ops.ternc.linears(*arguments)
-    assert [cpu.last_kernel(weight) for weight in arguments[2]] == [isa] * 4
-
-
-def test_a_token_that_is_not_finite():
-    x = torch.randn(6, 132)
-    arguments = linears_arguments(x, None, WEIGHTS, 132, 8, x.dtype)
-    before = torch.ops.ternc.linears(*arguments)
-    x[2, 7] = torch.nan
-    for y, expected in zip(torch.ops.ternc.linears(*arguments), before, strict=True):
-        assert y[2].isnan().all()
-        assert torch.equal(y[[0, 1, 3, 4, 5]], expected[[0, 1, 3, 4, 5]])
-
-
 # All
 
 
 def test_threads_change_nothing():
     x, up = torch.randn(150, 1024), torch.randn(150, 1024)
-    weights = [(300, 1, 128, "row", True), (200, 3, 0, "row", False), (400, 2, 64, "row", True)]
-    given = linears_arguments(x, None, weights, 1024, 8, torch.float32)
     calls = [
-        lambda: torch.ops.ternc.linears(*given),
-        lambda: torch.ops.ternc.linears(x[:1], *given[1:]),
         lambda: [torch.ops.ternc.hadamard(x, None, 1024)],
         lambda: torch.ops.ternc.activate_quantize(x, up, "gelu", None, 256, 8),
         lambda: torch.ops.ternc.norm_quantize(
@@ -363,13 +238,9 @@ def test_threads_change_nothing():
 
 def test_opcheck():
     x = torch.randn(3, 64)
-    weights = linears_arguments(x, None, WEIGHTS[:2], 64, 8, torch.float32)
-    q, sx = torch.ops.ternc.quantize_act(x, 8)
     library = torch.ops.ternc
     signs = random_signs(64)
     for op, arguments in [
-        (library.linears, weights),
-        (library.linears, (q, sx, *weights[2:])),
         (library.norm_quantize, (x, x[0], None, "rms", 1e-6, 0.0, True, signs, 64, 8, True)),
         (library.norm_quantize, (x, None, None, "layer", 1e-6, 0.0, True, None, 0, 8, False)),
         (library.activate_quantize, (x, x, "silu", signs, 32, 8)),
@@ -404,31 +275,3 @@ def test_opcheck():
 def test_what_the_kernels_refuse(call, message):
     with pytest.raises(RuntimeError, match=message):
         call(torch.ops.ternc, torch.randn(3, 64))
-
-
-@pytest.mark.parametrize(
-    ("position", "value"),
-    [
-        (0, torch.zeros(3, 64, dtype=torch.float64)),
-        (1, torch.ones(3, 1)),
-        (3, []),
-        (6, torch.zeros(3, 5)),
-        (9, 5),
-        (10, [1]),
-        (11, torch.bfloat16),
-    ],
-)
-def test_what_linears_refuse(position, value):
-    arguments = list(linears_arguments(torch.zeros(3, 64), None, WEIGHTS[:1], 64, 8, torch.float32))
-    arguments[position] = value
-    with pytest.raises(RuntimeError, match="linears"):
-        torch.ops.ternc.linears(*arguments)
-
-
-def test_one_weight_is_linear():
-    x = torch.randn(3, 129)
-    arguments = linears_arguments(x, None, WEIGHTS[:1], 129, 8, torch.float32)
-    packed = pack(random_quantized(5, 129, 2, 0, "row"), "cpu")
-    y = torch.ops.ternc.linear(*linear_arguments(x, packed))
-    assert_same(y, linear.reference(*linear_arguments(x, packed)))
-    assert torch.ops.ternc.linears(*arguments)[0].shape == (3, 129)

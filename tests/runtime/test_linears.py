@@ -1,0 +1,160 @@
+"""linears in C++: every instruction set against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import random_quantized
+
+from ternc.formats import pack
+from ternc.runtime import cpu
+from ternc.runtime.ops import linears
+
+pytestmark = pytest.mark.usefixtures("every_isa")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+BITS = pytest.mark.parametrize("bits", [8, 4])
+TOKENS = (0, 1, 2, 5, 33)
+
+WEIGHTS = [
+    # rows, planes, group_size, scales, bias
+    (129, 1, 128, "row", True),
+    (3, 2, 0, "tensor", False),
+    (65, 3, 32, "row", True),
+    (127, 1, 32, "free", False),
+]
+
+
+def assert_same(seen, expected):
+    """Bit for bit, NaN where NaN is expected."""
+    assert (seen.dtype, seen.shape) == (expected.dtype, expected.shape)
+    assert torch.equal(seen.isnan(), expected.isnan())
+    assert torch.equal(seen.nan_to_num(), expected.nan_to_num())
+
+
+def linears_arguments(x, sx, weights, columns, bits, dtype, residual=None):
+    packed, biases = [], []
+    for rows, planes, group_size, scales, bias in weights:
+        packed.append(pack(random_quantized(rows, columns, planes, group_size, scales), "cpu"))
+        biases.append(torch.randn(rows) if bias else torch.empty(0))
+    none = torch.empty(0, dtype=torch.uint8)
+    return (
+        x,
+        sx,
+        [p.weight for p in packed],
+        [p.scale for p in packed],
+        [none if p.multiplier is None else p.multiplier for p in packed],
+        biases,
+        residual,
+        [p.shape[0] for p in packed],
+        [p.group_size for p in packed],
+        bits,
+        [p.layout for p in packed],
+        dtype,
+    )
+
+
+@DTYPES
+@BITS
+@pytest.mark.parametrize("columns", [1, 3, 127, 129, 260])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_linears_are_bit_for_bit(dtype, bits, columns, count):
+    for tokens in TOKENS:
+        x = torch.randn(tokens, columns).to(dtype)
+        first = tokens % len(WEIGHTS)
+        weights = (WEIGHTS[first:] + WEIGHTS[:first])[:count]
+        arguments = linears_arguments(x, None, weights, columns, bits, dtype)
+        seen = torch.ops.ternc.linears(*arguments)
+        assert len(seen) == count
+        for y, expected in zip(seen, linears.reference(*arguments), strict=True):
+            assert_same(y, expected)
+        q, sx = torch.ops.ternc.quantize_act(x, bits)
+        for y, expected in zip(torch.ops.ternc.linears(q, sx, *arguments[2:]), seen, strict=True):
+            assert_same(y, expected)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_linears_of_floats_are_those_of_linear(count):
+    x = torch.randn(5, 132)
+    arguments = linears_arguments(x, None, WEIGHTS[:count], 132, 0, x.dtype)
+    for i, y in enumerate(torch.ops.ternc.linears(*arguments)):
+        weight, scale, multiplier, bias = (entries[i] for entries in arguments[2:6])
+        rest = (arguments[7][i], arguments[8][i], 0, arguments[10][i])
+        multiplier, bias = linears.given(multiplier), linears.given(bias)
+        assert_same(y, torch.ops.ternc.linear(x, weight, scale, multiplier, bias, *rest))
+
+
+@DTYPES
+@BITS
+def test_linears_with_a_residual(dtype, bits):
+    for tokens in TOKENS:
+        x, residual = torch.randn(tokens, 130).to(dtype), torch.randn(tokens, 129).to(dtype)
+        arguments = linears_arguments(x, None, WEIGHTS[:1], 130, bits, dtype, residual)
+        assert_same(torch.ops.ternc.linears(*arguments)[0], linears.reference(*arguments)[0])
+        q, sx = torch.ops.ternc.quantize_act(x, bits)
+        arguments = (q, sx, *arguments[2:])
+        assert_same(torch.ops.ternc.linears(*arguments)[0], linears.reference(*arguments)[0])
+
+
+def test_linears_of_strided_tokens():
+    x, residual = torch.randn(2, 129, 3).transpose(1, 2), torch.randn(129, 3, 2).permute(2, 1, 0)
+    arguments = linears_arguments(x, None, WEIGHTS[:1], 129, 8, x.dtype, residual)
+    expected = linears.reference(*arguments)[0]
+    assert_same(torch.ops.ternc.linears(*arguments)[0], expected)
+
+
+def test_linears_record_every_weight(every_isa):
+    arguments = linears_arguments(torch.randn(1, 64), None, WEIGHTS, 64, 8, torch.float32)
+    for weight in arguments[2]:
+        cpu.forget_kernel(weight)
+    torch.ops.ternc.linears(*arguments)
+    assert [cpu.last_kernel(weight) for weight in arguments[2]] == [every_isa] * 4
+
+
+def test_a_token_that_is_not_finite():
+    x = torch.randn(6, 132)
+    arguments = linears_arguments(x, None, WEIGHTS, 132, 8, x.dtype)
+    before = torch.ops.ternc.linears(*arguments)
+    x[2, 7] = torch.nan
+    for y, expected in zip(torch.ops.ternc.linears(*arguments), before, strict=True):
+        assert y[2].isnan().all()
+        assert torch.equal(y[[0, 1, 3, 4, 5]], expected[[0, 1, 3, 4, 5]])
+
+
+def test_threads_change_nothing():
+    weights = [(300, 1, 128, "row", True), (200, 3, 0, "row", False), (400, 2, 64, "row", True)]
+    for tokens in (1, 150):
+        x = torch.randn(tokens, 1024)
+        arguments = linears_arguments(x, None, weights, 1024, 8, x.dtype)
+        outputs = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outputs.append(torch.ops.ternc.linears(*arguments))
+        for one, *others in zip(*outputs, strict=True):
+            assert all(torch.equal(one, other) for other in others)
+
+
+def test_opcheck():
+    arguments = linears_arguments(torch.randn(3, 64), None, WEIGHTS[:2], 64, 8, torch.float32)
+    torch.library.opcheck(torch.ops.ternc.linears.default, arguments)
+    q, sx = torch.ops.ternc.quantize_act(arguments[0], 8)
+    torch.library.opcheck(torch.ops.ternc.linears.default, (q, sx, *arguments[2:]))
+
+
+@pytest.mark.parametrize(
+    ("position", "value"),
+    [
+        (0, torch.zeros(3, 64, dtype=torch.float64)),
+        (1, torch.ones(3, 1)),
+        (3, []),
+        (6, torch.zeros(3, 5)),
+        (9, 5),
+        (10, [1]),
+        (11, torch.bfloat16),
+    ],
+)
+def test_what_linears_refuse(position, value):
+    arguments = list(linears_arguments(torch.zeros(3, 64), None, WEIGHTS[:1], 64, 8, torch.float32))
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match="linears"):
+        torch.ops.ternc.linears(*arguments)
