@@ -15,6 +15,10 @@ from ternc.passes.inline import carry_provenance, inline
 from ternc.site import WeightSite
 
 
+FUSED_DEVICES = ("cpu",)
+"""Device types with kernels for `ternc::linears`, `norm_quantize` and `activate_quantize`."""
+
+
 @dataclasses.dataclass
 class TernaryCall:
     """Arguments of `ternc::linears`; `x` holds integers where `sx` is there."""
@@ -34,9 +38,14 @@ class TernaryCall:
     sites: list[WeightSite | None]
 
     @property
+    def fusable(self) -> bool:
+        """The device has kernels for the fused ops; elsewhere products stay separate."""
+        return example_value(self.weights[0]).device.type in FUSED_DEVICES
+
+    @property
     def pristine(self) -> bool:
         """Its input is floating point and will be quantised: what a fusion can take over."""
-        return self.sx is None and self.bits > 0
+        return self.fusable and self.sx is None and self.bits > 0
 
 
 def is_linear(node: Any) -> bool:

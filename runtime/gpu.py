@@ -19,7 +19,7 @@ from ternc.runtime.ops import dequantize, linear, quantize_act
 FIRST_CAPABILITY = (8, 0)
 """Compute capability of Ampere: int8 tensor cores and asynchronous copies."""
 
-KERNELS = {
+KERNELS: dict[str, tuple[str, Any]] = {
     "linear": ("linear", linear.reference),
     "dequantize": ("linear", dequantize.reference),
     "quantize_act": ("quantize_act", quantize_act.reference),
@@ -55,8 +55,6 @@ def _run(name: str, *arguments: Any) -> Any:
 
 @functools.cache
 def _function(name: str, index: int) -> Callable[..., Any]:
-    module: str
-    reference: Callable[..., Any]
     module, reference = KERNELS[name]
     if reason := _missing_once(index):
         warnings.warn(

@@ -54,7 +54,7 @@ def _product(output: object) -> fx.Node | None:
     if not isinstance(output, fx.Node):
         return None
     if is_linear(output):
-        return output
+        return output if read_known(output).fusable else None
     if output.target is operator.getitem and is_linears(arguments(output)[0]):
         call = read_known(arguments(output)[0])
         if len(call.weights) == 1 and call.residual is None:

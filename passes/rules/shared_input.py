@@ -25,7 +25,7 @@ class SharedInputRule:
         users = [user for user in ternary_users(call.x) if is_linear(user)]
         alike = [user for user in users if read_known(user).bits == call.bits]
         alike.sort()
-        if len(alike) < 2 or alike[0] is not node:
+        if not call.fusable or len(alike) < 2 or alike[0] is not node:
             return None
         return Match(node, {"nodes": alike})
 
