@@ -316,3 +316,10 @@ def test_weight_written_in_the_forward_stays_float():
         for power in (0.5, 0.25):
             torch.testing.assert_close(fast(x), F.linear(x, start * power))
     assert "in place" in ternc.report(fast).rows[0].reason
+
+
+def test_products_stay_separate_where_fused_kernels_are_missing(monkeypatch):
+    monkeypatch.setattr("ternc.passes.ternary_call.FUSED_DEVICES", ())
+    _, names, _ = rewritten(Block().eval(), torch.randn(2, 5, 64))
+    assert count(names, "linear.") == 7
+    assert not any(count(names, op) for op in ("linears", "norm_quantize", "activate_quantize"))
