@@ -1,4 +1,4 @@
-// The walk that both linear kernels share: blocks of rows, tokens a few at a time, spans of columns.
+// The walk of both linear kernels: blocks of rows, a few tokens at a time, spans of columns.
 //
 //   for each block of weight rows            the packed bytes of a block are one stream
 //     for each 8 or 4 tokens                 the block comes from L2 from the second time on
