@@ -6,36 +6,19 @@ import weakref
 
 import pytest
 import torch
+from quantization_cases import Net, TransposedLinear, rows_of
 from torch import nn
-from torch.nn.utils import parametrize, prune
 
 import ternc
 from ternc.config import Config
-from ternc.errors import ConfigError, UnsupportedModelError
-from ternc.modules.attention import TernaryMultiheadAttention
+from ternc.errors import ConfigError
 from ternc.modules.linear import TernaryLinear
 from ternc.quantization import quantize
-
-
-def rows_of(model):
-    return {row.name: row for row in model._ternc_rows}
 
 
 def ternary(rows, columns, scale=0.37):
     torch.manual_seed(1)
     return scale * torch.randint(-1, 2, (rows, columns)).float()
-
-
-class Net(nn.Module):
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        for part in self.children():
-            x = part(x)
-        return x
 
 
 def test_linears_become_packed_and_the_root_keeps_its_class():
@@ -178,9 +161,6 @@ def test_free_scales():
     assert (q(x) - model(x)).norm() / model(x).norm() < 0.15
 
 
-# Tied and shared weights.
-
-
 def test_a_shared_module_is_converted_once():
     shared = nn.Linear(16, 16)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
@@ -246,279 +226,6 @@ def test_linears_of_two_spellings_do_not_share():
     q = quantize(model)
     assert q.fc.weight is q.turned.weight
     assert {row.action for row in q._ternc_rows} == {"skipped"}
-
-
-# What is no plain Linear.
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class Renamed(nn.Linear):
-    """Keeps nn.Linear's forward: its weight is what it computes with."""
-
-    @property
-    def effective(self):
-        return self.weight
-
-
-class AbsmeanLinear(nn.Linear):
-    """A weight that is a property: quantised where it is read."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        latent = self._parameters.pop("weight")
-        self.register_parameter("latent", latent)
-
-    @property
-    def weight(self):
-        scale = self.latent.abs().mean()
-        return (self.latent / scale).round().clamp(-1, 1) * scale
-
-
-def test_a_subclass_with_its_own_forward_is_left_to_the_backend():
-    q = quantize(Net(fc=Doubled(8, 8)))
-    row = rows_of(q)["fc"]
-    assert type(q.fc) is Doubled and row.action == "skipped"
-    assert "Doubled overrides forward" in row.reason and "backend" in row.reason
-
-
-def test_a_subclass_with_the_forward_of_linear_is_converted():
-    assert isinstance(quantize(Net(fc=Renamed(8, 8))).fc, TernaryLinear)
-
-
-def test_a_forward_replaced_on_the_instance_is_left():
-    model = Net(fc=nn.Linear(8, 8))
-    model.fc.forward = lambda x: x
-    q = quantize(model)
-    assert type(q.fc) is nn.Linear and "on the instance" in rows_of(q)["fc"].reason
-
-
-class Absmean(nn.Module):
-    def forward(self, weight):
-        scale = weight.abs().mean()
-        return (weight / scale).round().clamp(-1, 1) * scale
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_parametrised_weight_is_evaluated_and_detected(dtype):
-    model = Net(fc=nn.Linear(64, 48)).to(dtype)
-    parametrize.register_parametrization(model.fc, "weight", Absmean())
-    q = quantize(model, Config(activation_bits=None))
-    assert type(q.fc) is TernaryLinear and q.fc.exact
-    assert torch.equal(q.fc.weight, model.fc.weight)
-
-
-def test_parametrisations_with_state_are_evaluated_as_in_eval_mode():
-    model = Net(fc=nn.Linear(16, 16)).train()
-    nn.utils.parametrizations.spectral_norm(model.fc)
-    vector = model.fc.parametrizations.weight[0]._u.clone()
-    q = quantize(model, inplace=False)
-    assert torch.equal(model.fc.parametrizations.weight[0]._u, vector)
-    expected = copy.deepcopy(model).eval().fc.weight
-    assert (q.fc.weight - expected).norm() < 0.1 * expected.norm()
-    assert q.fc.training
-
-
-def test_a_weight_that_is_a_property_is_detected():
-    model = Net(fc=AbsmeanLinear(64, 48))
-    q = quantize(model)
-    assert isinstance(q.fc, TernaryLinear) and q.fc.exact
-
-
-def test_a_weight_recomputed_by_a_hook_is_left():
-    model = Net(fc=nn.Linear(8, 8))
-    prune.l1_unstructured(model.fc, "weight", 0.5)
-    with pytest.raises(UnsupportedModelError, match="inplace=True"):
-        quantize(model)  # torch cannot copy it
-    quantize(model, inplace=True)
-    assert type(model.fc) is nn.Linear
-    assert "recomputed by a hook" in rows_of(model)["fc"].reason
-
-
-@pytest.mark.parametrize(
-    ("layer", "reason"),
-    [
-        (lambda: nn.LazyLinear(8), "not initialised"),
-        (lambda: nn.Linear(8, 8, device="meta"), "meta device"),
-        (lambda: nn.Linear(8, 8, dtype=torch.float64), "float64"),
-        (lambda: nn.Linear(0, 8), "floating-point matrix"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Initializing zero-element", "ignore:Lazy modules")
-def test_weights_without_values_or_kernels_are_left(layer, reason):
-    q = quantize(Net(fc=layer()))
-    assert not isinstance(q.fc, TernaryLinear) and reason in rows_of(q)["fc"].reason
-
-
-class TransposedLinear(nn.Module):
-    """The older GPT spelling; no name in the product knows this class."""
-
-    def __init__(self, nx, nf):
-        super().__init__()
-        self.nf = nf
-        self.weight = nn.Parameter(torch.randn(nx, nf) * 0.1)
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
-
-
-class Lookalike(TransposedLinear):
-    def forward(self, x):
-        return super().forward(x) + 1
-
-
-@pytest.mark.parametrize("shape", [(64, 96), (48, 48)])
-def test_a_transposed_linear_is_converted(shape):
-    model = Net(fc=TransposedLinear(*shape))
-    q = quantize(model, Config(planes=3, activation_bits=None))
-    assert isinstance(q.fc, TernaryLinear) and q.fc.transposed
-    assert q.fc.weight.shape == shape
-    assert (q.fc.weight - model.fc.weight).norm() < 0.1 * model.fc.weight.norm()
-    x = torch.randn(2, 5, shape[0])
-    assert (q(x) - model(x)).norm() < 0.1 * (model(x) - model.fc.bias).norm()
-    q.load_state_dict(model.state_dict())
-    assert (q(x) - model(x)).norm() < 0.1 * (model(x) - model.fc.bias).norm()
-
-
-def test_a_lookalike_that_computes_something_else_is_left():
-    model = Net(fc=Lookalike(8, 16))
-    state = torch.get_rng_state()
-    q = quantize(model)
-    assert type(q.fc) is Lookalike and not rows_of(q)
-    assert torch.equal(state, torch.get_rng_state())  # probing it draws no numbers of the user's
-
-
-# Attention and encoders.
-
-
-MODES = {
-    "train": (nn.Module.train, torch.enable_grad),
-    "eval": (nn.Module.eval, torch.enable_grad),
-    "no_grad": (nn.Module.eval, torch.no_grad),
-    "inference_mode": (nn.Module.eval, torch.inference_mode),
-}
-PARTS = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"}
-
-
-def wrap_counters(model):
-    """Counters without hooks: torch leaves its fast path when it sees a hook."""
-    calls = {}
-    for name, module in model.named_modules():
-        if isinstance(module, TernaryLinear):
-            calls[name] = 0
-
-            def counting(x, name=name, forward=module.forward):
-                calls[name] += 1
-                return forward(x)
-
-            module.forward = counting
-    return calls
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(
-    "exclude", [(), ("*.self_attn",), ("*.linear?",), ("*.q_proj", "*.linear1")], ids=str
-)
-def test_no_layer_of_an_encoder_is_bypassed(mode, padded, exclude):
-    """Seeds, acceptance 2."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
-    model = nn.TransformerEncoder(layer, 2)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    q = quantize(model, Config(exclude=exclude, activation_bits=None))
-    assert type(q.layers[0]) is nn.TransformerEncoderLayer
-    calls = wrap_counters(q)
-    assert calls
-    set_mode, grad_mode = MODES[mode]
-    set_mode(q), set_mode(model)
-    x = torch.randn(3, 6, 32)
-    padding = torch.zeros(3, 6, dtype=torch.bool)
-    padding[1, 4:] = padded
-    arguments = {"src_key_padding_mask": padding} if padded else {}
-    with grad_mode():
-        y = q(x, **arguments)
-    assert calls == dict.fromkeys(calls, 1)
-    with torch.enable_grad():  # the float model off its fast path too
-        expected = model.train()(x, **arguments)
-    visible = ~padding
-    assert (y - expected)[visible].norm() < 0.15 * expected[visible].norm()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_no_layer_of_a_decoder_is_bypassed(mode):
-    model = nn.TransformerDecoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
-    q = quantize(model)
-    calls = wrap_counters(q)
-    assert len(calls) == 10
-    set_mode, grad_mode = MODES[mode]
-    set_mode(q)
-    with grad_mode():
-        q(torch.randn(2, 5, 32), torch.randn(2, 7, 32))
-    assert calls == dict.fromkeys(calls, 1)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_no_projection_of_attention_is_bypassed(mode):
-    model = nn.MultiheadAttention(32, 4, batch_first=True)
-    q = quantize(model)
-    assert isinstance(q, TernaryMultiheadAttention)
-    calls = wrap_counters(q)
-    set_mode, grad_mode = MODES[mode]
-    set_mode(q)
-    x = torch.randn(2, 5, 32)
-    for need_weights in (True, False):
-        with grad_mode():
-            q(x, x, x, need_weights=need_weights)
-    assert calls == dict.fromkeys(("q_proj", "k_proj", "v_proj", "out_proj"), 2)
-
-
-def test_attention_rows_and_bytes():
-    q = quantize(Net(self_attn=nn.MultiheadAttention(32, 4)))
-    rows = rows_of(q)
-    assert set(rows) == PARTS
-    assert rows["self_attn.k_proj"].pattern == "multihead_attention.k_proj"
-    assert all(row.bytes_before == 4 * 32 * 32 for row in rows.values())
-
-
-def test_attention_that_is_excluded_stays_whole():
-    model = Net(self_attn=nn.MultiheadAttention(32, 4))
-    q = quantize(model, Config(exclude=("self_attn",)))
-    assert type(q.self_attn) is nn.MultiheadAttention
-    assert type(q.self_attn.out_proj) is type(model.self_attn.out_proj)
-
-
-def test_a_projection_left_in_float_holds_no_more_than_itself():
-    q = quantize(nn.MultiheadAttention(32, 4), Config(exclude=("k_proj",)))
-    assert type(q.k_proj) is nn.Linear and isinstance(q.q_proj, TernaryLinear)
-    assert q.k_proj.weight.untyped_storage().nbytes() == 4 * 32 * 32
-    assert q.k_proj.weight.requires_grad
-
-
-def test_attention_loads_a_float_state_dict():
-    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    other = quantize(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)).eval()
-    other.load_state_dict(model.state_dict())
-    x = torch.randn(2, 5, 32)
-    assert torch.equal(other(x), quantize(model.eval())(x))
-
-
-class OwnAttention(nn.MultiheadAttention):
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs)
-
-
-def test_an_attention_subclass_with_its_own_forward_is_left():
-    q = quantize(Net(attn=OwnAttention(16, 2)))
-    assert type(q.attn) is OwnAttention and "overrides forward" in rows_of(q)["attn"].reason
-
-
-# What must survive.
 
 
 def test_hooks_modes_and_gradients_survive():
