@@ -1,5 +1,6 @@
 """What test_quantization.py and its neighbours share."""
 
+import torch
 from torch import nn
 
 
