@@ -19,6 +19,7 @@ from torch import nn
 
 from ternc.errors import CheckpointError
 from ternc.modules.ties import memory_key
+from ternc.train.sharding import full, like
 
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.safetensors", "training.json"
 VERSION = 1
@@ -83,7 +84,7 @@ def model_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, st
         if key in owners:
             aliases[name] = owners[key]
         else:
-            owners[key], tensors[name] = name, tensor
+            owners[key], tensors[name] = name, full(tensor)
     return tensors, aliases
 
 
@@ -95,6 +96,8 @@ def load_model_state(model: nn.Module, folder: Path, aliases: Mapping[str, str])
     """
     tensors = read_tensors(folder / MODEL)
     tensors.update({alias: tensors[name] for alias, name in aliases.items() if name in tensors})
+    own = model.state_dict()
+    tensors = {n: like(t, own[n]) if n in own else t for n, t in tensors.items()}
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
@@ -113,7 +116,7 @@ def optimizer_state(
         for parameter, values in state["state"].items():
             for key, value in values.items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{i}.{parameter}.{key}"] = value
+                    tensors[f"optimizer.{i}.{parameter}.{key}"] = full(value)
                 else:
                     plain.setdefault(str(parameter), {})[key] = value
         settings.append({"groups": state["param_groups"], "state": plain})
@@ -138,10 +141,13 @@ def load_optimizer_state(
     for i, (optimizer, saved) in enumerate(zip(optimizers, settings, strict=True)):
         state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in saved["state"].items()}
         prefix = f"optimizer.{i}."
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for name, tensor in tensors.items():
             if name.startswith(prefix):
-                parameter, _, key = name.removeprefix(prefix).partition(".")
-                state.setdefault(int(parameter), {})[key] = tensor
+                number, _, key = name.removeprefix(prefix).partition(".")
+                parameter = parameters[int(number)] if int(number) < len(parameters) else tensor
+                fits = tensor.shape == parameter.shape
+                state.setdefault(int(number), {})[key] = like(tensor, parameter) if fits else tensor
         groups = [
             {k: tuple(v) if isinstance(v, list) and k == "betas" else v for k, v in group.items()}
             for group in saved["groups"]

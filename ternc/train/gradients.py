@@ -45,9 +45,11 @@ def teacher_gradients(model: nn.Module, teacher: nn.Module, loss: ScalarLoss) ->
     """d loss / d W of the teacher's weights at the student's sites, in the student's basis.
 
     Raises:
-        TrainingError: the teacher has no weight of that name and shape.
+        TrainingError: the teacher has no weight of that name and shape, or weights are sharded.
     """
     found = sites(model)
+    if any(hasattr(site.weight, "full_tensor") for site in found):
+        raise TrainingError("weight gradients of sharded models are not aligned; use 'logit'")
     weights = [_teacher_weight(teacher, site) for site in found]
     frozen = [weight for weight in weights if not weight.requires_grad]
     for weight in frozen:

@@ -25,6 +25,7 @@ from ternc.runtime.ops.linear import integer_linear
 from ternc.site import Decision
 from ternc.train.quantizers import blended, ternary, values_by_bits
 from ternc.train.schedule import FLOAT, TERNARY, BlendState
+from ternc.train.sharding import full
 
 SMALLEST_SCALE = 1e-3
 """Learnt scales of the transform are kept at or above this."""
@@ -126,9 +127,10 @@ class QATLinear(nn.Linear):
 
     def matrix(self) -> torch.Tensor:
         """The weight [out_features, in_features], learnt scales folded in, differentiable."""
-        weight = self.weight.t() if self.transposed else self.weight
+        weight = full(self.weight)
+        weight = weight.t() if self.transposed else weight
         if self.hadamard_scale is not None:
-            weight = weight * self.hadamard_scale.clamp(min=SMALLEST_SCALE)
+            weight = weight * full(self.hadamard_scale).clamp(min=SMALLEST_SCALE)
         return weight
 
     def effective_weight(self) -> torch.Tensor:

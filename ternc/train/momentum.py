@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ternc.train.config import Momentum, TrainConfig
+from ternc.train.sharding import full, like
 from ternc.train.site import Site
 
 
@@ -33,6 +34,7 @@ class MomentumTransform:
             average = gradient.float()
             if mu:
                 held = self.averages.setdefault(site.name, torch.zeros_like(average))
+                held = self.averages[site.name] = like(full(held), average)
                 held.mul_(mu).add_(average, alpha=1 - mu)
                 average = held / (1 - mu**self.steps)
             if power != 1:
@@ -42,7 +44,8 @@ class MomentumTransform:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Tensors by site name, and the number of steps."""
-        return {"steps": torch.tensor(self.steps), **self.averages}
+        found = {name: full(average) for name, average in self.averages.items()}
+        return {"steps": torch.tensor(self.steps), **found}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Inverse of `state_dict`."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ternc.train.config import Regularization, TrainConfig
+from ternc.train.sharding import full, like
 from ternc.train.site import Site
 
 
@@ -64,9 +65,10 @@ class Penalty(nn.Module):
             total += strength * weight * difference.square().sum() / difference.numel()
             step = 2 * strength * weight / difference.numel() * difference
             if module.hadamard_scale is not None:
-                step = step * module.hadamard_scale
+                step = step * full(module.hadamard_scale)
             if site.weight.grad is not None:
-                site.weight.grad.add_(step.t() if module.transposed else step)
+                step = step.t() if module.transposed else step
+                site.weight.grad.add_(like(step, site.weight.grad))
         return total
 
 
@@ -78,4 +80,4 @@ def make_penalty(found: list[Site], config: TrainConfig) -> Penalty | None:
 def _root_mean_square(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     if gradient is None:
         return torch.zeros((), device=like.device)
-    return gradient.float().square().mean().sqrt()
+    return full(gradient.float().square().mean()).sqrt()

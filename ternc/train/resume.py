@@ -24,13 +24,13 @@ def save_run(trainer: Trainer, folder: Path) -> None:
     """Writes a folder; every process writes its random state, the first one everything else."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save_tensors(folder / _random_file(), trainer.random_states())
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
     tensors, aliases = checkpoint.model_state(trainer.inner)
-    checkpoint.save_tensors(folder / checkpoint.MODEL, tensors)
     state, settings = checkpoint.optimizer_state(trainer.optimizers)
     for prefix, part in trainer.parts():
         state.update({f"{prefix}.{name}": value for name, value in part.state_dict().items()})
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return  # what is sharded was gathered by all
+    checkpoint.save_tensors(folder / checkpoint.MODEL, tensors)
     checkpoint.save_tensors(folder / checkpoint.TRAINING, state)
     checkpoint.write_manifest(
         folder,
@@ -76,7 +76,9 @@ def load_run(trainer: Trainer, folder: Path) -> dict[str, torch.Tensor]:
     trainer.batch = manifest["batch"]
     trainer.best = math.inf if manifest["best"] is None else manifest["best"]
     trainer.log.restore(manifest["log"])
-    return checkpoint.read_tensors(folder / _random_file())
+    own = folder / _random_file()
+    # A run on more processes than before: the new ones have no random state of their own yet.
+    return checkpoint.read_tensors(own) if own.is_file() else {}
 
 
 def _random_file() -> str:

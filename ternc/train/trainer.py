@@ -31,6 +31,7 @@ from ternc.train.optimizer import make_optimizers, set_rates
 from ternc.train.preparation import check_schedules, finish, prepare, set_schedule, states_at
 from ternc.train.regularize import make_penalty
 from ternc.train.schedule import Schedule
+from ternc.train.sharding import full
 from ternc.train.site import final_quantizers, sites, unwrap
 from ternc.train.task import (
     Example,
@@ -225,13 +226,13 @@ class Trainer:
         """The batches of the epoch that are left, with the random state of an unbroken run."""
         self._generator = getattr(loader, "generator", None)
         resumed, self._resumed = self._resumed, None
-        if resumed is not None:
+        if resumed:
             self._restore_random(resumed, "epoch" if self.batch else "now")
         self._epoch_start = self._random_state("epoch")
         batches = iter(loader)
         for _ in range(self.batch):
             next(batches)
-        if resumed is not None and self.batch:
+        if resumed and self.batch:
             self._restore_random(resumed, "now")
         return batches
 
@@ -347,7 +348,9 @@ class Trainer:
     def _record(self, values: dict[str, torch.Tensor]) -> None:
         row: dict[str, Any] = {"step": self.step, "epoch": self.step / self._steps_per_epoch}
         row.update({name: float(value) for name, value in values.items()})
-        broken = next((site.name for site in self.sites if not site.weight.isfinite().all()), None)
+        broken = next(
+            (site.name for site in self.sites if not full(site.weight).isfinite().all()), None
+        )
         if broken is not None or not math.isfinite(row["loss"]):
             raise TrainingError(
                 f"step {self.step}: the loss is {row['loss']}"

@@ -276,6 +276,16 @@ def test_compiled_forward_and_backward_have_no_break():
                     assert cosine > 0.95, (epoch, name)
 
 
+@pytest.mark.parametrize("name", ["bitnet_b158", "modern", "stages", "full"])
+def test_presets_compile_to_one_graph(name):
+    torch._dynamo.reset()
+    student = prepare(tiny_model(), preset(name))
+    options = {"inner": "eager"}
+    compiled = torch.compile(student, backend="ternc", fullgraph=True, options=options)
+    ids = windows(2)[:, :-1]
+    assert torch.allclose(compiled(ids), student(ids), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -1,0 +1,28 @@
+"""Tensors that `torch.distributed.fsdp.fully_shard` has cut over processes <-> whole ones.
+
+Between forward passes a Parameter is a DTensor of which each process holds some rows; quantisers,
+logs and checkpoints want all of it. Every process must call these functions together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, gathered where it is sharded; differentiable."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, sharded as `reference` is."""
+    mesh: Any = getattr(reference, "device_mesh", None)
+    if mesh is None:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    placements = reference.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(reference.device), mesh, placements)
