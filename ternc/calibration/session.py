@@ -83,7 +83,10 @@ class Session:
     def tune(self, model: nn.Module, teacher: nn.Module, rows: list[Row]) -> None:
         """Trains scales, norms and biases of `model`, and says so in its rows."""
         assert self.tuning is not None
-        tune(model, teacher, self.batches, self.loss, self.tuning, self.progress)
+        before, after = tune(model, teacher, self.batches, self.loss, self.tuning, self.progress)
+        change = f"held-out loss {before:.3g} -> {after:.3g}"
         for row in rows:
-            if row.action == "rewritten":
-                row.reason += "; scales tuned after these errors were measured"
+            if row.action == "rewritten" and after < before:
+                row.reason += f"; scales tuned after these errors were measured, {change}"
+            elif row.action == "rewritten":
+                row.reason += f"; tuning did not help and was undone, {change}"

@@ -45,7 +45,8 @@ def test_tuning_lowers_the_loss_and_keeps_the_codes():
     norm, table = q.norm.weight.clone(), q.embed.weight.clone()
     q.requires_grad_(False)
     q.norm.weight.requires_grad_()
-    tune(q, model, batches, default_loss, Tuning(epochs=5, rate=0.02))
+    first, last = tune(q, model, batches, default_loss, Tuning(epochs=5, rate=0.02))
+    assert last < first
     assert mean_loss(q, model, batches) < 0.8 * before
     assert torch.equal(q.up.state_dict()["trits"], codes)
     assert torch.equal(q.embed.weight, table) and not torch.equal(q.norm.weight, norm)
@@ -54,13 +55,22 @@ def test_tuning_lowers_the_loss_and_keeps_the_codes():
     assert all(p.grad is None for p in q.parameters())
 
 
+def test_tuning_that_does_not_help_is_undone():
+    model, batches, q = setup(planes=3)
+    state = copy.deepcopy(q.state_dict())
+    first, last = tune(q, model, batches, default_loss, Tuning(epochs=1, rate=0.9))
+    assert not last < first
+    assert all(torch.equal(state[name], value) for name, value in q.state_dict().items())
+    assert not any(isinstance(p, nn.Parameter) for p in (q.up.scale, q.down.scale))
+
+
 def test_tuned_scales_are_saved_exactly(tmp_path):
     _, batches, q = setup(tuning=Tuning(epochs=1))
     ternc.save(q, tmp_path)
     loaded = ternc.load(tmp_path, model=Model())
     assert torch.equal(loaded(batches[0])["logits"], q(batches[0])["logits"])
     assert q.up.state_dict()["scale"].dtype == torch.float16
-    assert all("tuned" in row.reason for row in q._ternc_rows)
+    assert all("held-out loss" in row.reason for row in q._ternc_rows)
 
 
 def test_tied_scales_stay_tied(tmp_path):
