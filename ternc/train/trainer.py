@@ -146,6 +146,7 @@ class Trainer:
         if resume is not None:
             self.load(resume)
         set_schedule(self.inner, None)
+        self._states: tuple[Any, Any] = (None, None)
         self.model.train()
         while self.epoch < num_epochs:
             self._run_epoch(train_loader)
@@ -336,7 +337,10 @@ class Trainer:
         weights, activations = self.config.schedule, self.config.activation_schedule
         if weights is not None or activations is not None:
             progress = [self._progress(schedule) for schedule in (weights, activations)]
-            set_schedule(self.inner, *states_at(self.config, *progress))
+            states = states_at(self.config, *progress)
+            if states != self._states:  # most steps of a stage stay where they are
+                set_schedule(self.inner, *states)
+                self._states = states
 
     def _progress(self, schedule: Schedule | None) -> float:
         """Where the run is, in the unit of a schedule: a function of the step alone."""
