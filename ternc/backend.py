@@ -57,6 +57,7 @@ def ternc_backend(
         list(example_inputs),
         compile_inner,
         context.abstract,
+        context.grad_enabled,
         context.nodes_before,
     )
     compiled.notes.extend(context.notes)
