@@ -14,7 +14,6 @@ from ternc.passes.graph import arguments, example_value
 from ternc.passes.inline import carry_provenance, inline
 from ternc.site import WeightSite
 
-
 FUSED_DEVICES = ("cpu",)
 """Device types with kernels for `ternc::linears`, `norm_quantize` and `activate_quantize`."""
 
