@@ -240,7 +240,8 @@ class QATLinear(nn.Linear):
         """b + W shift + lambda sum of the master weights whose trit is 0 (`dead`, bool [N, K])."""
         bias: torch.Tensor | None = self.bias
         if self.hadamard_shift is not None:
-            shift = F.linear(self.hadamard_shift, weight)
+            # A sum, not a product of matrices: the backend would take it for a linear of its own.
+            shift = (weight * self.hadamard_shift).sum(1)
             bias = shift if bias is None else bias + shift
         if dead is not None:
             asleep = self.settings.dead_zone * (self.matrix() * dead).sum(1)

@@ -276,6 +276,22 @@ def test_compiled_forward_and_backward_have_no_break():
                     assert cosine > 0.95, (epoch, name)
 
 
+@pytest.mark.parametrize("name", ["absmean tensor", "fit rows", "everything"])
+def test_compiled_inference_finds_the_trained_weights(name):
+    """The backend reads a student's quantiser as a weight that is ternary by value."""
+    torch._dynamo.reset()
+    student = finish(prepare(tiny_model(), CONFIGS[name])).eval()
+    compiled = torch.compile(student, backend="ternc", options={"inner": "eager"})
+    ids = windows(2)[:, :-1]
+    for _ in range(2):
+        with torch.no_grad():
+            found, expected = compiled(ids), student(ids)
+        assert (found - expected).norm() / expected.norm() < 2e-2
+        reasons = {row.name: row.reason for row in ternc.report(student).rewritten}
+        assert len(reasons) == 14 and set(reasons.values()) == {"ternary by value: lowered exactly"}
+        steps(student, ids, 1)
+
+
 @pytest.mark.parametrize("name", ["bitnet_b158", "modern", "stages", "full"])
 def test_presets_compile_to_one_graph(name):
     torch._dynamo.reset()
