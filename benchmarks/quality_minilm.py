@@ -35,6 +35,17 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 RECORD = RESULTS / "quality_minilm.json"
 
+COLUMNS = {
+    "bits": ("bits", ".2f"),
+    "cosine": ("cosine", ".4f"),
+    "overlap": ("top 10", ".4f"),
+    "cosine_int8": ("cosine a8", ".4f"),
+    "overlap_int8": ("top 10 a8", ".4f"),
+    "seconds": ("s", ".0f"),
+    "cpu_seconds": ("CPU s", ".0f"),
+}
+"""Number of a row -> (header, format); None is shown as a dash."""
+
 
 def example():
     """examples/minilm.py as a module: the model, its tokens and its embedding."""
@@ -75,10 +86,15 @@ def main() -> int:
             if options.only and key not in options.only:
                 continue
             say(key)
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             made, bits = make()
-            seconds = time.perf_counter() - start
-            known[key] = {"method": name, "planes": planes, "bits": bits, "seconds": seconds}
+            known[key] = {
+                "method": name,
+                "planes": planes,
+                "bits": bits,
+                "seconds": time.perf_counter() - start,
+                "cpu_seconds": time.process_time() - worked,
+            }
             known[key] |= score(made, batches, wanted) | {"commit": commit()}
             say(json.dumps(known[key]))
     rows = [known[key] for key in order if key in known]
@@ -219,16 +235,12 @@ def table(result) -> str:
     for row in result["rows"]:
         base = reference.get(row["planes"])
         less = "" if base is None else f"{1 - (1 - row['cosine']) / (1 - base['cosine']):+.0%}"
-        scores = [
-            "-" if row[key] is None else f"{row[key]:.4f}"
-            for key in ("cosine", "overlap", "cosine_int8", "overlap_int8")
+        numbers = [
+            "-" if row[key] is None else f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items()
         ]
-        start = (row["method"], row["planes"], f"{row['bits']:.2f}")
-        cells.append((*start, *scores, f"{row['seconds']:.0f}", less))
-    headers = ("method", "planes", "bits", "cosine", "top 10", "cosine a8", "top 10 a8", "s")
-    text = tabulate.tabulate(
-        cells, (*headers, "1 - cos less"), tablefmt="github", disable_numparse=True
-    )
+        cells.append((row["method"], row["planes"], *numbers, less))
+    headers = ("method", "planes", *(header for header, _ in COLUMNS.values()), "1 - cos less")
+    text = tabulate.tabulate(cells, headers, tablefmt="github", disable_numparse=True)
     facts = (
         f"{result['calibration']['sentences']} calibration sentences "
         f"({result['calibration']['tokens']} tokens), {result['scored_sentences']} scored; "
