@@ -23,13 +23,16 @@ from pathlib import Path
 
 import torch
 
-import ternc
-from ternc.config import Config
-from ternc.demo.corpus import is_held_out
-from ternc.demo.model import ByteDecoder
-from ternc.demo.train import bits_per_byte
-from ternc.errors import TerncError
-from ternc.train import (
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import ternc  # noqa: E402
+from ternc.config import Config  # noqa: E402
+from ternc.demo.corpus import is_held_out  # noqa: E402
+from ternc.demo.model import ByteDecoder  # noqa: E402
+from ternc.demo.train import bits_per_byte  # noqa: E402
+from ternc.errors import TerncError  # noqa: E402
+from ternc.train import (  # noqa: E402
     Hadamard,
     Momentum,
     Regularization,
@@ -38,7 +41,7 @@ from ternc.train import (
     insert_subln,
     preset,
 )
-from ternc.train.presets import STAGES
+from ternc.train.presets import STAGES  # noqa: E402
 
 FLOAT = TrainConfig(weights=Config(planes=1, exclude=("*",)))
 """No site: the same trainer, data and schedule, nothing quantised."""
