@@ -77,6 +77,7 @@ format: $(VENV)/dependencies.stamp
 
 bench: $(VENV)/ternc.stamp
 	@for script in benchmarks/bench_$(or $(OP),*).py; do \
+	  case $$script in *_cuda.py) continue;; esac; \
 	  test -e $$script || { echo "there is no $$script" >&2; exit 1; }; \
 	  $(PY) $$script $(ARGS) || exit 1; \
 	done
@@ -92,9 +93,9 @@ gpu-test:
 	@$(PYTHON) -m pytest -m gpu $(TESTS) $(TEST_ARGS)
 
 gpu-bench:
-	@for script in benchmarks/gpu_$(or $(OP),*).py; do \
+	@for script in benchmarks/bench_$(or $(OP),*)_cuda.py; do \
 	  test -e $$script || { echo "there is no $$script" >&2; exit 1; }; \
-	  $(PYTHON) $$script $(ARGS) || exit 1; \
+	  $(PYTHON) $$script --device cuda $(ARGS) || exit 1; \
 	done
 
 clean:
