@@ -133,7 +133,8 @@ def repack(model: torch.nn.Module, recompile: bool = False) -> int:
 
 def _notes(rows: list[Row], graphs: int) -> list[str]:
     notes = []
-    live = [row for row in rows if row.action == "rewritten" and row.pattern != "packed linear"]
+    packed = [row for row in rows if row.action == "rewritten" and row.shape]
+    live = [row for row in packed if row.pattern.partition(" ")[0] != "packed"]
     if any("training" in row.pattern for row in live):
         notes.append(_TRAINING)
     elif live:
