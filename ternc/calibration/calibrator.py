@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -138,47 +138,61 @@ class Calibrator:
             name: fits.target(layer.weight().float(), layer.bias is not None)
             for name, layer in layers.items()
         }
-        rotation = fits.choose_rotation(
-            {
-                name: (target.weight, layers[name].bias is not None)
-                for name, target in targets.items()
-            },
-            {name: self._planes_to_compare(name) for name in group},
-        )
+        goals = {
+            name: Goal(target.weight, layers[name].bias is not None)
+            for name, target in targets.items()
+        }
+        rotation = fits.choose_rotation(goals, {name: self._asked(name) for name in group})
+        candidates = self._fitted_candidates(goals, fits, rotation)
         return {
-            name: self._decide(name, targets[name], layers[name], fits, rotation) for name in group
+            name: self._decision(name, targets[name], candidates[name], fits, rotation)
+            for name in group
         }
 
-    def _planes_to_compare(self, name: str) -> int:
-        planes = self._planes.get(name, self._config.planes)
-        return planes if isinstance(planes, int) else ROTATION_PLANES
+    def _asked(self, name: str) -> int | Literal["auto"]:
+        """Plane count of a layer as configured or allocated."""
+        return self._planes.get(name, self._config.planes)
 
-    def _decide(
+    def _fitted_candidates(
+        self, goals: Mapping[str, Goal], fits: _GroupFits, rotation: Rotation | None
+    ) -> dict[str, list[Candidate]]:
+        """Candidates of the plane count asked for, or of the fewest planes within the budget."""
+        found: dict[str, list[Candidate]] = {}
+        for count in CODE_MAX:
+            open_ = {
+                name: goal
+                for name, goal in goals.items()
+                if self._asked(name) == count
+                or (self._asked(name) == "auto" and not self._within(found.get(name)))
+            }
+            found.update(fits.candidates(open_, dict.fromkeys(open_, count), rotation))
+        return found
+
+    def _within(self, candidates: list[Candidate] | None) -> bool:
+        return candidates is not None and _best(candidates).error <= self._config.error_budget
+
+    def _decision(
         self,
         name: str,
         target: Target,
-        layer: Layer,
+        candidates: list[Candidate],
         fits: _GroupFits,
         rotation: Rotation | None,
     ) -> Decision:
-        bias = layer.bias
-        planes, budget = self._planes.get(name, self._config.planes), self._config.error_budget
-        for count in CODE_MAX if planes == "auto" else (int(planes),):
-            candidates = fits.candidates(target.weight, bias is not None, count, rotation)
-            chosen = min(candidates, key=lambda candidate: candidate.error)
-            if planes != "auto" or chosen.error <= budget:
-                break
-        else:
-            refusal = over_budget(count, "held-out output error", chosen.error, budget)
-            return Decision(None, refusal.reason, output_error=chosen.error)
-        if planes == "auto":
+        layer, budget = self._layers[name], self._config.error_budget
+        chosen = _best(candidates)
+        count = chosen.quantized.planes
+        if self._asked(name) != "auto":
+            source = "by measured sensitivity" if name in self._planes else "as configured"
+            reason = f"planes={count} {source}"
+        elif self._within(candidates):
             reason = (
                 f"{count} planes are the fewest within error_budget {budget:g} on held-out data"
             )
-        elif name in self._planes:
-            reason = f"planes={count} by measured sensitivity"
         else:
-            reason = f"planes={count} as configured"
+            refusal = over_budget(count, "held-out output error", chosen.error, budget)
+            return Decision(None, refusal.reason, output_error=chosen.error)
+        bias = layer.bias
         return Decision(
             quantized=chosen.quantized,
             reason=f"{reason}; {chosen.method}{fell_back(chosen, candidates)}",
@@ -187,6 +201,18 @@ class Calibrator:
             rotation=rotation,
             bias=None if bias is None else fits.corrected(bias, target, chosen),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Goal:
+    """What is fitted: a weight fp32 [N, K], and whether a bias takes up the mean of its error."""
+
+    weight: torch.Tensor
+    centred: bool
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    return min(candidates, key=lambda candidate: candidate.error)
 
 
 def _relative(w: torch.Tensor, quantized: torch.Tensor) -> float:
@@ -208,7 +234,7 @@ class _GroupFits:
         self._methods = ("gptq", "als") if method == "gptq" else (method,)
 
     def choose_rotation(
-        self, weights: Mapping[str, tuple[torch.Tensor, bool]], planes: Mapping[str, int]
+        self, goals: Mapping[str, Goal], planes: Mapping[str, int | Literal["auto"]]
     ) -> Rotation | None:
         """The rotation of the whole group: its layers read one input, rotated once or not.
 
@@ -218,10 +244,13 @@ class _GroupFits:
             return None
         if self._config.rotation == "hadamard":
             return self._rotation
+        counts = {
+            name: ROTATION_PLANES if asked == "auto" else asked for name, asked in planes.items()
+        }
         errors = {
             rotation: sum(
-                min(c.error for c in self.candidates(w, centred, planes[name], rotation, 0)) ** 2
-                for name, (w, centred) in weights.items()
+                _best(found).error ** 2
+                for found in self.candidates(goals, counts, rotation, 0).values()
             )
             for rotation in (None, self._rotation)
         }
@@ -229,20 +258,25 @@ class _GroupFits:
 
     def candidates(
         self,
-        w: torch.Tensor,
-        centred: bool,
-        planes: int,
+        goals: Mapping[str, Goal],
+        planes: Mapping[str, int],
         rotation: Rotation | None,
         sweeps: int = SWEEPS,
-    ) -> list[Candidate]:
-        """One candidate a method, in a fixed order."""
-        rotated = w if rotation is None else rotation.rotate(w)
-        found = []
-        for method in self._methods:
+    ) -> dict[str, list[Candidate]]:
+        """One candidate a method, in a fixed order; weights that can be are fitted together."""
+        alike: dict[tuple[bool, int], list[str]] = {}
+        for name, goal in goals.items():
+            alike.setdefault((goal.centred, planes[name]), []).append(name)
+        found: dict[str, list[Candidate]] = {name: [] for name in goals}
+        for (centred, count), names in alike.items():
+            weights = [goals[name].weight for name in names]
+            rotated = weights if rotation is None else [rotation.rotate(w) for w in weights]
             metric = self._metric(rotation, centred)
-            quantized = fit(rotated, metric, planes, self._config, method, sweeps)
-            held_out = self._moments.held_out
-            found.append(judged(w, quantized, method, rotation, held_out, centred))
+            for method in self._methods:
+                fits = fit(rotated, metric, count, self._config, method, sweeps)
+                for name, w, quantized in zip(names, weights, fits, strict=True):
+                    held_out = self._moments.held_out
+                    found[name].append(judged(w, quantized, method, rotation, held_out, centred))
         return found
 
     def target(self, w: torch.Tensor, centred: bool) -> Target:

@@ -4,13 +4,15 @@
     als:  alternating least squares in the metric diag(H)
     gptq: error compensation in the metric H, then joint refits of steps and codes in turn
 
-All three through the same grid: `als` is compensation with a diagonal factor, where there is
-nothing to spread.
+All three through the same grid. Rows do not know of each other: weights that share their inputs
+are fitted as one stack of rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -21,6 +23,7 @@ from ternc.calibration.refit import refit_codes, refit_steps
 from ternc.config import Config
 from ternc.formats import fit as data_free
 from ternc.formats.quantized import Quantized
+from ternc.runtime.ops.fit import snap
 
 SWEEPS = 8
 """Rounds of steps and codes after compensation; each lowers the error, the last by under 1 %."""
@@ -54,42 +57,53 @@ class Metric:
         hessian = damped(second, SHORT_DAMPING if few else DAMPING)
         return cls(hessian, inverse_factor(hessian))
 
-    def diagonal(self) -> Metric:
-        """The same without what ties the columns together: nothing is compensated."""
-        diagonal = self.hessian.diagonal()
-        return Metric(torch.diag(diagonal), torch.diag(diagonal.rsqrt()))
-
 
 def fit(
-    w: torch.Tensor,
+    weights: Sequence[torch.Tensor],
     metric: Metric,
     planes: int,
     config: Config,
     method: str,
     sweeps: int = SWEEPS,
-) -> Quantized:
-    """w fp32 [N, K], finite -> codes and scales.
+) -> list[Quantized]:
+    """Weights fp32 [N, K] of one input, finite -> codes and scales of each.
 
     Args:
-        metric: of the inputs, rotated as w is.
+        metric: of the inputs, rotated as the weights are.
         method: "rtn", "als" or "gptq".
         sweeps: rounds of refits after compensation; "als" is at its optimum without.
     """
     if method == "rtn":
-        return data_free.fit(w, planes, config, 0)
-    metric = metric if method == "gptq" else metric.diagonal()
+        return [data_free.fit(w, planes, config, 0) for w in weights]
+    if config.fit_group == -1 and len(weights) > 1:  # a step is then shared by all rows of a weight
+        return [fit([w], metric, planes, config, method, sweeps)[0] for w in weights]
+    w = torch.cat(list(weights))
     grid = Grid.of(w, planes, config)
-    codes = compensate(w, metric.factor, grid)
+    codes = _first_codes(w, metric, grid, method)
     if grid.group_size > 0 and config.tie_scales:
         grid.tie(_energy(codes, metric.hessian.diagonal(), grid))
-        codes = compensate(w, metric.factor, grid)
+        codes = _first_codes(w, metric, grid, method)
     if method == "gptq" and sweeps:
         target = w @ metric.hessian
         for _ in range(sweeps):
             refit_steps(target, codes, metric.hessian, grid)
             codes = refit_codes(w, codes, metric.hessian, grid)
         refit_steps(target, codes, metric.hessian, grid)
-    return grid.quantized(codes)
+    ends = list(itertools.accumulate(map(len, weights), initial=0))
+    return [
+        grid.of_rows(slice(*part)).quantized(codes[slice(*part)])
+        for part in itertools.pairwise(ends)
+    ]
+
+
+def _first_codes(w: torch.Tensor, metric: Metric, grid: Grid, method: str) -> torch.Tensor:
+    """Codes fp32 [N, K] before refits; the steps of `grid` are set on the way."""
+    if method == "gptq":
+        return compensate(w, metric.factor, grid)
+    size, diagonal = grid.columns_per_group, metric.hessian.diagonal()
+    for group, part in enumerate(w.split(size, 1)):
+        grid.fit_group(group, part, diagonal[group * size : (group + 1) * size])
+    return snap(w, grid.expanded(), grid.cmax)
 
 
 def _energy(codes: torch.Tensor, diagonal: torch.Tensor, grid: Grid) -> torch.Tensor:

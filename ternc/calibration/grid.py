@@ -60,6 +60,11 @@ class Grid:
         """The step of every weight, fp32 [N, K]."""
         return expand_groups(self.steps, self.columns_per_group, self.columns)
 
+    def of_rows(self, rows: slice) -> Grid:
+        """The grid of some rows; all of them where they share one step."""
+        scale = None if self.scale is None else self.scale[rows]
+        return dataclasses.replace(self, steps=self.steps[rows], scale=scale)
+
     def fit_group(self, group: int, w: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Sets and returns the steps [N] of one group: least sum_j weight_j (w_j - step c_j)^2.
 

@@ -41,7 +41,7 @@ def metric_of(x, centred=False):
 def test_gptq_beats_als_on_outputs_and_stays_in_the_format(planes, choices):
     w, x = correlated(24, 96, 1500)
     config, metric = Config(planes=planes, **choices), metric_of(x)
-    found = {method: fit(w, metric, planes, config, method) for method in ("als", "gptq")}
+    found = {method: fit([w], metric, planes, config, method)[0] for method in ("als", "gptq")}
     losses = {name: output_loss(w, q.dequantize(), x) for name, q in found.items()}
     assert losses["gptq"] < 0.8 * losses["als"]
     quantized = found["gptq"]
@@ -52,11 +52,24 @@ def test_gptq_beats_als_on_outputs_and_stays_in_the_format(planes, choices):
         assert torch.equal(unpack(pack(quantized, "cpu")).codes, quantized.codes)
 
 
+@pytest.mark.parametrize("method", ["als", "gptq"])
+@pytest.mark.parametrize("choices", FORMATS)
+def test_weights_of_one_input_are_fitted_together_as_apart(choices, method):
+    w, x = correlated(24, 96, 1500)
+    config, metric = Config(planes=2, **choices), metric_of(x)
+    parts = list(w.split([5, 12, 7]))
+    together = fit(parts, metric, 2, config, method)
+    for part, found in zip(parts, together, strict=True):
+        (apart,) = fit([part], metric, 2, config, method)
+        assert (found.codes == apart.codes).float().mean() > 0.99  # sums may differ in the last bit
+        torch.testing.assert_close(found.dequantize(), apart.dequantize(), atol=0.05, rtol=0.05)
+
+
 def test_sweeps_lower_the_error():
     w, x = correlated(24, 96, 1500)
     config, metric = Config(planes=1, group_size=32), metric_of(x)
     losses = [
-        output_loss(w, fit(w, metric, 1, config, "gptq", sweeps).dequantize(), x)
+        output_loss(w, fit([w], metric, 1, config, "gptq", sweeps)[0].dequantize(), x)
         for sweeps in (0, 1, 8)
     ]
     assert losses[0] > losses[1] > losses[2]
@@ -66,7 +79,7 @@ def test_rtn_is_the_closed_form():
     w, x = correlated(8, 64, 200)
     config = Config(planes=2, group_size=32)
     codes, scale, _ = torch.ops.ternc.fit(w, 2, 32, 0)
-    found = fit(w, metric_of(x), 2, config, "rtn")
+    found = fit([w], metric_of(x), 2, config, "rtn")[0]
     assert torch.equal(found.codes, codes) and torch.equal(found.scale, scale)
 
 
@@ -145,7 +158,7 @@ def test_dead_and_constant_columns():
     x[:, 3], x[:, 4] = 0.0, 1.0
     w[2] = 0.0
     for centred in (False, True):
-        found = fit(w, metric_of(x, centred), 2, Config(planes=2, group_size=16), "gptq")
+        found = fit([w], metric_of(x, centred), 2, Config(planes=2, group_size=16), "gptq")[0]
         assert found.dequantize().isfinite().all()
         assert not found.dequantize()[2].any()
 
@@ -153,7 +166,7 @@ def test_dead_and_constant_columns():
 def test_bias_takes_up_the_mean_error():
     w, x = correlated(6, 32, 500)
     x = x + 3
-    q = fit(w, metric_of(x, centred=True), 1, Config(planes=1, group_size=16), "gptq")
+    q = fit([w], metric_of(x, centred=True), 1, Config(planes=1, group_size=16), "gptq")[0]
     bias = torch.randn(6)
     corrected = corrected_bias(bias, w - q.dequantize(), x.mean(0))
     output = x @ q.dequantize().T + corrected
