@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import operator
 
+import torch
 from torch import fx
 from torch.nn import functional as F
 
@@ -72,7 +74,9 @@ def _projections_of(start: object) -> list[str]:
 
 
 def _projections_after(attention: fx.Node) -> list[str]:
-    """Names of the ternary products that read the output of attention through views alone."""
+    """Names of the ternary products that read the output of attention through views, and through
+    the op that rotates and quantises it.
+    """
     pending = [attention]
     seen: set[fx.Node] = set()
     while pending and len(seen) < _MAX_STEPS:
@@ -81,10 +85,19 @@ def _projections_after(attention: fx.Node) -> list[str]:
             call = read(user)
             if call is not None and call.x is node:
                 return [_name(user, index) for index in range(len(call.weights))]
-            if user not in seen and user.op == "call_method":
+            if user not in seen and (user.op == "call_method" or _passes_on(user)):
                 seen.add(user)
                 pending.append(user)
     return []
+
+
+def _passes_on(node: fx.Node) -> bool:
+    """A rotation, a quantisation, or a result of one."""
+    ops = torch.ops.ternc
+    if node.target is operator.getitem:
+        source = node.all_input_nodes[0]
+        return source.target is ops.activate_quantize.default
+    return node.target in (ops.hadamard, ops.hadamard.default, ops.activate_quantize.default)
 
 
 def _name(node: fx.Node, index: object) -> str:

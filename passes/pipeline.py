@@ -20,13 +20,16 @@ from ternc.passes.graph import (
 )
 from ternc.passes.hand_written_attention import fuse_attention
 from ternc.passes.mutation import drop_unused, tainted, without_needless_writes
+from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.activation import ActivationRule
 from ternc.passes.rules.experts import ExpertsRule
 from ternc.passes.rules.linear import LinearRule
 from ternc.passes.rules.norm import NormRule
 from ternc.passes.rules.residual import ResidualRule
+from ternc.passes.rules.rotation import RotationRule
 from ternc.passes.rules.shared_input import SharedInputRule
+from ternc.passes.rules.shared_rotation import SharedRotationRule
 from ternc.passes.simplify import simplify
 from ternc.passes.spellings import spell_linears
 from ternc.passes.trace import trace
@@ -37,9 +40,11 @@ from ternc.reporting import Row
 RULES: tuple[Rule, ...] = (
     LinearRule(),
     ExpertsRule(),
+    SharedRotationRule(),
     SharedInputRule(),
     NormRule(),
     ActivationRule(),
+    RotationRule(),
     ResidualRule(),
 )
 
@@ -104,6 +109,7 @@ def _find_packed_modules(gm: fx.GraphModule, context: Context) -> None:
         if "ternc_site" in node.meta or not is_static_input(weight):
             continue
         x, rows = example_value(node.args[0]), int(node.args[5])
+        rotated = " rotated" if read_rotation(node.args[0]).block else ""
         name = context.unique_name(dotted_path(source_of(weight)).rpartition(".")[0])
         columns = int(x.shape[-1])
         tensors = [arg for arg in node.args[1:4] if isinstance(arg, fx.Node)]
@@ -113,7 +119,7 @@ def _find_packed_modules(gm: fx.GraphModule, context: Context) -> None:
             pattern="packed linear",
             action="rewritten",
             reason="packed before compilation; its buffers are the weights",
-            format=f"ternary layout {node.args[8]}",
+            format=f"ternary layout {node.args[8]}{rotated}",
             shape=(rows, columns),
             bytes_before=rows * columns * x.element_size(),
             bytes_after=nbytes,

@@ -141,6 +141,13 @@ def ternary_users(x: fx.Node) -> list[fx.Node]:
     return found
 
 
+def label_sites(node: fx.Node, label: str) -> None:
+    """Names, in the report rows of a product, what its fused input does before it."""
+    for site in read_known(node).sites:
+        if site is not None:
+            site.row.pattern = f"{label} + {site.row.pattern}"
+
+
 def retarget(node: fx.Node, q: fx.Node, sx: fx.Node, rule: str) -> None:
     """Makes a linear(s) node read integers instead of floating point, in place of `node`."""
     call = read(node)

@@ -1,4 +1,5 @@
-"""linear(act(gate) * up, W) -> linears(activate_quantize(gate, up), W); also without the product.
+"""linear(act(gate) * up, W) -> linears(activate_quantize(gate, up), W); also without the product,
+and with a Hadamard rotation before W.
 
 The activation function is found by its values, whatever its spelling.
 """
@@ -16,8 +17,9 @@ from ternc.passes.context import Context
 from ternc.passes.graph import arguments, example_value, is_call, is_tensor
 from ternc.passes.inline import inline
 from ternc.passes.region import ancestors, between, evaluate
+from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import read, read_known, retarget, ternary_users
+from ternc.passes.ternary_call import label_sites, read, read_known, retarget, ternary_users
 
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -42,40 +44,40 @@ class ActivationRule:
         call = read(node)
         if call is None or not call.pristine or not is_tensor(call.x):
             return None
-        found = _gated(call.x) or _plain(call.x)
+        rotated = read_rotation(call.x)
+        found = _gated(rotated.y) or _plain(rotated.y)
         if found is None:
             return None
         gate, up, activation = found
         parts = {"gate": gate, "up": up, "activation": activation, "bits": call.bits}
-        return Match(call.x, parts)
+        return Match(rotated.y, {**parts, "rotated": rotated})
 
     def check(self, match: Match, context: Context) -> Skip | None:
         if context.grad_enabled:
             return Skip("gradients do not flow through integers: the activation stays separate")
-        readers = ternary_users(match.root)
-        if len(readers) < len(match.root.users):
-            return Skip("the activation is read by something else too", match.root)
-        return context.why_not_move(match.parts["gate"], match.parts["up"], match.root)
+        h, x = match.root, match.parts["rotated"].x
+        readers = [u for u in ternary_users(x) if read_known(u).bits == match.parts["bits"]]
+        if len(readers) < len(x.users) or (x is not h and len(h.users) > 1):
+            return Skip("the activation is read by something else too", h)
+        return context.why_not_move(match.parts["gate"], match.parts["up"], h, x)
 
     def rewrite(self, match: Match, context: Context) -> None:
-        h, parts = match.root, match.parts
+        h, parts, rotated = match.root, match.parts, match.parts["rotated"]
         outputs = inline(
             h,
             torch.ops.ternc.activate_quantize.default,
             parts["gate"],
             parts["up"],
             parts["activation"],
-            None,
-            0,
+            rotated.signs,
+            rotated.block,
             parts["bits"],
         )
         outputs.meta["ternc_rule"] = self.name
         q, sx = (inline(h, operator.getitem, outputs, i) for i in range(2))
         label = parts["activation"] + (" * up" if parts["up"] is not None else "")
-        for reader in ternary_users(h):
-            for site in read_known(reader).sites:
-                if site is not None:
-                    site.row.pattern = f"{label} + {site.row.pattern}"
+        for reader in ternary_users(rotated.x):
+            label_sites(reader, label + rotated.label)
             retarget(reader, q, sx, self.name)
 
 

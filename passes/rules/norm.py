@@ -1,4 +1,6 @@
-"""linear(s)(norm(x), W) -> linears(norm_quantize(x), W): the norm writes the integers itself."""
+"""linear(s)(norm(x), W) -> linears(norm_quantize(x), W): the norm writes the integers itself, of
+its rotated output where the products read hadamard(norm(x)).
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from ternc.passes.context import Context
 from ternc.passes.inline import inline
 from ternc.passes.norm_pattern import read_norm
 from ternc.passes.region import steps, written_outside
+from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import read, read_known, retarget, ternary_users
+from ternc.passes.ternary_call import label_sites, read, read_known, retarget, ternary_users
 
 
 class NormRule:
@@ -24,8 +27,11 @@ class NormRule:
         call = read(node)
         if call is None or not call.pristine:
             return None
-        norm = read_norm(call.x)
-        return None if norm is None else Match(call.x, {"norm": norm, "bits": call.bits})
+        rotated = read_rotation(call.x)
+        norm = read_norm(rotated.y)
+        if norm is None:
+            return None
+        return Match(rotated.y, {"norm": norm, "rotated": rotated, "bits": call.bits})
 
     def check(self, match: Match, context: Context) -> Skip | None:
         if context.grad_enabled:
@@ -35,12 +41,13 @@ class NormRule:
         norm = match.parts["norm"]
         if written_outside(steps(match.root, norm.x) - {match.root}):
             return Skip("a step of the norm is written in place", match.root)
-        return context.why_not_move(norm.x, match.root)
+        return context.why_not_move(norm.x, match.root, match.parts["rotated"].x)
 
     def rewrite(self, match: Match, context: Context) -> None:
         y, norm, bits = match.root, match.parts["norm"], match.parts["bits"]
-        readers = [user for user in ternary_users(y) if read_known(user).bits == bits]
-        keep = len(readers) < len(y.users)
+        rotated = match.parts["rotated"]
+        readers = [user for user in ternary_users(rotated.x) if read_known(user).bits == bits]
+        keep = len(readers) < len(rotated.x.users) or (rotated.x is not y and len(y.users) > 1)
         outputs = inline(
             y,
             torch.ops.ternc.norm_quantize.default,
@@ -51,18 +58,18 @@ class NormRule:
             norm.eps,
             norm.gain_offset,
             norm.round_first,
-            None,
-            0,
+            rotated.signs,
+            rotated.block,
             bits,
             keep,
         )
         outputs.meta["ternc_rule"] = self.name
         kept, q, sx = (inline(y, operator.getitem, outputs, i) for i in range(3))
         for reader in readers:
-            for site in read_known(reader).sites:
-                if site is not None:
-                    site.row.pattern = f"{norm.kind} norm + {site.row.pattern}"
+            label_sites(reader, f"{norm.kind} norm{rotated.label}")
             retarget(reader, q, sx, self.name)
+        if rotated.x is not y and not rotated.x.users:
+            y.graph.erase_node(rotated.x)
         if keep:
             y.replace_all_uses_with(kept)
         else:

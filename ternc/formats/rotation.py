@@ -10,10 +10,14 @@ Uses the op ternc::hadamard, so `ternc.runtime.ops.register()` must have run.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import torch
 
 MAX_BLOCK = 4096
+
+_shared: weakref.WeakValueDictionary[tuple[Rotation, int, str], torch.Tensor]
+_shared = weakref.WeakValueDictionary()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +40,24 @@ class Rotation:
         mix is the finaliser of SplitMix64 (Steele, Lea and Flood 2014): the same on every device
         and in every version of torch.
         """
-        column = torch.arange(columns, dtype=torch.int64)
+        column = torch.arange(columns, dtype=torch.int64, device="cpu")
         mixed = _mix(_mix(column) + self.seed)
         return torch.where(mixed < 0, -1, 1).to(torch.int8).to(device)
+
+    def shared_signs(self, columns: int, device: torch.device) -> torch.Tensor:
+        """`signs`, the same tensor for all who hold it; not to be written.
+
+        A compiled graph sees by its identity that several inputs are rotated alike.
+        """
+        key = (self, columns, str(device))
+        found = _shared.get(key)
+        if found is None:
+            # An inference tensor could never be saved for a backward.
+            with torch.inference_mode(False):
+                found = self.signs(columns, device)
+            if type(found) is torch.Tensor:  # no fake tensor outlives its mode
+                _shared[key] = found
+        return found
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Rows x [..., K] -> x R, in the dtype of x: weights and inputs alike."""

@@ -38,7 +38,7 @@ class TernaryLinear(nn.Module):
         exact: the float weight already held these values.
         transposed: the layer that it replaced held its weight as [in_features, out_features].
         rotation: the packed weight is W R, and inputs are rotated before they are quantised.
-        signs: int8 [in_features] of the rotation, or None.
+        signs: int8 [in_features] of the rotation, one tensor for all layers rotated alike; or None.
         config: how a float weight is quantised when one is loaded into this layer.
     """
 
@@ -241,7 +241,7 @@ class TernaryLinear(nn.Module):
     def _rotate_inputs(self, rotation: Rotation | None) -> None:
         self.rotation, self.signs = rotation, None
         if rotation is not None:
-            self.signs = rotation.signs(self.in_features, self.packed_weight.device)
+            self.signs = rotation.shared_signs(self.in_features, self.packed_weight.device)
 
     def _place(self, name: str, tensor: torch.Tensor | None) -> None:
         if name in self._parameters and tensor is not None:

@@ -100,7 +100,7 @@ class QATLinear(nn.Linear):
             self.register_parameter(name, nn.Parameter(made) if wanted else None)
         signs = None
         if settings.rotation is not None:
-            signs = settings.rotation.signs(self.in_features, device)
+            signs = settings.rotation.shared_signs(self.in_features, device)
         self.register_buffer("signs", signs, persistent=False)
         start = torch.tensor([TERNARY, TERNARY, 1.0], device=device)
         self.register_buffer("weight_state", start)
