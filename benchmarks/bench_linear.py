@@ -1,4 +1,7 @@
-"""ternc::linear against F.linear in fp32 and bf16, and against the memory's read limit, on the CPU.
+"""ternc::linear on the CPU: against other routes, and against what memory and multipliers allow.
+
+A sample is one call of the op from Python, activation quantisation included, on weights out of
+cache (--hot: one copy, over and over).
 
 python benchmarks/bench_linear.py --shapes 4096x4096 --tokens 1 16 --threads 2 --planes 1 3
 """
@@ -11,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import common  # noqa: E402
+import peers  # noqa: E402
+import roofline  # noqa: E402
+from limits import FAST_TILE_SECONDS, TILE_OPERATIONS, Limits  # noqa: E402
 from reference import linear_arguments, random_quantized  # noqa: E402
 
 from ternc.formats import pack  # noqa: E402
@@ -41,22 +46,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--planes", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--groups", type=int, nargs="+", default=[128], help="0: row scales")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 0], help="of activations")
+    parser.add_argument("--peers", nargs="*", default=list(peers.ALL), choices=list(peers.ALL))
+    parser.add_argument("--hot", action="store_true", help="one copy of every weight")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--plot", help="PNG for the rooflines (needs the extra `plot`)")
     return parser.parse_args()
 
 
-def torch_contender(dtype: torch.dtype, rows: int, x: torch.Tensor) -> common.Contender:
-    columns = x.shape[1]
-    nbytes = rows * columns * dtype.itemsize
-    weights = [torch.randn(rows, columns).to(dtype) for _ in range(common.copies_of(nbytes))]
-    x = x.to(dtype)
-    name = f"F.linear {str(dtype).removeprefix('torch.')}"
-    return common.Contender(name, lambda i: F.linear(x, weights[i]), len(weights), nbytes)
-
-
 def ternc_contender(
-    rows: int, x: torch.Tensor, planes: int, group_size: int, bits: int
+    rows: int, x: torch.Tensor, planes: int, group_size: int, bits: int, hot: bool
 ) -> common.Contender:
     """Checks its output against the eager reference before it may run."""
     packed = pack(random_quantized(rows, x.shape[1], planes, group_size), "cpu")
@@ -68,7 +67,7 @@ def ternc_contender(
         assert (seen - expected).norm() <= 1e-6 * expected.norm()
     nbytes = sum(t.nbytes for t in (packed.weight, packed.multiplier) if t is not None)
     arguments = [linear_arguments(x, packed, None, bits)]
-    for _ in range(common.copies_of(nbytes) - 1):
+    for _ in range(0 if hot else common.copies_of(nbytes) - 1):
         copy = list(arguments[0])
         copy[1] = packed.weight.clone()
         copy[3] = None if packed.multiplier is None else packed.multiplier.clone()
@@ -80,20 +79,22 @@ def ternc_contender(
 
 
 def measure(
-    size: tuple[int, int], tokens: int, options: argparse.Namespace, stream: common.Stream
+    size: tuple[int, int], tokens: int, options: argparse.Namespace, limits: Limits
 ) -> list[dict[str, Any]]:
+    """One row a contender; the limits of the same rounds are in every row."""
     rows, columns = size
     x = torch.randn(tokens, columns)
-    contenders = [torch_contender(dtype, rows, x) for dtype in (torch.float32, torch.bfloat16)]
+    contenders = [peer for name in options.peers if (peer := peers.ALL[name](rows, x, options.hot))]
     contenders += [
-        ternc_contender(rows, x, planes, group_size, bits)
+        ternc_contender(rows, x, planes, group_size, bits, options.hot)
         for planes in options.planes
         for group_size in options.groups
         for bits in options.bits
     ]
-    stream.samples.clear()
-    common.interleave(contenders, options.rounds, stream)
-    base = contenders[0]
+    limits.clear()
+    common.interleave(contenders, options.rounds, limits, rows * columns // 4)
+    base = contenders[0].best
+    work = 2 * tokens * rows * columns
     return [
         {
             "K x N": f"{columns}x{rows}",
@@ -102,32 +103,57 @@ def measure(
             "bits/w": 8 * c.nbytes / (rows * columns),
             "best us": c.best * 1e6,
             "median us": c.median * 1e6,
-            "% of read limit, best": 100 * c.nbytes / stream.best / c.best,
-            "median": 100 * c.nbytes / stream.median / c.median,
-            "GOP/s": 2 * tokens * rows * columns / c.best / 1e9,
-            "x fp32, best": base.best / c.best,
-            "x fp32, median": base.median / c.median,
+            "% of read": percent(c.nbytes / c.best, limits.read.best),
+            "median": percent(c.nbytes / c.median, limits.read.median),
+            "GOP/s": work / c.best / 1e9,
+            "% of multiply": percent(work / c.best, limits.multiply.best),
+            f"x {contenders[0].name}": base / c.best,
+            "read GB/s": limits.read.best / 1e9,
+            "multiply GOP/s": None if not limits.multiply.best else limits.multiply.best / 1e9,
+            "slow tile samples": len(c.slow),
         }
         for c in contenders
     ]
 
 
+def percent(rate: float, limit: float | None) -> float | None:
+    return None if limit is None else 100 * rate / limit
+
+
+def describe(table: list[dict[str, Any]], limits: Limits) -> str:
+    """The limits over the whole run in one line."""
+    reads = [row["read GB/s"] for row in table]
+    text = f"read limit {min(reads):.1f} to {max(reads):.1f} GB/s (best samples of each table)"
+    if rates := [row["multiply GOP/s"] for row in table if row["multiply GOP/s"]]:
+        text += f"; {limits.unit} {min(rates):.0f} to {max(rates):.0f} GOP/s"
+    if limits.tiles.samples:
+        nanoseconds = [1e9 * limits.threads * TILE_OPERATIONS / s for s in limits.tiles.samples]
+        fast = sum(n < 1e9 * FAST_TILE_SECONDS for n in nanoseconds) / len(nanoseconds)
+        text += f"; tile probe {min(nanoseconds):.1f} ns, fast in {100 * fast:.0f} % of probes"
+    return text
+
+
 def main() -> None:
     options = parse()
+    if options.plot:
+        roofline.load()  # before the work, not after it
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     ops.register()
-    if cpu.isa() is None:
+    if (isa := cpu.isa()) is None:
         sys.exit("the C++ library is not loaded: there is nothing to measure")
-    stream = common.Stream(options.threads)
+    limits = Limits(options.threads, isa)
     table = []
     with torch.inference_mode():
         for size in [*options.shapes, *common.drawn_shapes(options.drawn)]:
             for tokens in options.tokens:
-                table += measure(size, tokens, options, stream)
+                table += measure(size, tokens, options, limits)
                 print(f"{size[1]}x{size[0]}, {tokens} tokens: done", file=sys.stderr)
-    print(f"read limit {stream.best / 1e9:.1f} GB/s best, {stream.median / 1e9:.1f} median")
-    common.show(table, common.machine(options.threads), options.json)
+    print(describe(table, limits))
+    facts = common.machine(options.threads) | {"hot": options.hot, "multiply": limits.unit}
+    common.show(table, facts, options.json)
+    if options.plot:
+        roofline.draw(table, facts, options.plot)
 
 
 if __name__ == "__main__":

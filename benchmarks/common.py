@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine, the read limit, interleaved rounds, drawn shapes, output.
+"""What benchmarks share: the machine, interleaved rounds, drawn shapes, output.
 
 Weights are rotated over at least `ROTATED` bytes after one untimed rotation, so that no sample
 reads a warm weight; contenders take turns in every round, so that a slow spell hits all of them.
@@ -6,15 +6,12 @@ reads a warm weight; contenders take turns in every round, so that a slow spell 
 
 from __future__ import annotations
 
-import concurrent.futures
-import ctypes
 import dataclasses
 import hashlib
 import json
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +19,11 @@ from typing import Any
 
 import tabulate
 import torch
+from limits import Limits
 
-from ternc.csrc import build
 from ternc.runtime import cpu
 
 ROTATED = 192 << 20
-READ_BYTES = 32 << 20
-"""Bytes of one sample of the read limit: short enough to fit between interruptions, long enough
-that starting the threads (about 40 us) stays under a tenth."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,52 +37,16 @@ class Contender:
     nbytes: int
     """Bytes of weight that one call reads."""
     seconds: list[float] = dataclasses.field(default_factory=list)
+    slow: list[float] = dataclasses.field(default_factory=list)
+    """Samples in the slow state of the tile unit; they count only where there are no others."""
 
     @property
     def best(self) -> float:
-        return min(self.seconds)
+        return min(self.seconds or self.slow)
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
-class Stream:
-    """Read bandwidth of `threads` threads on memory beyond the caches, bytes a second."""
-
-    def __init__(self, threads: int) -> None:
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads)
-        self._threads = threads
-        self._windows = torch.ones(ROTATED // 8, dtype=torch.int64).split(READ_BYTES // 8)
-        with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder) / "stream.so"
-            source = str(Path(__file__).with_name("stream.cpp"))
-            command = [*build.find_compiler(), "-O3", "-shared", "-fPIC", "-o", str(library)]
-            subprocess.run([*command, source], check=True)
-            self._read = ctypes.CDLL(str(library)).read_all
-        self._read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        self._read.restype = ctypes.c_uint64
-        self._next = 0
-        self.samples: list[float] = []
-
-    def sample(self) -> None:
-        """One timed read of the next window."""
-        window = self._windows[self._next % len(self._windows)]
-        self._next += 1
-        parts = window.chunk(self._threads)
-        start = time.perf_counter()
-        jobs = [self._pool.submit(self._read, p.data_ptr(), p.numel()) for p in parts]
-        total = sum(job.result() for job in jobs)
-        self.samples.append(window.nbytes / (time.perf_counter() - start))
-        assert total == window.numel()
-
-    @property
-    def best(self) -> float:
-        return max(self.samples)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
+        return statistics.median(self.seconds or self.slow)
 
 
 def copies_of(nbytes: int) -> int:
@@ -96,20 +54,29 @@ def copies_of(nbytes: int) -> int:
     return max(2, -(-ROTATED // nbytes))
 
 
-def interleave(contenders: list[Contender], rounds: int, stream: Stream | None = None) -> None:
-    """Time every contender once a round, after one untimed rotation of each."""
+def interleave(
+    contenders: list[Contender], rounds: int, limits: Limits | None = None, nbytes: int = 0
+) -> None:
+    """Time every contender once a round, after one untimed rotation of each.
+
+    With `limits`, they are sampled in every round (a read of `nbytes`), and the tile unit, if it is
+    in use, is probed before and after every sample.
+    """
     for contender in contenders:
         for i in range(contender.copies):
             contender.run(i)
     for turn in range(rounds):
-        if stream:
-            stream.sample()
+        if limits:
+            limits.sample(nbytes)
         for contender in contenders:
             # The first call of a turn finds the caches full of another contender's data.
             contender.run((2 * turn) % contender.copies)
+            fast = limits is None or limits.tiles_are_fast()
             start = time.perf_counter()
             contender.run((2 * turn + 1) % contender.copies)
-            contender.seconds.append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            fast = fast and (limits is None or limits.tiles_are_fast())
+            (contender.seconds if fast else contender.slow).append(seconds)
 
 
 def commit() -> str:

@@ -1,0 +1,136 @@
+"""What the machine allows, measured in the same rounds as the kernels: reading, and multiplying.
+
+limits.cpp --$CXX--> library; threads of a pool start together and report their own times, so that
+starting them costs nothing of a sample.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import dataclasses
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ternc.csrc import build
+
+READ_BYTES = 192 << 20
+"""The windows of the reads rotate over these: beyond the caches."""
+MULTIPLY_SECONDS = 100e-6
+UNITS = {
+    "amx": "tdpbssd",
+    "avx512vnni": "vpdpbusd 512",
+    "avxvnni": "vpdpbusd 256",
+    "avx2": "vpmaddubsw 256",
+}
+"""Multiply instruction by instruction set; the bare rate of others is not known here."""
+TILE_PROBE = "tdpbssd with loads"
+FAST_TILE_SECONDS = 10e-9
+"""Machines with AMX have a state in which four tile loads and products take 25 to 30 ns each
+instead of 7: rows with AMX compare only where the probe is below this."""
+TILE_OPERATIONS = 2 * 16 * 16 * 64
+
+
+class _Times(ctypes.Structure):
+    _fields_ = (("begin", ctypes.c_double), ("end", ctypes.c_double))
+
+
+@dataclasses.dataclass
+class Rate:
+    """Samples of one limit, in bytes or operations a second; empty: this machine has none."""
+
+    samples: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def best(self) -> float | None:
+        return max(self.samples, default=None)
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.samples) if self.samples else None
+
+
+class Limits:
+    """Limits of `threads` threads for kernels of one instruction set; `nbytes` a sample is read."""
+
+    def __init__(self, threads: int, isa: str) -> None:
+        self.threads, self.isa, self.unit = threads, isa, UNITS.get(isa, "")
+        self.read, self.multiply, self.tiles = Rate(), Rate(), Rate()
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads)
+        self._bytes = torch.ones(READ_BYTES + 4096, dtype=torch.uint8)
+        self._offset = 0
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "limits.so"
+            source = str(Path(__file__).with_name("limits.cpp"))
+            command = [*build.find_compiler(), "-O3", "-shared", "-fPIC", "-o", str(library)]
+            subprocess.run([*command, source], check=True)
+            self._native = ctypes.CDLL(str(library))
+        self._native.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        self._native.multiply.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p]
+        self._native.multiply.restype = ctypes.c_int64
+        self._rounds: dict[str, int] = {}
+        self._rounds = {unit: self._calibrate(unit) for unit in (self.unit, TILE_PROBE)}
+
+    def clear(self) -> None:
+        """Forget the samples of an earlier table."""
+        self.read, self.multiply, self.tiles = Rate(), Rate(), Rate()
+
+    def sample(self, nbytes: int) -> None:
+        """One sample of each limit; the read takes `nbytes` in all, in whole pages a thread."""
+        self.read.samples.append(self._read(nbytes))
+        if rate := self._multiply(self.unit):
+            self.multiply.samples.append(rate)
+
+    def tiles_are_fast(self) -> bool:
+        """Probe the AMX state; True too where AMX is not in use."""
+        rate = self._multiply(TILE_PROBE) if self.isa == "amx" else None
+        if rate is None:
+            return True
+        self.tiles.samples.append(rate)
+        return self.threads * TILE_OPERATIONS / rate < FAST_TILE_SECONDS
+
+    def _read(self, nbytes: int) -> float:
+        part = -(-nbytes // self.threads // 4096) * 4096
+        if self._offset + part * self.threads > READ_BYTES:
+            self._offset = 0
+        first = -(-self._bytes.data_ptr() // 4096) * 4096 + self._offset
+        self._offset += part * self.threads
+        read = self._native.read_all
+        seconds = self._together(lambda i, times: read(first + i * part, part, times))[0]
+        return part * self.threads / seconds
+
+    def _multiply(self, unit: str) -> float | None:
+        if not self._rounds[unit]:
+            return None
+        seconds, operations = self._run(unit)
+        return operations / seconds
+
+    def _run(self, unit: str) -> tuple[float, int]:
+        rounds, multiply = self._rounds[unit], self._native.multiply
+        seconds, done = self._together(lambda _, t: multiply(unit.encode(), rounds, t))
+        return seconds, sum(done)
+
+    def _together(self, call: Callable[[int, ctypes.c_void_p], int]) -> tuple[float, list[int]]:
+        """call(thread, times) on every thread at once -> seconds from first to last, results."""
+        times = (_Times * self.threads)()
+        self._native.close_gate(self.threads)
+        jobs = [self._pool.submit(call, i, ctypes.byref(times[i])) for i in range(self.threads)]
+        done = [job.result() for job in jobs]
+        return max(t.end for t in times) - min(t.begin for t in times), done
+
+    def _calibrate(self, unit: str) -> int:
+        """Rounds that take `MULTIPLY_SECONDS`; 0: not here, or not to be tried here."""
+        if not unit or (unit == TILE_PROBE and self.isa != "amx"):
+            return 0
+        seconds, self._rounds[unit] = 0.0, 64
+        while seconds < MULTIPLY_SECONDS:
+            self._rounds[unit] *= 2
+            seconds, operations = self._run(unit)
+            if not operations:
+                return 0
+        return self._rounds[unit]
