@@ -90,7 +90,7 @@ def examine(name: str, inner: str) -> dict[str, Any]:
         "refused": dict(refused),
         "unseen": unseen,
         "attention": len(report.attention),
-        "products": ops["ternc.linear.default"] + ops["ternc.linears.default"],
+        "products": sum(n for op, n in ops.items() if op.startswith("ternc.linear")),
         "norms": ops["ternc.norm_quantize.default"],
         "activations": ops["ternc.activate_quantize.default"],
         "breaks added": added,

@@ -1,4 +1,4 @@
-// torch tensors -> the linear kernels: the CPU implementations of ternc::linear and ternc::linears.
+// torch tensors -> the linear kernels: the CPU implementations of ternc::linear and linears1..4.
 //
 //   x --quantize or widen, once, over tokens--> Tokens --one parallel region over the blocks of
 //   every weight--> y_i
@@ -195,66 +195,110 @@ std::optional<Tensor> given(const Tensor& tensor) {
   return tensor.numel() == 0 ? std::nullopt : std::optional<Tensor>(tensor);
 }
 
-void check_residual(const Tensor& residual, const Product& product, size_t weights, int64_t tokens,
-                    ScalarType dtype) {
-  STD_TORCH_CHECK(weights == 1 && residual.scalar_type() == dtype &&
-                      residual.dim() == product.y.dim() &&
-                      residual.numel() == tokens * product.held.weight.rows,
-                  "ternc::linears: a residual goes with one weight and has its output's shape");
-}
+// x as floating point, or integers q with their scales; keeps contiguous copies alive.
+struct HeldInput {
+  Tensor x;
+  std::optional<Tensor> scale;
+  Input input;
+};
 
-std::vector<Tensor> linears(const Tensor& x, const std::optional<Tensor>& sx,
-                            const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
-                            const std::vector<Tensor>& multipliers,
-                            const std::vector<Tensor>& biases,
-                            const std::optional<Tensor>& residual,
-                            const std::vector<int64_t>& out_features,
-                            const std::vector<int64_t>& group_sizes, int64_t activation_bits,
-                            const std::vector<int64_t>& layouts, ScalarType dtype) {
-  check_input("linears", x, activation_bits);
-  const size_t count = weights.size();
-  STD_TORCH_CHECK(count > 0 && scales.size() == count && multipliers.size() == count &&
-                      biases.size() == count && out_features.size() == count &&
-                      group_sizes.size() == count && layouts.size() == count,
-                  "ternc::linears: lists of different lengths, or empty");
+HeldInput read_input(const char* op, const Tensor& x, const std::optional<Tensor>& sx,
+                     int64_t activation_bits, ScalarType dtype) {
+  check_input(op, x, activation_bits);
   const int64_t columns = x.size(x.dim() - 1), tokens = tokens_of(x);
-  const Tensor input = dense(x);
-  Input in{input.const_data_ptr(), Dtype::f32, nullptr, tokens, columns};
-  std::optional<Tensor> input_scale;
+  HeldInput held{dense(x), std::nullopt, {nullptr, Dtype::f32, nullptr, tokens, columns}};
+  held.input.values = held.x.const_data_ptr();
   if (sx.has_value()) {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && activation_bits != 0 &&
                         sx->scalar_type() == ScalarType::Float && sx->numel() == tokens,
-                    "ternc::linears: q and its scales are not int8 [..., K] and float32 [..., 1]");
-    input_scale = dense(*sx);
-    in.scale = static_cast<const float*>(input_scale->const_data_ptr());
+                    "ternc::", op, ": q and its scales are not int8 [..., K] and float32 [..., 1]");
+    held.scale = dense(*sx);
+    held.input.scale = static_cast<const float*>(held.scale->const_data_ptr());
   } else {
-    in.dtype = dtype_of(x.scalar_type(), "linears", "x");
-    STD_TORCH_CHECK(x.scalar_type() == dtype, "ternc::linears: x and its outputs differ in dtype");
+    held.input.dtype = dtype_of(x.scalar_type(), op, "x");
+    STD_TORCH_CHECK(x.scalar_type() == dtype, "ternc::", op, ": x and its outputs differ in dtype");
   }
+  return held;
+}
+
+Tensor linears1(const Tensor& x, const std::optional<Tensor>& sx, const Tensor& weight,
+                const Tensor& scale, const std::optional<Tensor>& multiplier,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                int64_t out_features, int64_t group_size, int64_t activation_bits, int64_t layout,
+                ScalarType dtype) {
+  const HeldInput held = read_input("linears1", x, sx, activation_bits, dtype);
+  check_layout("linears1", layout);
   std::vector<Product> products;
-  std::vector<Tensor> outputs;
+  products.push_back(product_of("linears1", x, dtype,
+                                read_weight("linears1", weight, scale, multiplier, out_features,
+                                            held.input.columns, group_size, layout),
+                                bias));
+  Product& product = products[0];
+  if (residual.has_value()) {
+    STD_TORCH_CHECK(residual->scalar_type() == dtype && residual->dim() == product.y.dim() &&
+                        residual->numel() == held.input.tokens * out_features,
+                    "ternc::linears1: the residual has not its output's shape and dtype");
+    product.residual = dense(*residual);
+    product.out.residual = product.residual->const_data_ptr();
+  }
+  multiply(held.input, activation_bits, products);
+  return product.y;
+}
+
+std::vector<Product> several(const Tensor& x, const std::optional<Tensor>& sx, size_t count,
+                             const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
+                             const std::vector<Tensor>& multipliers,
+                             const std::vector<Tensor>& biases,
+                             const std::vector<int64_t>& out_features,
+                             const std::vector<int64_t>& group_sizes, int64_t activation_bits,
+                             const std::vector<int64_t>& layouts, ScalarType dtype) {
+  const HeldInput held = read_input("linears", x, sx, activation_bits, dtype);
+  STD_TORCH_CHECK(weights.size() == count && scales.size() == count &&
+                      multipliers.size() == count && biases.size() == count &&
+                      out_features.size() == count && group_sizes.size() == count &&
+                      layouts.size() == count,
+                  "ternc::linears: lists that are not of ", count, " entries");
+  std::vector<Product> products;
   for (size_t i = 0; i < count; ++i) {
     check_layout("linears", layouts[i]);
     products.push_back(
         product_of("linears", x, dtype,
                    read_weight("linears", weights[i], scales[i], given(multipliers[i]),
-                               out_features[i], columns, group_sizes[i], layouts[i]),
+                               out_features[i], held.input.columns, group_sizes[i], layouts[i]),
                    given(biases[i])));
-    outputs.push_back(products[i].y);
   }
-  if (residual.has_value()) {
-    check_residual(*residual, products[0], count, tokens, dtype);
-    products[0].residual = dense(*residual);
-    products[0].out.residual = products[0].residual->const_data_ptr();
-  }
-  multiply(in, activation_bits, products);
-  return outputs;
+  multiply(held.input, activation_bits, products);
+  return products;
 }
+
+template <size_t>
+using OneTensor = Tensor;
+
+// ternc::linears<N>: a tuple of as many tensors as there are entries in I.
+template <size_t... I>
+std::tuple<OneTensor<I>...> linears(
+    const Tensor& x, const std::optional<Tensor>& sx, const std::vector<Tensor>& weights,
+    const std::vector<Tensor>& scales, const std::vector<Tensor>& multipliers,
+    const std::vector<Tensor>& biases, const std::vector<int64_t>& out_features,
+    const std::vector<int64_t>& group_sizes, int64_t activation_bits,
+    const std::vector<int64_t>& layouts, ScalarType dtype) {
+  const std::vector<Product> products =
+      several(x, sx, sizeof...(I), weights, scales, multipliers, biases, out_features, group_sizes,
+              activation_bits, layouts, dtype);
+  return {products[I].y...};
+}
+
+constexpr auto linears2 = &linears<0, 1>;
+constexpr auto linears3 = &linears<0, 1, 2>;
+constexpr auto linears4 = &linears<0, 1, 2, 3>;
 
 }  // namespace
 }  // namespace ternc
 
 STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
   m.impl("linear", TORCH_BOX(&ternc::linear));
-  m.impl("linears", TORCH_BOX(&ternc::linears));
+  m.impl("linears1", TORCH_BOX(&ternc::linears1));
+  m.impl("linears2", TORCH_BOX(ternc::linears2));
+  m.impl("linears3", TORCH_BOX(ternc::linears3));
+  m.impl("linears4", TORCH_BOX(ternc::linears4));
 }

@@ -1,5 +1,5 @@
-"""`TernaryCall`: one view of `ternc::linear` and `ternc::linears` nodes, for the rules that fuse
-them.
+"""`TernaryCall`: one view of `ternc::linear` and `ternc::linears1..4` nodes, for the rules that
+fuse them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from torch import fx
 
 from ternc.passes.graph import arguments, example_value
 from ternc.passes.inline import carry_provenance, inline
+from ternc.runtime.ops.linears import MAX_WEIGHTS
 from ternc.site import WeightSite
 
 FUSED_DEVICES = ("cpu",)
-"""Device types with kernels for `ternc::linears`, `norm_quantize` and `activate_quantize`."""
+"""Device types with kernels for `ternc::linears1..4`, `norm_quantize` and `activate_quantize`."""
 
 
 @dataclasses.dataclass
 class TernaryCall:
-    """Arguments of `ternc::linears`; `x` holds integers where `sx` is there."""
+    """Arguments of `ternc::linears1..4`; `x` holds integers where `sx` is there."""
 
     x: fx.Node
     sx: fx.Node | None
@@ -55,7 +56,7 @@ def is_linear(node: Any) -> bool:
 
 
 def is_linears(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is torch.ops.ternc.linears.default
+    return isinstance(node, fx.Node) and node.target in _overloads()
 
 
 def read(node: fx.Node) -> TernaryCall | None:
@@ -82,32 +83,59 @@ def read(node: fx.Node) -> TernaryCall | None:
 
 
 def write(call: TernaryCall, before: fx.Node, like: fx.Node, rule: str) -> list[fx.Node]:
-    """Emits `ternc::linears` before a node; returns its outputs, one per weight."""
-    graph = before.graph
+    """Emits one of `ternc::linears1..4` before a node; returns its outputs, one per weight."""
+    target = _overloads()[len(call.weights) - 1]
 
     def emit(*args: Any) -> Any:
-        return torch.ops.ternc.linears.default(*args)
+        return target(*args)
 
-    outputs = inline(
-        before,
-        emit,
+    arguments_of = _single if len(call.weights) == 1 else _several
+    node = inline(before, emit, *arguments_of(call, before.graph))
+    node.meta["ternc_call"] = call
+    node.meta["ternc_rule"] = rule
+    carry_provenance(like, node)
+    if len(call.weights) == 1:
+        return [node]
+    return [inline(before, lambda all_, i=i: all_[i], node) for i in range(len(call.weights))]
+
+
+def _overloads() -> list[Any]:
+    """The op of one weight, of two, and so on."""
+    ops = torch.ops.ternc
+    return [getattr(ops, f"linears{count}").default for count in range(1, MAX_WEIGHTS + 1)]
+
+
+def _single(call: TernaryCall, graph: fx.Graph) -> tuple[Any, ...]:
+    return (
+        call.x,
+        call.sx,
+        call.weights[0],
+        call.scales[0],
+        call.multipliers[0],
+        call.biases[0],
+        call.residual,
+        call.out_features[0],
+        call.group_sizes[0],
+        call.bits,
+        call.layouts[0],
+        call.dtype,
+    )
+
+
+def _several(call: TernaryCall, graph: fx.Graph) -> tuple[Any, ...]:
+    return (
         call.x,
         call.sx,
         call.weights,
         call.scales,
         [m if m is not None else _none(graph, call.weights[0]) for m in call.multipliers],
         [b if b is not None else _none(graph, call.weights[0]) for b in call.biases],
-        call.residual,
         call.out_features,
         call.group_sizes,
         call.bits,
         call.layouts,
         call.dtype,
     )
-    outputs.meta["ternc_call"] = call
-    outputs.meta["ternc_rule"] = rule
-    carry_provenance(like, outputs)
-    return [inline(before, lambda all_, i=i: all_[i], outputs) for i in range(len(call.weights))]
 
 
 def _none(graph: fx.Graph, like: fx.Node) -> fx.Node:
@@ -158,7 +186,7 @@ def retarget(node: fx.Node, q: fx.Node, sx: fx.Node, rule: str) -> None:
 
 def replace_outputs(node: fx.Node, outputs: list[fx.Node]) -> None:
     """Uses of a linear(s) node -> the outputs that replace it; erases the node."""
-    if is_linear(node):
+    if len(outputs) == 1:
         node.replace_all_uses_with(outputs[0])
     else:
         for user in list(node.users):

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ternc.reporting import GraphNode, Row
 from ternc.runtime.inductor import keep_static
+from ternc.runtime.ops.linears import given
 from ternc.runtime.pack import PackCache, PackedWeight
 from ternc.site import WeightSite
 
@@ -203,18 +204,25 @@ class _OpByOp(fx.Interpreter):
             begin = max(begin, end)
         return y
 
-    def _products(self, n: fx.Node) -> list[torch.Tensor]:
-        """`ternc::linears`, one weight after another."""
-        x, sx, weights, scales, multipliers, biases, residual, *numbers = (
-            self.fetch_args_kwargs_from_env(n)[0]
+    def _products(self, n: fx.Node) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """`ternc::linears1..4`, one weight after another."""
+        call = n.meta["ternc_call"]
+        x, sx, *tensors = self.fetch_args_kwargs_from_env(n)[0]
+        if len(call.weights) == 1:
+            *packed, bias, residual, rows, group, bits, layout, dtype = tensors
+            shape = (rows, group, layout)
+            y = self._product(x, sx, packed, bias, shape, bits, dtype, call.sites[0])
+            return y if residual is None else y + residual
+        weights, scales, multipliers, biases, out_features, group_sizes, bits, layouts, dtype = (
+            tensors
         )
-        out_features, group_sizes, bits, layouts, dtype = numbers
         outputs = []
-        for i, site in enumerate(n.meta["ternc_call"].sites):
-            packed = (weights[i], scales[i], multipliers[i])
+        for i, site in enumerate(call.sites):
+            own = (weights[i], scales[i], given(multipliers[i]))
             shape = (out_features[i], group_sizes[i], layouts[i])
-            outputs.append(self._product(x, sx, packed, biases[i], shape, bits, dtype, site))
-        return outputs if residual is None else [outputs[0] + residual]
+            bias = given(biases[i])
+            outputs.append(self._product(x, sx, own, bias, shape, bits, dtype, site))
+        return tuple(outputs)
 
     def _product(
         self,
@@ -228,7 +236,6 @@ class _OpByOp(fx.Interpreter):
         site: WeightSite | None,
     ) -> torch.Tensor:
         """One product with the weight that `site` has now; `packed` is what the graph was given."""
-        bias = bias if bias is not None and bias.numel() else None
         if site is not None:
             site, entry = self.entries[id(site)]
             if entry.packed is None:
@@ -236,22 +243,10 @@ class _OpByOp(fx.Interpreter):
             now = entry.packed
             packed = (now.weight, now.scale, now.multiplier)
             shape = (now.shape[0], now.group_size, now.layout)
-        none = x.new_empty(0)
-        weight, scale, multiplier = packed
-        return torch.ops.ternc.linears.default(
-            x,
-            sx,
-            [weight],
-            [scale],
-            [none if multiplier is None else multiplier],
-            [none if bias is None else bias],
-            None,
-            [shape[0]],
-            [shape[1]],
-            bits,
-            [shape[2]],
-            dtype,
-        )[0]
+        rows, group, layout = shape
+        return torch.ops.ternc.linears1.default(
+            x, sx, *packed, bias, None, rows, group, bits, layout, dtype
+        )
 
     def _float_product(
         self,

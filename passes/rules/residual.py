@@ -1,22 +1,21 @@
-"""linear(x, W) + r -> linears(x, [W], residual=r): the sum is part of the product's one write."""
+"""linear(x, W) + r -> linears1(x, W, residual=r): the sum is part of the product's one write."""
 
 from __future__ import annotations
 
 import dataclasses
-import operator
 
 from torch import fx
 
 from ternc.passes.context import Context
-from ternc.passes.graph import arguments, example_value, is_call, is_tensor
+from ternc.passes.graph import example_value, is_call, is_tensor
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import is_linear, is_linears, read_known, write
+from ternc.passes.ternary_call import read, read_known, write
 
 
 class ResidualRule:
     """Runs last: the products have their inputs by now."""
 
-    name = "linear(x, W) + r -> linears(x, [W], residual=r)"
+    name = "linear(x, W) + r -> linears1(x, W, residual=r)"
 
     def match(self, node: fx.Node) -> Match | None:
         if not is_call(node, "add") or len(node.args) != 2 or node.kwargs:
@@ -53,10 +52,7 @@ def _product(output: object) -> fx.Node | None:
     """The ternary product of one weight that computes `output`, without a residual yet."""
     if not isinstance(output, fx.Node):
         return None
-    if is_linear(output):
-        return output if read_known(output).fusable else None
-    if output.target is operator.getitem and is_linears(arguments(output)[0]):
-        call = read_known(arguments(output)[0])
-        if len(call.weights) == 1 and call.residual is None:
-            return arguments(output)[0]
-    return None
+    call = read(output)
+    if call is None or len(call.weights) != 1 or call.residual is not None:
+        return None
+    return output if call.fusable else None

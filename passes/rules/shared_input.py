@@ -11,6 +11,7 @@ from torch import fx
 from ternc.passes.context import Context
 from ternc.passes.rule import Match, Skip
 from ternc.passes.ternary_call import TernaryCall, is_linear, read_known, ternary_users, write
+from ternc.runtime.ops.linears import MAX_WEIGHTS
 
 
 class SharedInputRule:
@@ -27,7 +28,7 @@ class SharedInputRule:
         alike.sort()
         if not call.fusable or len(alike) < 2 or alike[0] is not node:
             return None
-        return Match(node, {"nodes": alike})
+        return Match(node, {"nodes": alike[:MAX_WEIGHTS]})
 
     def check(self, match: Match, context: Context) -> Skip | None:
         first = match.root

@@ -18,12 +18,14 @@ from ternc.runtime.ops.grouped_linear import GROUPED_LINEAR
 from ternc.runtime.ops.hadamard import HADAMARD
 from ternc.runtime.ops.linear import LINEAR
 from ternc.runtime.ops.linears import LINEARS
+from ternc.runtime.ops.linears1 import LINEARS1
 from ternc.runtime.ops.norm_quantize import NORM_QUANTIZE
 from ternc.runtime.ops.quantize_act import QUANTIZE_ACT
 
 ALL = (
     LINEAR,
-    LINEARS,
+    LINEARS1,
+    *LINEARS,
     GROUPED_LINEAR,
     QUANTIZE_ACT,
     NORM_QUANTIZE,

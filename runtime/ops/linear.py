@@ -155,8 +155,13 @@ def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         product = rows.T @ x.reshape(-1, ctx.in_features).float() * unit
         grad_scale = _sum_to_scale(product, scale, group_size)
     if wants_bias:
-        grad_bias = grad.reshape(-1, out_features).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        grad_bias = bias_gradient(grad, out_features, ctx.bias_dtype)
     return (grad_x, None, grad_scale, None, grad_bias, None, None, None, None)
+
+
+def bias_gradient(grad: torch.Tensor, out_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """Gradient [N] of a bias from that of the output [..., N], summed in fp32."""
+    return grad.reshape(-1, out_features).sum(0, dtype=torch.float32).to(dtype)
 
 
 def _sum_to_scale(product: torch.Tensor, scale: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -323,3 +323,14 @@ def test_products_stay_separate_where_fused_kernels_are_missing(monkeypatch):
     _, names, _ = rewritten(Block().eval(), torch.randn(2, 5, 64))
     assert count(names, "linear.") == 7
     assert not any(count(names, op) for op in ("linears", "norm_quantize", "activate_quantize"))
+
+
+def test_a_block_runs_from_compiled_cpp():
+    """Every fused op is called by Inductor's C++ wrapper: one weight, several, residuals."""
+    block, x = Block().eval(), torch.randn(2, 5, 64)
+    options = {"planes": 3, "inductor": {"cpp_wrapper": True}}
+    fast = torch.compile(block, backend="ternc", options=options)
+    with torch.no_grad():
+        actual = fast(x)
+        unfused = ternc.quantize(block, ternc.Config(planes=3, method="rtn"))
+        assert relative(actual, unfused(x)) < 1e-3

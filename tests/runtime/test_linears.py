@@ -1,4 +1,4 @@
-"""linears in C++: every instruction set against the reference, bit for bit."""
+"""linears1..4 in C++: every instruction set against the references, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from reference import random_quantized
 
+from ternc.errors import KernelError
 from ternc.formats import pack
 from ternc.runtime import cpu
-from ternc.runtime.ops import linears
+from ternc.runtime.ops import linears, linears1
 
 pytestmark = pytest.mark.usefixtures("every_isa")
 
@@ -32,7 +33,8 @@ def assert_same(seen, expected):
     assert torch.equal(seen.nan_to_num(), expected.nan_to_num())
 
 
-def linears_arguments(x, sx, weights, columns, bits, dtype, residual=None):
+def linears_arguments(x, sx, weights, columns, bits, dtype):
+    """Arguments of ternc::linears2..4."""
     packed, biases = [], []
     for rows, planes, group_size, scales, bias in weights:
         packed.append(pack(random_quantized(rows, columns, planes, group_size, scales), "cpu"))
@@ -45,13 +47,28 @@ def linears_arguments(x, sx, weights, columns, bits, dtype, residual=None):
         [p.scale for p in packed],
         [none if p.multiplier is None else p.multiplier for p in packed],
         biases,
-        residual,
         [p.shape[0] for p in packed],
         [p.group_size for p in packed],
         bits,
         [p.layout for p in packed],
         dtype,
     )
+
+
+def run(arguments):
+    """ternc::linears1..4, by the number of weights."""
+    count = len(arguments[2])
+    if count == 1:
+        return (torch.ops.ternc.linears1(*single(arguments)),)
+    return getattr(torch.ops.ternc, f"linears{count}")(*arguments)
+
+
+def single(arguments, residual=None):
+    """Arguments of ternc::linears1 for those of a list of one."""
+    x, sx, *lists, out_features, group_sizes, bits, layouts, dtype = arguments
+    weight, scale, multiplier, bias = (entries[0] for entries in lists)
+    tensors = (weight, scale, linears.given(multiplier), linears.given(bias), residual)
+    return (x, sx, *tensors, out_features[0], group_sizes[0], bits, layouts[0], dtype)
 
 
 @DTYPES
@@ -64,12 +81,12 @@ def test_linears_are_bit_for_bit(dtype, bits, columns, count):
         first = tokens % len(WEIGHTS)
         weights = (WEIGHTS[first:] + WEIGHTS[:first])[:count]
         arguments = linears_arguments(x, None, weights, columns, bits, dtype)
-        seen = torch.ops.ternc.linears(*arguments)
+        seen = run(arguments)
         assert len(seen) == count
         for y, expected in zip(seen, linears.reference(*arguments), strict=True):
             assert_same(y, expected)
         q, sx = torch.ops.ternc.quantize_act(x, bits)
-        for y, expected in zip(torch.ops.ternc.linears(q, sx, *arguments[2:]), seen, strict=True):
+        for y, expected in zip(run((q, sx, *arguments[2:])), seen, strict=True):
             assert_same(y, expected)
 
 
@@ -77,9 +94,9 @@ def test_linears_are_bit_for_bit(dtype, bits, columns, count):
 def test_linears_of_floats_are_those_of_linear(count):
     x = torch.randn(5, 132)
     arguments = linears_arguments(x, None, WEIGHTS[:count], 132, 0, x.dtype)
-    for i, y in enumerate(torch.ops.ternc.linears(*arguments)):
+    for i, y in enumerate(run(arguments)):
         weight, scale, multiplier, bias = (entries[i] for entries in arguments[2:6])
-        rest = (arguments[7][i], arguments[8][i], 0, arguments[10][i])
+        rest = (arguments[6][i], arguments[7][i], 0, arguments[9][i])
         multiplier, bias = linears.given(multiplier), linears.given(bias)
         assert_same(y, torch.ops.ternc.linear(x, weight, scale, multiplier, bias, *rest))
 
@@ -89,34 +106,32 @@ def test_linears_of_floats_are_those_of_linear(count):
 def test_linears_with_a_residual(dtype, bits):
     for tokens in TOKENS:
         x, residual = torch.randn(tokens, 130).to(dtype), torch.randn(tokens, 129).to(dtype)
-        arguments = linears_arguments(x, None, WEIGHTS[:1], 130, bits, dtype, residual)
-        assert_same(torch.ops.ternc.linears(*arguments)[0], linears.reference(*arguments)[0])
-        q, sx = torch.ops.ternc.quantize_act(x, bits)
-        arguments = (q, sx, *arguments[2:])
-        assert_same(torch.ops.ternc.linears(*arguments)[0], linears.reference(*arguments)[0])
+        arguments = linears_arguments(x, None, WEIGHTS[:1], 130, bits, dtype)
+        for given in (arguments[:2], torch.ops.ternc.quantize_act(x, bits)):
+            one = single((*given, *arguments[2:]), residual)
+            assert_same(torch.ops.ternc.linears1(*one), linears1.reference(*one))
 
 
 def test_linears_of_strided_tokens():
     x, residual = torch.randn(2, 129, 3).transpose(1, 2), torch.randn(129, 3, 2).permute(2, 1, 0)
-    arguments = linears_arguments(x, None, WEIGHTS[:1], 129, 8, x.dtype, residual)
-    expected = linears.reference(*arguments)[0]
-    assert_same(torch.ops.ternc.linears(*arguments)[0], expected)
+    one = single(linears_arguments(x, None, WEIGHTS[:1], 129, 8, x.dtype), residual)
+    assert_same(torch.ops.ternc.linears1(*one), linears1.reference(*one))
 
 
 def test_linears_record_every_weight(every_isa):
     arguments = linears_arguments(torch.randn(1, 64), None, WEIGHTS, 64, 8, torch.float32)
     for weight in arguments[2]:
         cpu.forget_kernel(weight)
-    torch.ops.ternc.linears(*arguments)
+    run(arguments)
     assert [cpu.last_kernel(weight) for weight in arguments[2]] == [every_isa] * 4
 
 
 def test_a_token_that_is_not_finite():
     x = torch.randn(6, 132)
     arguments = linears_arguments(x, None, WEIGHTS, 132, 8, x.dtype)
-    before = torch.ops.ternc.linears(*arguments)
+    before = run(arguments)
     x[2, 7] = torch.nan
-    for y, expected in zip(torch.ops.ternc.linears(*arguments), before, strict=True):
+    for y, expected in zip(run(arguments), before, strict=True):
         assert y[2].isnan().all()
         assert torch.equal(y[[0, 1, 3, 4, 5]], expected[[0, 1, 3, 4, 5]])
 
@@ -129,32 +144,49 @@ def test_threads_change_nothing():
         outputs = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            outputs.append(torch.ops.ternc.linears(*arguments))
+            outputs.append(run(arguments))
         for one, *others in zip(*outputs, strict=True):
             assert all(torch.equal(one, other) for other in others)
 
 
 def test_opcheck():
     arguments = linears_arguments(torch.randn(3, 64), None, WEIGHTS[:2], 64, 8, torch.float32)
-    torch.library.opcheck(torch.ops.ternc.linears.default, arguments)
     q, sx = torch.ops.ternc.quantize_act(arguments[0], 8)
-    torch.library.opcheck(torch.ops.ternc.linears.default, (q, sx, *arguments[2:]))
+    for given in (arguments[:2], (q, sx)):
+        torch.library.opcheck(torch.ops.ternc.linears2.default, (*given, *arguments[2:]))
+        one = single((*given, *arguments[2:]), torch.randn(3, 129))
+        torch.library.opcheck(torch.ops.ternc.linears1.default, one)
 
 
-@pytest.mark.parametrize(
-    ("position", "value"),
-    [
-        (0, torch.zeros(3, 64, dtype=torch.float64)),
-        (1, torch.ones(3, 1)),
-        (3, []),
-        (6, torch.zeros(3, 5)),
-        (9, 5),
-        (10, [1]),
-        (11, torch.bfloat16),
-    ],
-)
+REFUSED = [
+    (0, torch.zeros(3, 64, dtype=torch.float64)),
+    (1, torch.ones(3, 1)),
+    (3, []),
+    (8, 5),
+    (9, [1, 11]),
+    (10, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("position", "value"), REFUSED)
 def test_what_linears_refuse(position, value):
-    arguments = list(linears_arguments(torch.zeros(3, 64), None, WEIGHTS[:1], 64, 8, torch.float32))
+    x = torch.zeros(3, 64)
+    arguments = list(linears_arguments(x, None, WEIGHTS[:2], 64, 8, torch.float32))
     arguments[position] = value
-    with pytest.raises(RuntimeError, match="linears"):
-        torch.ops.ternc.linears(*arguments)
+    for op in (torch.ops.ternc.linears2, linears.reference):
+        with pytest.raises((RuntimeError, KernelError), match="linears"):
+            op(*arguments)
+
+
+REFUSED_ALONE = [(5, torch.zeros(5)), (6, torch.zeros(3, 5)), (9, 5), (10, 1), (11, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("position", "value"), REFUSED_ALONE)
+def test_what_linears1_refuses(position, value):
+    x = torch.zeros(3, 64)
+    one = list(single(linears_arguments(x, None, WEIGHTS[:1], 64, 8, torch.float32)))
+    one[position] = value
+    ops = (torch.ops.ternc.linears1, linears1.reference)
+    for op in ops[: 1 if position == 10 else 2]:  # the reference computes on every layout
+        with pytest.raises((RuntimeError, KernelError), match="linears1"):
+            op(*one)
