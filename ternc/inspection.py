@@ -13,7 +13,9 @@ from torch import fx
 
 from ternc.backend import rewrite
 from ternc.config import Config
+from ternc.errors import UnsupportedModelError
 from ternc.modules.linear import TernaryLinear
+from ternc.passes.context import skipped_row
 from ternc.passes.describe import describe_graph, prefixed
 from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
@@ -21,7 +23,12 @@ from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
 from ternc.site import WeightSite
 
 _NOT_COMPILED = (
-    "not compiled yet: call the compiled model once, or ask ternc.explain(model, inputs)"
+    "not compiled yet: call the compiled model once, or ask ternc.explain(model, inputs); after a "
+    "call, Dynamo left all of it to Python (TORCH_LOGS=graph_breaks says why)"
+)
+_UNREACHED = (
+    "in no compiled graph: not called so far, or in code that Dynamo left to Python "
+    "(TORCH_LOGS=graph_breaks says why)"
 )
 _TWICE = (
     "the float weights stay in memory beside the packed ones ({total}): the compiled model may be "
@@ -43,6 +50,9 @@ def explain(
 
     Args:
         config: the settings to explain; default `Config()`.
+
+    Raises:
+        UnsupportedModelError: `model` is not a module.
     """
     ops.register()
     rows: list[Row] = []
@@ -51,7 +61,9 @@ def explain(
     replaced: list[torch.Tensor] = []
     kept: set[str] = set()
     found: list[str] = []
+    read: set[int] = set()
     graphs = 0
+    _check_module(model)
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
@@ -62,11 +74,13 @@ def explain(
         still_read = _still_read(rewritten)
         replaced.extend(_replaced(still_read, context.sites, inputs))
         kept.update(_kept(still_read, context.sites))
+        read.update(map(id, inputs))
         found.extend(note for note in context.notes if note not in found)
         graphs += 1
         return gm.forward
 
     torch.compile(model, backend=record)(*args, **kwargs)
+    rows.extend(_unreached(model, read, rows))
     return Report(
         rows=rows,
         totals=Totals.of(model, rows, replaced, kept),
@@ -79,8 +93,12 @@ def explain(
 def report(model: torch.nn.Module) -> Report:
     """What was done to `model`: by `ternc.quantize`, and by the backend once the compiled model
     has run.
+
+    Raises:
+        UnsupportedModelError: `model` is not a module.
     """
     model = getattr(model, "_orig_mod", model)
+    _check_module(model)
     packed = getattr(model, "_ternc_rows", None)
     graphs = sorted(_graphs_of(model), key=lambda found: found[0].order)
     if packed is None and not graphs:
@@ -104,6 +122,9 @@ def report(model: torch.nn.Module) -> Report:
             rows[row.name] = _with_kernel(row, model)
         replaced.extend(_packed_buffers(model, packed))
     found = list(rows.values())
+    if packed is None:
+        read = {id(tensor) for _, instance in graphs for tensor in instance.values()}
+        found.extend(_unreached(model, read, found))
     held_packed = {row.name for row in packed or ()}
     return Report(
         rows=found,
@@ -129,6 +150,24 @@ def repack(model: torch.nn.Module, recompile: bool = False) -> int:
     if recompile:
         torch._dynamo.reset()
     return count
+
+
+def _check_module(model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedModelError(
+            f"a report is about a torch.nn.Module, not a {type(model).__name__}: "
+            "pass the module whose weights the compiled function reads"
+        )
+
+
+def _unreached(model: torch.nn.Module, read: set[int], rows: Sequence[Row]) -> Iterator[Row]:
+    """Linear layers whose weight is none of the tensors that compiled graphs were given."""
+    known = {row.name for row in rows}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, torch.nn.Linear) and weight is not None and name not in known:
+            if id(weight) not in read:
+                yield skipped_row(name, "linear", _UNREACHED, weight)
 
 
 def _notes(rows: list[Row], graphs: int) -> list[str]:
