@@ -165,9 +165,10 @@ def _unreached(model: torch.nn.Module, read: set[int], rows: Sequence[Row]) -> I
     known = {row.name for row in rows}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, torch.nn.Linear) and weight is not None and name not in known:
-            if id(weight) not in read:
-                yield skipped_row(name, "linear", _UNREACHED, weight)
+        if weight is None or id(weight) in read or name in known:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            yield skipped_row(name, "linear", _UNREACHED, weight)
 
 
 def _notes(rows: list[Row], graphs: int) -> list[str]:
