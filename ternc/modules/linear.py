@@ -13,7 +13,7 @@ from torch import nn
 
 from ternc.config import Config
 from ternc.decision import decide
-from ternc.errors import CheckpointError, NotTernaryError
+from ternc.errors import CheckpointError, InputError, NotTernaryError
 from ternc.formats import Refusal, detect_ternary, layouts
 from ternc.formats.packed import Packed, pack
 from ternc.formats.quantized import Quantized
@@ -138,6 +138,11 @@ class TernaryLinear(nn.Module):
         return cls(packed, bias, config=config, weight_dtype=weight_dtype, transposed=transposed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise InputError(
+                f"TernaryLinear({self.in_features}, {self.out_features}): the input is "
+                f"{list(x.shape)}; its last dimension must be {self.in_features}"
+            )
         if self.rotation is not None:
             x = torch.ops.ternc.hadamard(x, self.signs, self.rotation.block)
         return torch.ops.ternc.linear(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ternc.config import Config
-from ternc.errors import NotTernaryError
+from ternc.errors import InputError, NotTernaryError
 from ternc.formats import layouts
 from ternc.formats.packed import unpack
 from ternc.formats.quantized import Quantized
@@ -75,6 +75,14 @@ def test_input_need_not_be_contiguous():
     _, layer = make()
     x = torch.randn(130, 6, 2).transpose(0, 2)
     assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(3, 255), (3, 257), (255,), ()])
+def test_input_of_another_width_is_refused(shape):
+    """Layouts pad their columns: no kernel could tell."""
+    layer = TernaryLinear.from_linear(nn.Linear(256, 8))
+    with pytest.raises(InputError, match=r"last dimension must be 256"):
+        layer(torch.randn(shape))
 
 
 def test_weight_is_readable_and_not_stored():
