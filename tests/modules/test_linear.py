@@ -80,7 +80,7 @@ def test_input_need_not_be_contiguous():
 @pytest.mark.parametrize("shape", [(3, 255), (3, 257), (255,), ()])
 def test_input_of_another_width_is_refused(shape):
     """Layouts pad their columns: no kernel could tell."""
-    layer = TernaryLinear.from_linear(nn.Linear(256, 8))
+    layer = TernaryLinear.from_linear(nn.Linear(256, 8), Config(planes=1))
     with pytest.raises(InputError, match=r"last dimension must be 256"):
         layer(torch.randn(shape))
 
