@@ -9,7 +9,7 @@ namespace {
 
 // Multiply-adds that are worth waking a second thread for: about 5 us on one.
 constexpr int64_t WORK_PER_THREAD = 1 << 20;
-constexpr int64_t TOKENS_PER_PIECE = 16;
+constexpr int64_t TOKENS_PER_PIECE = 2 * TILE_TOKENS;
 constexpr int64_t UNIT_BYTES = 64;  // of a step: what a unit of work is counted in
 
 // One weight of a call: what the kernels read, and where its result goes.
@@ -29,7 +29,7 @@ struct Job {
 };
 
 // Splits the blocks of all jobs, and tokens where there are few blocks, over the threads. Token
-// pieces are multiples of eight from token 0, so that the split never changes which tokens share a
+// pieces are whole tiles from token 0, so that the split never changes which tokens share a
 // tile. A block belongs to the thread that has its first unit.
 template <class Args>
 void split(const std::vector<Job<Args>>& jobs, int64_t tokens, int64_t stride) {
@@ -88,13 +88,17 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
     if (i == sizes.size()) sizes.push_back(&weight), all_groups += weight.groups;
     size_of.push_back(i);
   }
+  const bool tiled = kernels.tile_tokens != nullptr && x.tokens >= MIN_TILE_TOKENS;
+  const auto tiles = scratch<int8_t>(!tiled ? 0
+                                            : ceil_div(x.tokens, TILE_TOKENS) * TILE_TOKENS *
+                                                  ceil_div(stride, TILE_COLUMNS) * TILE_COLUMNS);
   const auto sums = scratch<int32_t>(x.tokens * all_groups);
   std::vector<Tokens> tokens;
   int64_t first_sum = 0;
   for (const Weight* weight : sizes) {
     tokens.push_back({in_place ? const_cast<int8_t*>(given) : own_q.get(),
                       x.scale != nullptr ? const_cast<float*>(x.scale) : own_scale.get(),
-                      sums.get() + first_sum, x.tokens, stride});
+                      sums.get() + first_sum, x.tokens, stride, tiled ? tiles.get() : nullptr});
     first_sum += x.tokens * weight->groups;
   }
   torch::stable::parallel_for(0, x.tokens, token_grain(x.columns), [&](int64_t begin, int64_t end) {
@@ -107,6 +111,7 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
         for (int64_t k = 0; k < stride; ++k)
           own_q[t * stride + k] = k < x.columns ? given[t * x.columns + k] : int8_t(0);
     }
+    if (tiled) kernels.tile_tokens(tokens[0], begin, end);
     for (size_t i = 0; i < sizes.size(); ++i)
       kernels.sum_groups(tokens[i], x.columns, sizes[i]->group_size, sizes[i]->groups, begin, end);
   });

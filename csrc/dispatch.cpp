@@ -5,10 +5,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "target.h"
 #include "ternc.h"
 
 #if defined(__x86_64__)
   #include <cpuid.h>
+  #include <sys/syscall.h>
+  #include <unistd.h>
 #endif
 
 namespace ternc {
@@ -24,17 +27,22 @@ namespace avx512vnni {
 extern const Kernels kernels;
 }
 #endif
+#if defined(TERNC_HAS_AMX)
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
 
 #if defined(__x86_64__)
 struct Cpu {
-  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, state = 0;
+  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, leaf7_edx = 0, state = 0;
 
   Cpu() {
     uint32_t a, b, c, d;
     if (__get_cpuid(1, &a, &b, &c, &d)) leaf1_ecx = c;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf7_ebx = b, leaf7_ecx = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf7_ebx = b, leaf7_ecx = c, leaf7_edx = d;
     if (leaf1_ecx >> 27 & 1) {  // OSXSAVE: the registers that the operating system saves
       uint32_t low, high;
       __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -63,18 +71,44 @@ const char* avx512vnni_missing() {
   if (!has(cpu.state, 0xe6)) return "the operating system does not save AVX-512 registers";
   return nullptr;
 }
+
+  #if defined(TERNC_HAS_AMX)
+// Linux hands the tile registers out on request, to the whole process and for good.
+bool tiles_permitted() {
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool permitted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  return permitted;
+}
+
+const char* amx_missing() {
+  const Cpu cpu;
+  if (const char* reason = avx512vnni_missing()) return reason;
+  if (!has(cpu.leaf7_edx, 1u << 24 | 1u << 25)) return "this CPU has no AMX int8";
+  if (!has(cpu.leaf7_ecx, 1u << 1)) return "this CPU has no AVX-512 VBMI";
+  if (!has(cpu.state, 3u << 17)) return "the operating system does not save AMX registers";
+  if (!tiles_permitted()) return "Linux refused this process the AMX registers";
+  return nullptr;
+}
+constexpr const Kernels* AMX = &amx::kernels;
+  #else
+const char* amx_missing() { return "the library was built by a compiler without AMX"; }
+constexpr const Kernels* AMX = nullptr;
+  #endif
 constexpr const Kernels* AVX2 = &avx2::kernels;
 constexpr const Kernels* AVX512VNNI = &avx512vnni::kernels;
 #else
 const char* avx2_missing() { return "not an x86-64 machine"; }
 const char* avx512vnni_missing() { return "not an x86-64 machine"; }
+const char* amx_missing() { return "not an x86-64 machine"; }
 constexpr const Kernels* AVX2 = nullptr;
 constexpr const Kernels* AVX512VNNI = nullptr;
+constexpr const Kernels* AMX = nullptr;
 #endif
 
 const char* scalar_missing() { return nullptr; }
 
 constexpr Isa TABLE[] = {
+    {"amx", amx_missing, AMX},
     {"avx512vnni", avx512vnni_missing, AVX512VNNI},
     {"avx2", avx2_missing, AVX2},
     {"scalar", scalar_missing, &scalar::kernels},

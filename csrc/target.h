@@ -14,6 +14,11 @@
   #define TERNC_TARGET_END TERNC_PRAGMA(GCC pop_options)
 #endif
 
+// Tile instructions: GCC 11, clang 11.
+#if defined(__x86_64__) && (__has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>))
+  #define TERNC_HAS_AMX 1
+#endif
+
 #define TERNC_INLINE inline __attribute__((always_inline))
 // For code outside the inner loops that would otherwise be copied into every instance of them.
 #define TERNC_NOINLINE __attribute__((noinline))

@@ -15,6 +15,7 @@ constexpr Kernels ALL_KERNELS = {
     quantize,
     widen,
     sum_groups,
+    nullptr,
     norm,
     activate,
     hadamard,

@@ -10,7 +10,7 @@ import torch
 import ternc.csrc
 from ternc.runtime import cpu, ops
 
-ISAS = sorted(path.parent.name for path in Path(ternc.csrc.__path__[0]).glob("*/simd.h"))
+ISAS = sorted(path.parent.name for path in Path(ternc.csrc.__path__[0]).glob("*/kernels.cpp"))
 
 
 @pytest.fixture(params=ISAS)

@@ -19,7 +19,7 @@ from ternc.formats import Quantized, pack
 from ternc.runtime import cpu, ops
 from ternc.runtime.ops import dequantize, linear, quantize_act
 
-ISAS = sorted(path.parent.name for path in Path(ternc.csrc.__path__[0]).glob("*/simd.h"))
+ISAS = sorted(path.parent.name for path in Path(ternc.csrc.__path__[0]).glob("*/kernels.cpp"))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 PLANES = pytest.mark.parametrize("planes", [1, 2, 3])
 TOKENS = (0, 1, 2, 3, 4, 5, 17, 33)

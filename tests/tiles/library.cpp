@@ -1,0 +1,30 @@
+// The AMX kernels on emulated tiles as a C function, for ctypes.
+#include "../../csrc/ternc.h"
+
+namespace ternc {
+namespace avx512vnni {
+extern const Kernels kernels;
+const Kernels kernels = {};  // fewer than MIN_TILE_TOKENS tokens are not asked for
+}  // namespace avx512vnni
+namespace amx {
+extern const Kernels kernels;
+}
+}  // namespace ternc
+
+// Tokens [begin, end) of y [M, N] = q [M, stride], sx x packed weight; 0 if the tiles were
+// released.
+extern "C" int linear(int planes, int8_t* q, float* sx, int8_t* tiles, int64_t tokens,
+                      int64_t stride, const uint8_t* bytes, const float* scale,
+                      const uint8_t* multiplier, int64_t rows, int64_t columns, int64_t group_size,
+                      int64_t groups, const float* bias, float* y, int64_t begin, int64_t end) {
+  using namespace ternc;
+  const Tokens input = {q, sx, nullptr, tokens, stride, tiles};
+  amx::kernels.tile_tokens(input, 0, tokens / 2);
+  amx::kernels.tile_tokens(input, tokens / 2, tokens);
+  const Weight weight = {bytes, scale,   multiplier, ScaleKind::row,
+                         rows,  columns, group_size, groups};
+  const Output out = {y, Dtype::f32, bias, Dtype::f32, nullptr};
+  const int64_t blocks = ceil_div(rows, block_rows(planes));
+  amx::kernels.linear_i8[planes - 1]({weight, input, out}, {0, blocks, begin, end});
+  return emulated::config.palette;
+}
