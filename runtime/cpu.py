@@ -58,7 +58,7 @@ def load() -> str | None:
 
 
 def isa() -> str | None:
-    """Instruction set in use (`amx`, `avx512vnni`, `avx2`, ...); None where no library is loaded."""
+    """Instruction set in use (`amx`, `avx512vnni`, ...); None where no library is loaded."""
     name = native.ternc_isa_name() if (native := _native()) else None
     return name.decode() if name else None
 
