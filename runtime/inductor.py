@@ -12,6 +12,12 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from ternc.errors import ConfigError, UnknownOptionError
+from ternc.runtime.ops import fake_quantize, hadamard
+
+COMPOSED_DEVICES = {"cuda"}
+"""Where Inductor takes ternc::fake_quantize_act and ternc::hadamard apart: a norm in front then
+writes quantised values at once. The CPU's kernels are one pass already.
+"""
 
 Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -38,10 +44,26 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
             _mark_packed(gm)
         else:
             _forget_dynamo(gm)
-        compiled: Any = compile_fx(gm, inputs, config_patches=patches)
+        own = _decompositions(inputs) if torch.is_grad_enabled() else None
+        compiled: Any = compile_fx(gm, inputs, config_patches=patches, decompositions=own)
         return compiled
 
     return compile_inductor
+
+
+def _decompositions(inputs: list[Any]) -> dict[Any, Callable[..., Any]] | None:
+    """Inductor's, and those of ops that it does better in training, where no bit depends on it."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
+    if not devices & COMPOSED_DEVICES:
+        return None
+    ops = torch.ops.ternc
+    return {
+        **select_decomp_table(),
+        ops.fake_quantize_act.default: fake_quantize.activation_composite,
+        ops.hadamard.default: hadamard.composite,
+    }
 
 
 def keep_static(tensors: list[torch.Tensor]) -> None:

@@ -84,6 +84,7 @@ class Distiller(nn.Module):
         self._student_features: dict[str, torch.Tensor] = {}
         self._teacher_features: dict[str, torch.Tensor] = {}
         self._logits: dict[bytes, torch.Tensor] = {}
+        self._watched = 0
         if config.gamma:
             self._watch_features(student, teacher)
 
@@ -104,6 +105,12 @@ class Distiller(nn.Module):
         if config.beta and config.gradient == "logit":
             found["gradient"] = config.beta * logit_gradient_distance(student, teacher, valid)
         if config.gamma:
+            seen = self._student_features.keys() & self._teacher_features.keys()
+            if len(seen) < self._watched:
+                raise TrainingError(
+                    "the models were compiled before their features were watched: make the Trainer "
+                    "before the first call of a compiled model"
+                )
             distance = feature_distance(
                 self._student_features, self._teacher_features, self.projections
             )
@@ -120,6 +127,10 @@ class Distiller(nn.Module):
         A factor brings its term to `balance_target` times the norm of the task's gradient. Runs the
         uncompiled student once; the graph is used once for each term.
         """
+        with torch.compiler.set_stance("force_eager"):
+            self._measure_balance(student, example, task)
+
+    def _measure_balance(self, student: nn.Module, example: Example, task: TaskLoss) -> None:
         self.balance.fill_(1.0)
         inner = unwrap(student)
         output = call(inner, example)
@@ -144,11 +155,12 @@ class Distiller(nn.Module):
         known = self._logits.get(key) if key else None
         if known is not None:
             return known.to(next(iter(_tensors(example))).device)
-        modes = [(module, module.training) for module in self.teacher.modules()]
-        self.teacher.eval()
+        in_training = [module for module in self.teacher.modules() if module.training]
+        for module in in_training:
+            module.training = False
         logits = logits_of(call(self.teacher, example))
-        for module, training in modes:
-            module.training = training
+        for module in in_training:
+            module.training = True
         if key:
             self._logits[key] = logits.to("cpu")
         return logits
@@ -161,6 +173,7 @@ class Distiller(nn.Module):
             )
         inside = {site.name: site.module for site in sites(student)}
         names = _chosen(list(inside), self.config.feature_layers)
+        self._watched = len(names)
         for name in names:
             if name not in inside:
                 raise TrainingError(f"feature layer {name!r} is not a site; sites: {list(inside)}")

@@ -109,7 +109,7 @@ def add_exact_alignment_gradient(
     """The same by double backward, of the uncompiled model."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         inner = unwrap(model)
         value = alignment(effective_gradients(inner, loss, create_graph=True), teacher)
         with _added_to_gradients(inner):

@@ -50,7 +50,8 @@ def make_optimizers(
             )
             optimizers.append(muon)
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=config.betas))
+        fused = _fits_fused(groups)
+        optimizers.append(torch.optim.AdamW(groups, lr=rate, betas=config.betas, fused=fused))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"], group["peak_decay"] = group["lr"], group["weight_decay"]
@@ -80,6 +81,13 @@ def _split(
         else:
             plain.append(parameter)
     return turned, decayed, plain
+
+
+def _fits_fused(groups: list[dict]) -> bool | None:
+    """One kernel for all Parameters where they are plain CUDA tensors; else torch decides."""
+    every = [parameter for group in groups for parameter in group["params"]]
+    plain = all(p.is_cuda and not hasattr(p, "full_tensor") for p in every)
+    return True if plain else None
 
 
 def _group(params: list[nn.Parameter], rate: float, decay: float) -> dict:

@@ -42,9 +42,8 @@ class Penalty(nn.Module):
         if not self.config.sensitivity:
             return
         seen = torch.stack([_root_mean_square(site.weight.grad, site.weight) for site in found])
-        started = bool(self.sensitivity.sum() > 0)
-        share = self.config.momentum if started else 0.0
-        self.sensitivity.mul_(share).add_(seen, alpha=1 - share)
+        share = torch.where(self.sensitivity.sum() > 0, self.config.momentum, 0.0)
+        self.sensitivity.mul_(share).add_((1 - share) * seen)
 
     def weights(self) -> torch.Tensor:
         """w_i [sites], of sum 1."""

@@ -1,82 +1,144 @@
 """The ablation harness at the size of a test: the order of its arms, and going on with a run."""
 
-import importlib.util
+import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from training import chain
 
-SOURCE = Path(__file__).parents[2] / "benchmarks" / "ablation.py"
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import ablation
+import ablation_arm
+import ablation_plan
+import ablation_queue
+import ablation_table
+from ablation_data import Windows, bits_per_byte, read, tensor_of
+from ablation_teacher import export_teacher, import_teacher
 
 
 @pytest.fixture(scope="module")
-def ablation():
-    spec = importlib.util.spec_from_file_location("ablation", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["ablation"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def corpus(ablation, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
     (folder / "train.txt").write_bytes(chain(300_000, seed=5))
     (folder / "valid.txt").write_bytes(chain(40_000, seed=6))
-    return ablation.read(folder, [])
+    return read(folder, [])
+
+
+SMALL = dataclasses.replace(
+    ablation_plan.Settings.smoke(), width=32, layers=1, hidden=48, context=32, steps=4, windows=4,
+    rates=(3e-3,), seeds=(0,), parts=2,
+)  # fmt: skip
 
 
 @pytest.mark.slow
-def test_order_of_the_arms(ablation, corpus, tmp_path):
+def test_order_of_the_arms(corpus, tmp_path):
     """Mean over three seeds of packed models, each family at the better of two learning rates."""
-    settings = ablation.Settings.smoke()
-    results = ablation.run_all(corpus, settings, tmp_path / "out", arms=ablation.RATED)
+    settings = ablation_plan.Settings.smoke()
+    results = ablation_queue.run_all(corpus, settings, tmp_path, arms=ablation_plan.RATED)
     mean = {}
-    for arm in ablation.RATED:
-        scores = {}
-        for result in results.values():
-            if result["arm"].split("@")[0] == arm:
-                known = scores.get(result["seed"], math.inf)
-                scores[result["seed"]] = min(known, result["bits_per_byte"]["valid"])
-        assert sorted(scores) == [0, 1, 2]
-        mean[arm] = sum(scores.values()) / 3
+    for arm in ablation_plan.RATED:
+        found = ablation_table.per_seed(results, arm)
+        assert sorted(found) == [0, 1, 2]
+        mean[arm] = sum(result["bits_per_byte"]["valid"] for result in found.values()) / 3
     torch.manual_seed(0)
-    untrained = ablation.score(ablation.new_model(settings), corpus, settings)["valid"]
+    untrained = ablation_arm.score(ablation_arm.new_model(settings), corpus, settings)["valid"]
     print(mean, untrained)
     assert mean["float"] < mean["bitnet"] < untrained
     assert mean["full"] <= mean["bitnet"] + 0.01
-    table = ablation.table(results, settings.seeds)
-    assert "| bitnet |" in table and "standard deviation over 3 seeds" in table
+    table = ablation_table.table(results)
+    assert "| bitnet |" in table and "standard deviation between seeds" in table
 
 
-def test_every_arm_runs_and_goes_on(ablation, corpus, tmp_path):
+def test_every_arm_runs_and_goes_on(corpus, tmp_path):
     """All arms, a few steps; a call without time leaves a checkpoint that the next one takes up."""
-    import dataclasses
-
-    small = dataclasses.replace(
-        ablation.Settings.smoke(), width=32, layers=1, hidden=48, context=32, steps=4, windows=4,
-        rates=(3e-3,), seeds=(0,), parts=2,
-    )  # fmt: skip
     out = tmp_path / "out"
-    assert ablation.run_all(corpus, small, out, deadline=0.0) == {}
-    results = ablation.run_all(corpus, small, out)
-    assert {result["arm"].split("@")[0] for result in results.values()} == set(ablation.recipes())
+    arms = (*ablation_plan.recipes(), *ablation_plan.PTQ)
+    assert ablation_queue.run_all(corpus, SMALL, out, deadline=0.0) == {}
+    results = ablation_queue.run_all(corpus, SMALL, out, arms=arms)
+    assert [path.read_text() for path in out.glob("*.error")] == []
+    assert {result["arm"] for result in results.values()} == set(arms)
     assert all(0 < r["bits_per_byte"]["valid"] < 20 for r in results.values())
+    assert not any(r.get("graphs_compiled_after_first_row") for r in results.values())
     times = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
-    assert ablation.run_all(corpus, small, out).keys() == results.keys()
+    assert ablation_queue.run_all(corpus, SMALL, out, arms=arms).keys() == results.keys()
     assert times == {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     # One arm, interrupted in the middle, ends where the uninterrupted one did.
-    name = next(name for name in results if name.startswith("full@"))
-    config = ablation.with_rate(ablation.recipes()["full"], 3e-3, 0, small)
-    teacher = ablation.teacher_of(config, small, out)
-    again = tmp_path / "again"
-    again.mkdir()
-    with pytest.raises(ablation.OutOfTime):
-        ablation.run_arm(name, config, corpus, small, 0, again, teacher, deadline=0.0)
-    resumed = ablation.run_arm(name, config, corpus, small, 0, again, teacher)
-    assert resumed["bits_per_byte"] == results[name]["bits_per_byte"]
+    job = next(job for job in ablation_plan.plan(SMALL) if job.arm == "full")
+    (out / f"{job.key}.json").unlink()
+    with pytest.raises(ablation_arm.OutOfTime):
+        ablation_arm.run_job(job, corpus, SMALL, out, deadline=0.0)
+    again = ablation_arm.run_job(job, corpus, SMALL, out)
+    assert again["bits_per_byte"] == results[job.key]["bits_per_byte"]
+    # Another machine goes on with the exported files alone.
+    ablation.export(out, tmp_path / "files", SMALL)
+    ablation.carry_on(tmp_path / "files", tmp_path / "other", SMALL)
+    assert ablation_plan.read_results(tmp_path / "other").keys() == results.keys()
+    here, there = (ablation_arm.load_teacher(SMALL, tmp_path / name) for name in ("out", "other"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(here(torch.arange(9)[None]), there(torch.arange(9)[None]))
+    assert ablation_table.table(results).count("| full") == 12
+
+
+def test_teacher_in_pieces(monkeypatch, tmp_path):
+    monkeypatch.setattr("ablation_teacher.PIECE", 1000)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(7, 8), torch.nn.Linear(8, 96), torch.nn.RMSNorm(9)
+    )
+    paths = export_teacher(model, tmp_path)
+    assert len(paths) > 1 and all(path.stat().st_size <= 1000 for path in paths)
+    state, own = import_teacher(tmp_path), model.state_dict()
+    assert state.keys() == own.keys()
+    for name, value in own.items():
+        expected = value.bfloat16().float() if name == "1.weight" else value
+        assert torch.equal(state[name], expected)
+
+
+def test_queue(tmp_path):
+    """Needs come first, a claimed job is left to others, a failure stops nothing but its users."""
+    jobs = [
+        ablation_plan.Job("c-s0", "c", 0, None, needs=("a-s0", "b-s0")),
+        ablation_plan.Job("d-s0", "d", 0, None, needs=("b-s0",)),
+        ablation_plan.Job("a-s0", "a", 0, 1.0),
+        ablation_plan.Job("b-s0", "b", 0, 1.0),
+        ablation_plan.Job("e-s0", "e", 0, 1.0),
+    ]
+    (tmp_path / "e-s0.claim").touch()
+    order = []
+
+    def run(job):
+        order.append(job.key)
+        if job.key == "b-s0":
+            raise ValueError("no such thing")
+        (tmp_path / f"{job.key}.json").write_text("{}")
+        if job.key == "c-s0":  # the other process ends as well
+            (tmp_path / "e-s0.json").write_text("{}")
+
+    assert ablation_queue.work(jobs, tmp_path, run)
+    assert order == ["a-s0", "b-s0", "c-s0"]
+    assert "no such thing" in (tmp_path / "b-s0.error").read_text()
+    assert [path.name for path in tmp_path.glob("*.claim")] == ["e-s0.claim"]
+    assert ablation_queue.work(jobs, tmp_path, run, deadline=-math.inf) is True
+
+
+def test_parts_of_the_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a" * 1000)
+    (tmp_path / "valid").mkdir()
+    (tmp_path / "valid" / "b.txt").write_bytes(b"bc" * 200)
+    (tmp_path / "other.txt").write_bytes(b"d" * 300)
+    corpus = read(tmp_path, [])
+    assert set(corpus.scored) == {"tune", "valid"}
+    assert bytes(corpus.scored["valid"].tolist()) == b"bc" * 200 + b"\n"
+    assert len(corpus.train) + len(corpus.scored["tune"]) == 1302
+    batches = list(Windows(corpus.train, 3, 8, 4, seed=1))
+    assert len(batches) == 4 and batches[0].shape == (3, 9)
+
+    class Uniform(torch.nn.Module):
+        def forward(self, ids):
+            return torch.zeros(*ids.shape, 256)
+
+    text = tensor_of(b"any text at all, long enough", "cpu")
+    assert bits_per_byte(Uniform(), text, 8, 100, 2) == pytest.approx(8.0)

@@ -1,0 +1,157 @@
+"""The ablation as data: size of the model and the runs, recipe of every arm, order of the jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ablation_data import TUNE
+
+from ternc.config import Config
+from ternc.errors import TerncError
+from ternc.train import Hadamard, Momentum, Regularization, TrainConfig, preset
+from ternc.train.presets import STAGES
+
+FLOAT = TrainConfig(weights=Config(planes=1, exclude=("*",)))
+"""No site: the same trainer, data and schedule, nothing quantised."""
+
+RATED = ("float", "bitnet", "full")
+"""Arms that get the best of the learning rates and a second seed; others use the rate of `full`."""
+
+PTQ = {"ptq-1": 1, "ptq-2": 2, "ptq-3": 3}
+"""The float arm quantised after training, by planes."""
+
+COSTLY = ("full+hvp",)
+"""Five times the time of a step: run where they are asked for by name."""
+
+
+def recipes() -> dict[str, TrainConfig]:
+    """Trained arm -> configuration, in the order in which they run."""
+    full = preset("full")
+    known = full.distillation
+    assert known is not None
+    return {
+        "float": FLOAT.replace(optimization=preset("modern").optimization),
+        "bitnet": preset("bitnet_b158"),
+        "full": full,
+        "modern": preset("modern"),
+        "warm_start": preset("warm_start"),
+        "full-kl": full.replace(distillation=None),
+        "full-ramp": full.replace(schedule=None),
+        "full-dead_zone": full.replace(dead_zone=0.0),
+        "full+stages": full.replace(schedule=STAGES),
+        "full+hadamard": full.replace(hadamard=Hadamard()),
+        "full+penalty": full.replace(regularization=Regularization()),
+        "full+momentum": full.replace(momentum=Momentum()),
+        "full+gradient": full.replace(distillation=dataclasses.replace(known, beta=1.0)),
+        "full+feature": full.replace(
+            distillation=dataclasses.replace(known, gamma=0.1, balance=True)
+        ),
+        "full+muon": full.replace(optimization=dataclasses.replace(full.optimization, name="muon")),
+        "full+hvp": full.replace(distillation=dataclasses.replace(known, beta=0.1, gradient="hvp")),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Size and length of every arm."""
+
+    width: int = 512
+    layers: int = 8
+    heads: int = 8
+    hidden: int = 1408
+    context: int = 1024
+    batch: int = 32
+    steps: int = 3000
+    """98 million bytes, 1.8 passes over the training text."""
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    seeds: tuple[int, ...] = (0, 1)
+    """The second one for the arms of RATED alone."""
+    windows: int = 1 << 20
+    """Most windows of `context` bytes of each text that are scored."""
+    parts: int = 1
+    """Passes of the loader, with a checkpoint's random state each."""
+    device: str = "cpu"
+    compiled: bool = False
+
+    @classmethod
+    def smoke(cls) -> Settings:
+        """Seconds an arm: guards the order of float, BitNet and ternc."""
+        return cls(
+            width=64, layers=2, heads=2, hidden=128, context=64, batch=8, steps=250,
+            rates=(3e-3, 1e-2), seeds=(0, 1, 2), windows=64,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One arm at one seed and one learning rate."""
+
+    key: str
+    """Name of its files."""
+    arm: str
+    seed: int
+    rate: float | None
+    """None = the best rate of `family`."""
+    needs: tuple[str, ...] = ()
+    """Keys of jobs that end before this one starts."""
+
+    @property
+    def family(self) -> str:
+        """The arm whose best rate this one takes."""
+        if self.arm in PTQ:
+            return "float"
+        return self.arm if self.arm in RATED else "full"
+
+
+def plan(settings: Settings, arms: tuple[str, ...] | None = None) -> list[Job]:
+    """Every job in the order in which they start.
+
+    Raises:
+        TerncError: an arm that does not exist.
+    """
+    known = recipes()
+    names = [*known, *PTQ]
+    if unknown := [name for name in arms or () if name not in names]:
+        raise TerncError(f"arms {unknown} are none of {names}")
+    chosen = [name for name in names if (name in arms if arms else name not in COSTLY)]
+    rated = [name for name in chosen if name in RATED]
+    first, *others = settings.seeds
+    jobs = [
+        Job(_key(arm, rate, first), arm, first, rate, _teacher(arm, settings))
+        for arm in rated
+        for rate in settings.rates
+    ]
+    later = [(arm, seed) for seed in others for arm in rated]
+    later += [(arm, first) for arm in chosen if arm not in RATED]
+    for arm, seed in later:
+        job = Job(f"{arm}-s{seed}", arm, seed, None)
+        needs = (*_rated(job.family, settings), *_teacher(arm, settings))
+        jobs.append(dataclasses.replace(job, needs=tuple(dict.fromkeys(needs))))
+    return jobs
+
+
+def _teacher(arm: str, settings: Settings) -> tuple[str, ...]:
+    """The jobs of which the best is the teacher of an arm, if it has one."""
+    recipe = recipes().get(arm)
+    return _rated("float", settings) if recipe is None or recipe.distillation else ()
+
+
+def _rated(arm: str, settings: Settings) -> tuple[str, ...]:
+    return tuple(_key(arm, rate, settings.seeds[0]) for rate in settings.rates)
+
+
+def _key(arm: str, rate: float, seed: int) -> str:
+    return f"{arm}@{rate:g}-s{seed}"
+
+
+def read_results(out: Path) -> dict[str, dict]:
+    """Every result of a folder by key."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*-s*.json"))}
+
+
+def best(results: dict[str, dict], arm: str, seed: int) -> dict | None:
+    """The result of an arm's best learning rate at a seed, by the tuning part of the text."""
+    found = [r for r in results.values() if r["arm"] == arm and r["seed"] == seed]
+    return min(found, key=lambda result: result["bits_per_byte"][TUNE], default=None)

@@ -1,0 +1,108 @@
+"""Time of a training step: float in bf16 under torch.compile, recipes under ternc, the teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from ablation_arm import compile_blocks, new_model
+from ablation_data import Corpus, Windows
+from ablation_plan import Settings, recipes
+
+import ternc
+from ternc.train import TrainConfig, Trainer
+
+ROUNDS = 5
+STEPS = 8
+"""Steps of a sample."""
+
+WARM_UP = 4
+
+
+@dataclasses.dataclass
+class Runner:
+    """A trainer whose steps are timed one sample at a time."""
+
+    trainer: Trainer
+    batches: list[torch.Tensor]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def sample(self, steps: int) -> float:
+        """Seconds of a step, the device waited for before and after."""
+        _wait(self.trainer.device)
+        start = time.perf_counter()
+        for index in range(steps):
+            self.trainer._optimize([self.batches[index % len(self.batches)]])
+        _wait(self.trainer.device)
+        return (time.perf_counter() - start) / steps
+
+
+def measure(corpus: Corpus, settings: Settings, whole: bool, arms: tuple[str, ...]) -> dict:
+    """Milliseconds of a step by arm, ratios to float in the same rounds, the teacher's forward."""
+    batches = list(Windows(corpus.train, settings.batch, settings.context, 2, seed=0))
+    teacher = new_model(settings).eval()
+    _compile(teacher, "inductor", settings, whole)
+    runners: dict[str, Runner] = {}
+    for arm in ("float", *arms):
+        recipe = recipes()[arm].replace(distillation=None)
+        runners[arm] = Runner(_trainer(recipe, settings, whole), batches)
+    compile_seconds = {name: runner.sample(WARM_UP) * WARM_UP for name, runner in runners.items()}
+    forward = []
+    for _ in range(ROUNDS):
+        for runner in runners.values():
+            runner.seconds.append(runner.sample(STEPS))
+        forward.append(_forward(teacher, batches[0], settings))
+    middle = {name: statistics.median(runner.seconds) for name, runner in runners.items()}
+    return {
+        "milliseconds": {name: 1e3 * value for name, value in middle.items()},
+        "ratio_to_float": {
+            name: statistics.median(
+                own / base
+                for own, base in zip(runner.seconds, runners["float"].seconds, strict=True)
+            )
+            for name, runner in runners.items()
+        },
+        "teacher_forward_milliseconds": 1e3 * statistics.median(forward[1:]),
+        "first_steps_seconds": compile_seconds,
+        "bytes_per_step": settings.batch * settings.context,
+        "compiled": "the whole model" if whole else "block by block",
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu",
+    }
+
+
+def _trainer(config: TrainConfig, settings: Settings, whole: bool) -> Trainer:
+    config = config.replace(autocast="bfloat16" if settings.device == "cuda" else None)
+    model = ternc.train.prepare(new_model(settings), config, inplace=True)
+    _compile(model, "ternc" if ternc.sites(model) else "inductor", settings, whole)
+    trainer = Trainer(model, config, progress=False, log_every=1 << 30)
+    trainer.total_steps = trainer._steps_per_epoch = 1 << 20
+    trainer._states = (None, None)
+    model.train()
+    return trainer
+
+
+def _compile(model: torch.nn.Module, backend: str, settings: Settings, whole: bool) -> None:
+    if settings.compiled and whole:
+        model.compile(backend=backend, dynamic=False)
+    elif settings.compiled:
+        compile_blocks(model, backend)
+
+
+@torch.no_grad()
+def _forward(teacher: torch.nn.Module, batch: torch.Tensor, settings: Settings) -> float:
+    _wait(batch.device)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        with torch.autocast(settings.device, torch.bfloat16, enabled=settings.device == "cuda"):
+            F.log_softmax(teacher(batch[:, :-1]).float(), -1)
+    _wait(batch.device)
+    return (time.perf_counter() - start) / STEPS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
