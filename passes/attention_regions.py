@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Mapping
 
 import torch
 from torch import fx
@@ -18,17 +19,26 @@ _MAX_STEPS = 64
 """Nodes looked at between attention and a projection: rotary embeddings, norms, cache, views."""
 
 
-def report_regions(gm: fx.GraphModule, context: Context) -> None:
-    """Adds the row of every attention to the context; changes nothing in the graph."""
+def report_regions(
+    gm: fx.GraphModule, context: Context, unfused: Mapping[fx.Node, str] | None = None
+) -> None:
+    """Adds the row of every attention to the context; changes nothing in the graph.
+
+    Args:
+        unfused: products with the values of attention that is left as it is written, and why.
+    """
     for node in list(gm.graph.nodes):
-        if node.target is not F.scaled_dot_product_attention:
+        reason = (unfused or {}).get(node)
+        if node.target is not F.scaled_dot_product_attention and reason is None:
             continue
         inputs = list(dict.fromkeys(n for arg in node.args[:3] for n in _projections_of(arg)))
         outputs = _projections_after(node)
-        context.rows.append(_row(node, inputs, outputs, context))
+        context.rows.append(_row(node, inputs, outputs, reason, context))
 
 
-def _row(node: fx.Node, inputs: list[str], outputs: list[str], context: Context) -> Row:
+def _row(
+    node: fx.Node, inputs: list[str], outputs: list[str], reason: str | None, context: Context
+) -> Row:
     names = [*inputs, *outputs]
     steps = itertools.takewhile(
         lambda step: len(set(step)) == 1, zip(*(name.split(".") for name in names), strict=False)
@@ -38,16 +48,16 @@ def _row(node: fx.Node, inputs: list[str], outputs: list[str], context: Context)
     def short(listed: list[str]) -> str:
         return ", ".join(name.removeprefix(f"{path}.") for name in listed) or "float"
 
-    found = bool(names)
+    found = reason is None and bool(names)
+    if reason is not None:
+        reason = f"attention left as it is written: {reason}"
+    elif found:
+        reason = "one fused attention between ternary projections"
     return Row(
         name=context.unique_name(path),
         pattern=f"attention: {short(inputs)} -> softmax(q k) v -> {short(outputs)}",
         action="rewritten" if found else "skipped",
-        reason=(
-            "one fused attention between ternary projections"
-            if found
-            else "no projection of this attention is ternary"
-        ),
+        reason=reason or "no projection of this attention is ternary",
     )
 
 

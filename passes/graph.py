@@ -27,6 +27,8 @@ def source_of(placeholder: fx.Node) -> str:
     """Python expression of a graph input, `L['self']._modules['a']._parameters['weight']`; "" if
     unknown.
     """
+    if "ternc_source" in placeholder.meta:
+        return placeholder.meta["ternc_source"]
     argument = placeholder.meta.get("grapharg")
     source = getattr(argument, "source", None) or getattr(placeholder, "_dynamo_source", None)
     if source is None:

@@ -16,14 +16,17 @@ from torch.nn import functional as F
 
 from ternc.passes.graph import argument, arguments, example_value, is_call, is_tensor
 from ternc.passes.inline import inline
-from ternc.passes.mutation import drop_unused
+from ternc.passes.mutation import drop_unused, name_of
 from ternc.passes.region import steps, written_outside
 from ternc.passes.rule import Skip
+from ternc.passes.trace import trace
 
 _MATMUL = {torch.matmul, torch.bmm, operator.matmul, torch.Tensor.matmul, "matmul", "bmm"}
 _SOFTMAX = {F.softmax, torch.softmax, "softmax"}
 _TRANSPOSE = {"transpose", torch.transpose, "swapaxes", torch.swapaxes}
 _MASKED_FILL = {"masked_fill", torch.masked_fill}
+_BADDBMM = {"baddbmm", torch.baddbmm}
+_VIEWS = {"view", "reshape", torch.reshape}
 _HIDDEN = -1e8
 """Scores at or below this count as masked: finfo.min, -inf, -1e9. Above it, a row whose every score
 is masked would keep the differences of its scores.
@@ -37,24 +40,34 @@ class _Scores:
     q: fx.Node | None = None
     k: fx.Node | None = None
     scale: float = 1.0
-    added: list[fx.Node] = dataclasses.field(default_factory=list)
-    hidden: list[tuple[fx.Node, bool, float]] = dataclasses.field(default_factory=list)
-    """(condition, True where it is the condition to keep, score of what is hidden)."""
+    dropout: float = 0.0
+    added: list[tuple[fx.Node, float, bool]] = dataclasses.field(default_factory=list)
+    """(addend, its factor, whether batch and heads are one dimension there)."""
+    hidden: list[tuple[fx.Node, bool, float, bool]] = dataclasses.field(default_factory=list)
+    """(condition, True where it is the condition to keep, score of what is hidden, as above)."""
+    heads: tuple[Any, Any] | None = None
+    """Sizes of batch and heads where q, k, v hold them as one dimension, and a mask does not."""
 
 
 def fuse_attention(gm: fx.GraphModule) -> list[Skip]:
-    """Rewrites every hand-written attention in place; returns the nearest misses with a reason."""
+    """Rewrites every hand-written attention in place.
+
+    Returns the nearest misses with a reason; their node is the product with the values.
+    """
     skipped = []
     for node in list(gm.graph.nodes):
         if node.target not in _MATMUL or len(arguments(node)) != 2:
             continue
-        probabilities = _through_casts(arguments(node)[0])
-        if probabilities is None or not _is_softmax(probabilities):
+        softmax, dropout = _softmax_of(arguments(node)[0])
+        if softmax is None:
             continue
-        found = _parse(node, probabilities)
+        found = _parse(node, softmax)
+        skip = found if isinstance(found, Skip) else None
+        trace("softmax(q k^T) v -> scaled dot product attention", node, skip)
         if isinstance(found, Skip):
-            skipped.append(found)
+            skipped.append(Skip(found.reason, node))
             continue
+        found.dropout = dropout
         new = inline(node, _attend, found.q, found.k, arguments(node)[1], found)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
@@ -63,12 +76,16 @@ def fuse_attention(gm: fx.GraphModule) -> list[Skip]:
 
 
 def _attend(q: Any, k: Any, v: Any, scores: _Scores) -> Any:
+    def mask_of(node: fx.Node, folded: bool) -> Any:
+        return _unfold(q.tracer.proxy(node), scores.heads if folded else None)
+
     mask = None
-    for node in scores.added:
-        addend = _proxy(q, node).to(q.dtype)
+    for node, factor, folded in scores.added:
+        addend = mask_of(node, folded).to(q.dtype)
+        addend = addend if factor == 1.0 else addend * factor
         mask = addend if mask is None else mask + addend
-    for node, keep, value in scores.hidden:
-        condition = _proxy(q, node)
+    for node, keep, value, folded in scores.hidden:
+        condition = mask_of(node, folded)
         condition = condition if keep else condition.logical_not()
         if mask is None and math.isinf(value):
             mask = condition
@@ -77,11 +94,21 @@ def _attend(q: Any, k: Any, v: Any, scores: _Scores) -> Any:
         if mask is None:
             mask = torch.zeros_like(condition, dtype=q.dtype)
         mask = _as_addend(mask, q).masked_fill(condition.logical_not(), least)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale)
+    q, k, v = (_unfold(tensor, scores.heads) for tensor in (q, k, v))
+    attended = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=scores.dropout, scale=scores.scale
+    )
+    return attended if scores.heads is None else attended.flatten(0, 1)
 
 
-def _proxy(like: Any, node: fx.Node) -> Any:
-    return like.tracer.proxy(node)
+def _unfold(tensor: Any, heads: tuple[Any, Any] | None) -> Any:
+    """[batch * heads, ...] -> [batch, heads, ...]; what broadcasts over them stays."""
+    if heads is None or tensor.dim() < 3:
+        return tensor
+    if isinstance(tensor.shape[0], int) and tensor.shape[0] == 1:
+        return tensor.unsqueeze(0)
+    batch, head = (tensor.tracer.proxy(h) if isinstance(h, fx.Node) else h for h in heads)
+    return tensor.unflatten(0, (batch, head))
 
 
 def _as_addend(mask: Any, q: Any) -> Any:
@@ -96,6 +123,30 @@ def _is_softmax(node: fx.Node) -> bool:
     return argument(node, 1, "dim") in (-1, example_value(node).dim() - 1)
 
 
+def _softmax_of(probabilities: Any) -> tuple[fx.Node | None, float]:
+    """(softmax, dropout) that a product reads, through casts, views and one dropout."""
+    node, dropout = _through_casts(probabilities), 0.0
+    for _ in range(4):
+        if node is None or _is_softmax(node):
+            break
+        if node.target is F.dropout and dropout == 0.0:
+            dropout = argument(node, 1, "p", 0.5) if argument(node, 2, "training", True) else 0.0
+        elif not _folds_heads(node):
+            return None, 0.0
+        node = _through_casts(arguments(node)[0])
+    return node if node is not None and _is_softmax(node) else None, float(dropout)
+
+
+def _folds_heads(node: fx.Node) -> bool:
+    """A view between [batch, heads, T, S] and [batch * heads, T, S]."""
+    if node.target not in _VIEWS or not is_tensor(arguments(node)[0]):
+        return False
+    before, after = example_value(arguments(node)[0]), example_value(node)
+    return {before.dim(), after.dim()} == {3, 4} and (
+        str(before.shape[-2:]) == str(after.shape[-2:])
+    )
+
+
 def _through_casts(node: Any) -> fx.Node | None:
     while is_call(node, "cast") or (isinstance(node, fx.Node) and node.target == "contiguous"):
         node = arguments(node)[0]
@@ -103,17 +154,19 @@ def _through_casts(node: Any) -> fx.Node | None:
 
 
 def _parse(product: fx.Node, softmax: fx.Node) -> _Scores | Skip:
-    if any(user is not product and not is_call(user, "cast") for user in softmax.users):
+    if len(softmax.users) > 1:
         return Skip("the attention weights are used by something else too", softmax)
     scores = _Scores()
     reason = _read_scores(arguments(softmax)[0], scores)
     if reason:
         return Skip(reason, softmax)
     q, k, v = scores.q, scores.k, arguments(product)[1]
-    conditions = [condition for condition, _, _ in scores.hidden]
-    inner = steps(product, q, k, v, *scores.added, *conditions)
+    masks = [node for node, *_ in (*scores.added, *scores.hidden)]
+    inner = steps(product, q, k, v, *masks)
     if written_outside(inner - {product}):
         return Skip("the scores are written in place", product)
+    if any(set(node.users) - inner for node in inner - {product} if _is_late(node, softmax)):
+        return Skip("the attention weights are used by something else too", softmax)
     examples = [example_value(node) for node in (q, k, v)]
     if len({example.dtype for example in examples}) != 1:
         return Skip("query, key and value differ in dtype", product)
@@ -124,6 +177,11 @@ def _parse(product: fx.Node, softmax: fx.Node) -> _Scores | Skip:
     return scores
 
 
+def _is_late(node: fx.Node, softmax: fx.Node) -> bool:
+    """Whether a step of the attention comes after the softmax."""
+    return softmax < node
+
+
 def _read_scores(node: Any, scores: _Scores) -> str | None:
     """Peels scale and masks off the scores, outermost first; returns why it stopped."""
     for _ in range(12):
@@ -131,24 +189,26 @@ def _read_scores(node: Any, scores: _Scores) -> str | None:
         if node is None:
             return "the scores are no tensor of the graph"
         if node.target in _MATMUL:
-            return _read_product(node, scores)
-        if node.target in _MASKED_FILL and _hides(argument(node, 2, "value"), scores):
+            return _read_product(*arguments(node)[:2], scores)
+        if node.target in _BADDBMM:
+            return _read_baddbmm(node, scores)
+        folded = example_value(node).dim() == 3
+        if _folds_heads(node):
+            if not folded:
+                sizes = arguments(node)[1:]
+                scores.heads = tuple(sizes[0] if len(sizes) == 1 else sizes)[:2]
+            node = arguments(node)[0]
+        elif node.target in _MASKED_FILL and _hides(argument(node, 2, "value"), scores):
             value = argument(node, 2, "value") * scores.scale
-            scores.hidden.append((arguments(node)[1], False, value))
+            scores.hidden.append((arguments(node)[1], False, value, folded))
             node = arguments(node)[0]
         elif node.target is torch.where and _hides(arguments(node)[2], scores):
             value = arguments(node)[2] * scores.scale
-            scores.hidden.append((arguments(node)[0], True, value))
+            scores.hidden.append((arguments(node)[0], True, value, folded))
             node = arguments(node)[1]
-        elif (
-            is_call(node, "add")
-            and len(arguments(node)) == 2
-            and all(map(is_tensor, arguments(node)))
-        ):
-            if scores.scale != 1.0:
-                return "the scores are scaled after the mask was added"
+        elif _is_sum(node):
             inner, addend = _split_sum(node)
-            scores.added.append(addend)
+            scores.added.append((addend, scores.scale, folded))
             node = inner
         elif is_call(node, "mul") or is_call(node, "div"):
             scaled, factor = arguments(node)[:2]
@@ -159,8 +219,26 @@ def _read_scores(node: Any, scores: _Scores) -> str | None:
             scores.scale *= factor if is_call(node, "mul") else 1.0 / factor
             node = scaled
         else:
-            return f"the scores are computed with {node.target!s}"
+            return f"the scores are computed with {name_of(node)!r}"
     return "more steps between the product and the softmax than are read"
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return (
+        is_call(node, "add") and len(arguments(node)) == 2 and all(map(is_tensor, arguments(node)))
+    )
+
+
+def _read_baddbmm(node: fx.Node, scores: _Scores) -> str | None:
+    """beta * addend + alpha * q k^T"""
+    addend = argument(node, 0, "input")
+    beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
+    if not isinstance(beta, int | float) or not isinstance(alpha, int | float):
+        return "the scores are scaled by a tensor"
+    if beta:
+        scores.added.append((addend, scores.scale * beta, True))
+    scores.scale *= alpha
+    return _read_product(argument(node, 1, "batch1"), argument(node, 2, "batch2"), scores)
 
 
 def _split_sum(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -172,7 +250,7 @@ def _split_sum(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _leads_to_product(node: fx.Node) -> bool:
     for _ in range(8):
-        if node.target in _MATMUL:
+        if node.target in _MATMUL or node.target in _BADDBMM:
             return True
         if not arguments(node) or not isinstance(arguments(node)[0], fx.Node):
             return False
@@ -180,11 +258,9 @@ def _leads_to_product(node: fx.Node) -> bool:
     return False
 
 
-def _read_product(node: fx.Node, scores: _Scores) -> str | None:
-    q, transposed = arguments(node)
+def _read_product(q: Any, transposed: Any, scores: _Scores) -> str | None:
     if not is_tensor(q) or not is_tensor(transposed):
         return "the scores are no product of two tensors"
-    assert isinstance(transposed, fx.Node)
     k = _untransposed(transposed)
     if k is None:
         return "the key is not transposed by a call that is read"

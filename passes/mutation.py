@@ -1,18 +1,22 @@
 """Which tensors of a graph are written in place: no rule may move a read of them past the write.
 
-x += y -> x + y where nothing reads x afterwards; what is left taints x and everything that shares
-its storage.
+x += y, relu_(x), silu(x, inplace=True) -> the call that writes to no tensor, read from there on,
+where x is fresh and has no views; what is left taints x and everything that shares its storage.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
 
-from ternc.passes.graph import arguments, example_value, is_tensor
+from ternc.passes.graph import argument, arguments, example_value, is_tensor
+from ternc.passes.inline import evaluate_example
 
 _OUT_OF_PLACE = {
     operator.iadd: operator.add,
@@ -20,6 +24,16 @@ _OUT_OF_PLACE = {
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
+_POINTWISE = frozenset(
+    (
+        *("relu", "relu6", "silu", "gelu", "sigmoid", "tanh", "elu", "leaky_relu", "hardtanh"),
+        *("hardswish", "hardsigmoid", "mish", "selu", "celu", "softplus", "threshold", "dropout"),
+        *("add", "sub", "mul", "div", "pow", "neg", "exp", "square", "sqrt", "rsqrt", "abs"),
+        *("clamp", "clamp_min", "clamp_max", "masked_fill"),
+    )
+)
+"""Calls whose form with a trailing underscore, or `inplace`, differs in where it writes alone."""
+
 _VIEW_NAMES = frozenset(
     (
         *("view", "reshape", "flatten", "unflatten", "view_as", "transpose", "permute", "swapaxes"),
@@ -58,7 +72,7 @@ def writes_in_place(node: fx.Node) -> bool:
         (name.endswith("_") and not name.endswith("__"))
         or node.target in _OUT_OF_PLACE
         or node.target is operator.setitem
-        or node.kwargs.get("inplace") is True
+        or _inplace_argument(node) is True
         or isinstance(node.kwargs.get("out"), fx.Node)
     )
 
@@ -68,28 +82,64 @@ def written_by(node: fx.Node) -> object:
     return node.kwargs.get("out") or (node.args[0] if node.args else None)
 
 
+@functools.cache
+def _inplace_index(function: Any) -> int | None:
+    """Position of the parameter `inplace` of a function; None where it has none."""
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def _inplace_argument(node: fx.Node) -> Any:
+    index = _inplace_index(node.target) if callable(node.target) else None
+    return node.kwargs.get("inplace") if index is None else argument(node, index, "inplace")
+
+
 def without_needless_writes(gm: fx.GraphModule) -> None:
-    """x += y -> x + y where x is a fresh tensor that nothing reads after the sum."""
+    """x += y -> z = x + y, and z for x from there on, where x is a fresh tensor without views."""
     position = {node: index for index, node in enumerate(gm.graph.nodes)}
     for node in list(gm.graph.nodes):
-        if node.target not in _OUT_OF_PLACE or not is_tensor(node.args[0]):
+        written: Any = written_by(node) if writes_in_place(node) else None
+        if written is None or written is not node.args[0] or not is_tensor(written):
             continue
-        written: Any = node.args[0]
-        read_later = any(position[user] > position[node] for user in written.users)
-        if read_later or shares_storage(written) or _viewed(written):
+        if shares_storage(written) or _viewed(written) or not _write_nowhere(node):
             continue
-        if _keeps_dtype(node):
-            node.target = _OUT_OF_PLACE[node.target]
+        written.replace_all_uses_with(
+            node, delete_user_cb=lambda user, at=position[node]: position[user] > at
+        )
 
 
-def _keeps_dtype(node: fx.Node) -> bool:
-    """Whether the sum has the dtype of its first operand anyway, as a write in place has."""
-    first, second = (
-        example_value(arg) if isinstance(arg, fx.Node) else arg for arg in arguments(node)
-    )
-    if not isinstance(second, torch.Tensor | int | float):
+def _write_nowhere(node: fx.Node) -> bool:
+    """Makes a call return what it wrote; False where no call does, or it has another dtype."""
+    target, args, kwargs = node.target, node.args, node.kwargs
+    if target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[target]
+    elif name_of(node).removesuffix("_") not in _POINTWISE:
         return False
-    return torch.result_type(first, second) == first.dtype
+    elif _inplace_argument(node) is True:
+        index = _inplace_index(target)
+        node.args = args if index is None else args[:index]
+        node.kwargs = {key: value for key, value in kwargs.items() if key != "inplace"}
+    elif (plain := _without_underscore(node)) is not None:
+        node.target = plain
+    else:
+        return False
+    before, after = example_value(arguments(node)[0]), evaluate_example(node)
+    if (before.dtype, str(before.shape)) == (after.dtype, str(after.shape)):
+        node.meta["example_value"] = after
+        return True
+    node.target, node.args, node.kwargs = target, args, kwargs
+    return False
+
+
+def _without_underscore(node: fx.Node) -> Any:
+    """`relu` for `relu_`: the method, or the function of torch."""
+    name = name_of(node).removesuffix("_")
+    if node.op == "call_method":
+        return name if name != node.target and hasattr(torch.Tensor, name) else None
+    return getattr(F, name, None) or getattr(torch, name, None)
 
 
 def tainted(gm: fx.GraphModule) -> set[fx.Node]:

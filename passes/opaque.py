@@ -30,12 +30,14 @@ def report_transformed(gm: fx.GraphModule, context: Context) -> None:
 
 
 def report_bodies(gm: fx.GraphModule, context: Context) -> None:
-    """Adds a row for every linear in the body of a higher-order operator."""
+    """Adds a row for every linear in the body of a higher-order operator that was not rewritten."""
     for node in gm.graph.find_nodes(op="get_attr"):
         body = getattr(gm, str(node.target), None)
         if not isinstance(body, fx.GraphModule):
             continue
         for user in node.users:
+            if "ternc_body" in user.meta:
+                continue
             given = [arg for arg in user.all_input_nodes if arg is not node]
             inputs = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=False))
             why = Skip(f"inside the body of {user.target}, which is left as it is")

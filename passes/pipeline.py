@@ -9,6 +9,7 @@ from torch import fx
 
 from ternc.passes.attention_fast_paths import decompose_attention
 from ternc.passes.attention_regions import report_regions
+from ternc.passes.bodies import inline_bodies, own_bodies, pass_packed
 from ternc.passes.context import Context, weight_name
 from ternc.passes.describe import describe_graph
 from ternc.passes.graph import (
@@ -53,6 +54,20 @@ def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """Rewrites `gm` in place; sites, rows and new inputs are left in `context`."""
     mark_inputs(gm, context.inputs)
     context.nodes_before = describe_graph(gm.graph)
+    if not context.grad_enabled:
+        inline_bodies(gm)
+        verify(gm, "inline_bodies")
+    _rewrite(gm, context)
+    for call, body in own_bodies(gm, context.tainted):
+        _rewrite(body, context)
+        pass_packed(gm, call, body)
+        verify(gm, "pass_packed")
+    gm.recompile()
+    return gm
+
+
+def _rewrite(gm: fx.GraphModule, context: Context) -> None:
+    """Normal forms, then rules, on one graph: that of the model or the body of a checkpoint."""
     for skip in decompose_attention(gm):
         context.skip(str(skip.node), "attention", skip, None)
     verify(gm, "decompose_attention")
@@ -61,18 +76,15 @@ def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     without_needless_writes(gm)
     simplify(gm)
     verify(gm, "simplify")
-    context.tainted = tainted(gm)
+    context.tainted |= tainted(gm)
     _find_packed_modules(gm, context)
-    for skip in fuse_attention(gm):
-        context.notes.append(f"attention left as written: {skip.reason}")
+    unfused = {skip.node: skip.reason for skip in fuse_attention(gm) if skip.node is not None}
     verify(gm, "fuse_attention")
     for rule in RULES:
         apply(rule, gm, context)
         drop_unused(gm)
         verify(gm, rule.name)
-    report_regions(gm, context)
-    gm.recompile()
-    return gm
+    report_regions(gm, context, unfused)
 
 
 def apply(rule: Rule, gm: fx.GraphModule, context: Context) -> None:

@@ -184,6 +184,9 @@ class _OpByOp(fx.Interpreter):
             return self._products(n)
         if "ternc_stack" in n.meta:
             return self._experts(n)
+        if "ternc_body" in n.meta:
+            body, *given = self.fetch_args_kwargs_from_env(n)[0]
+            return _OpByOp(body, self.entries, self.originals).run(*given)
         return super().run_node(n)
 
     def _experts(self, n: fx.Node) -> torch.Tensor:

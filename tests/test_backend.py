@@ -177,68 +177,6 @@ class TestAttention:
         }
 
 
-class Spellings(nn.Module):
-    """The same product in other words."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(128, 96) / 11)
-        self.bias = nn.Parameter(torch.randn(96))
-
-    def forward(self, x):
-        flat = x.reshape(-1, 128)
-        return (
-            x @ self.weight,
-            torch.matmul(x, self.weight) + self.bias,
-            torch.addmm(self.bias, flat, self.weight),
-            flat.mm(self.weight),
-            F.linear(x, self.weight.t(), self.bias),
-            F.linear(x.half().float(), self.weight.T.contiguous().float()),
-            torch.einsum("bti,io->bto", x, self.weight),
-            torch.einsum("... k, n k -> ... n", x, self.weight.T),
-            F.conv1d(x.transpose(1, 2), self.weight.T[..., None], self.bias),
-            F.conv2d(x.transpose(1, 2)[..., None], self.weight.T[..., None, None]),
-        )
-
-
-def test_spellings_of_a_linear():
-    model = Spellings().eval()
-    x = torch.randn(2, 3, 128)
-    fast, outputs = compile_and_run(model, x, planes=3)
-    for actual, expected in zip(outputs, model(x), strict=True):
-        assert actual.shape == expected.shape
-        assert relative(actual, expected) < 0.08
-    assert len(ternc.report(fast).rewritten) == 10
-
-
-class NotLinear(nn.Module):
-    """Products and convolutions that are no linear over the last dimension."""
-
-    def __init__(self):
-        super().__init__()
-        self.square = nn.Parameter(torch.randn(16, 16))
-        self.taps = nn.Parameter(torch.randn(16, 16, 3))
-
-    def forward(self, x):
-        return (
-            torch.einsum("bti,ij->btj", x, self.square).sum(),
-            torch.einsum("bti,ij->bit", x, self.square),
-            torch.einsum("bii,ij->bij", x[:, :, :], self.square),
-            F.conv1d(x, self.taps, padding=1),
-            F.conv1d(x, self.taps[:, :, :1], stride=2),
-            F.conv1d(x, self.taps[:, :1, :1], groups=16),
-        )
-
-
-def test_what_only_looks_like_a_linear_keeps_its_result():
-    model = NotLinear().eval()
-    x = torch.randn(2, 16, 16)
-    fast, outputs = compile_and_run(model, x, planes=3)
-    for actual, expected in zip(outputs[1:], model(x)[1:], strict=True):
-        torch.testing.assert_close(actual, expected)
-    assert len(ternc.report(fast).rewritten) == 1  # the first product
-
-
 def test_blocks_compiled_one_by_one_share_a_graph():
     from ternc.backend import ternc_backend
 

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.utils.checkpoint
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -328,22 +327,6 @@ def test_transforms_of_functions_are_left_alone():
     assert {row.reason for row in ternc.report(model).skipped} == {
         "inside a transform of torch.func (vmap, grad, jvp)"
     }
-
-
-def test_checkpointed_layers_have_a_row():
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = Two()
-
-        def forward(self, x):
-            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
-
-    fast = compiled(Checkpointed())
-    fast(torch.randn(3, 64)).sum().backward()
-    reasons = {row.name: row.reason for row in ternc.report(fast).skipped}
-    assert set(reasons) == {"inner.a", "inner.b"}
-    assert all("checkpoint" in reason for reason in reasons.values())
 
 
 @pytest.mark.parametrize(

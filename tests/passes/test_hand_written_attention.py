@@ -16,6 +16,7 @@ from ternc.passes.simplify import simplify
 
 KEEP = torch.tril(torch.ones(7, 7)).bool()
 MASK = torch.linspace(-2, 2, 2 * 49).view(2, 1, 7, 7)
+ALIBI = torch.linspace(-1, 1, 8 * 7).view(8, 1, 7)
 LEAST = torch.finfo(torch.float32).min
 
 
@@ -41,11 +42,36 @@ SPELLINGS = {
         torch.softmax(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)), -1),
         v.flatten(0, 1),
     ),
+    "scaled after the mask": lambda q, k, v: F.softmax((q @ k.mT + MASK) * 0.25, -1) @ v,
+    "baddbmm": lambda q, k, v: torch.bmm(
+        F.softmax(
+            torch.baddbmm(ALIBI, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.5, alpha=0.25), -1
+        ),
+        v.flatten(0, 1),
+    ),
+    "heads apart for the mask": lambda q, k, v: torch.bmm(
+        F.dropout(
+            F.softmax(
+                torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(2, 4, 7, 7) + MASK, -1
+            ).view(8, 7, 7),
+            0.0,
+            True,
+        ),
+        v.flatten(0, 1),
+    ),
+    "heads together again for the softmax": lambda q, k, v: torch.bmm(
+        F.softmax(
+            (torch.baddbmm(ALIBI, q.flatten(0, 1), k.flatten(0, 1).mT).view(2, 4, 7, 7) + MASK)
+            .masked_fill(~KEEP, LEAST)
+            .view(8, 7, 7),
+            -1,
+        ),
+        v.flatten(0, 1),
+    ),
     "dropout in eval": lambda q, k, v: F.dropout(F.softmax(q @ k.mT, -1), 0.1, False) @ v,
 }
 
 NEAR_MISSES = {
-    "scaled after the mask": lambda q, k, v: F.softmax((q @ k.mT + MASK) * 0.25, -1) @ v,
     "scaled by a tensor": lambda q, k, v: F.softmax(q @ k.mT * MASK, -1) @ v,
     "through tanh": lambda q, k, v: F.softmax(torch.tanh(q @ k.mT), -1) @ v,
     "key not transposed": lambda q, k, v: F.softmax(q @ k.reshape(2, 4, 16, 7), -1) @ v,
@@ -130,12 +156,28 @@ def test_region_is_one_row():
     assert len(report.rewritten) == 8
 
 
-def test_near_miss_is_a_note_of_the_report():
+def test_dropout_in_training_is_part_of_attention(qkv):
+    def attend(q, k, v):
+        return F.dropout(F.softmax(q @ k.mT, -1), 0.5, True) @ v
+
+    output, found, _ = fused(attend, *qkv)
+    assert found and not torch.equal(output, fused(attend, *qkv)[0])
+    everything, found, _ = fused(lambda q, k, v: F.dropout(F.softmax(q @ k.mT, -1), 1.0) @ v, *qkv)
+    assert found and not everything.any()
+
+
+def test_attention_that_stays_is_a_region_with_its_reason():
     class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.o = nn.Linear(16, 16), nn.Linear(16, 16)
+
         def forward(self, x):
-            return F.softmax(torch.tanh(x @ x.mT), -1) @ x
+            return self.o(F.softmax(torch.tanh(self.q(x) @ x.mT), -1) @ x)
 
     torch._dynamo.reset()
     with torch.no_grad():
-        report = ternc.explain(Model(), torch.randn(2, 5, 16))
-    assert any("attention left as written" in note for note in report.notes)
+        report = ternc.explain(Model(), torch.randn(2, 5, 16), config=ternc.Config(planes=3))
+    (row,) = report.attention
+    assert row.pattern == "attention: q -> softmax(q k) v -> o"
+    assert row.action == "skipped" and row.reason.endswith("computed with 'tanh'")

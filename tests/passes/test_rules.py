@@ -130,6 +130,29 @@ def test_activation_is_known_by_its_values(name):
     assert y.isfinite().all()
 
 
+def write_and_return(x):
+    x.relu_()
+    return x
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("silu", lambda x: F.silu(x, inplace=True)),
+        ("relu", nn.ReLU(inplace=True)),
+        ("relu", torch.relu_),
+        ("relu", write_and_return),
+    ],
+)
+def test_activation_in_place_is_fused(name, activation):
+    block, x = Block(activation=activation).eval(), torch.randn(2, 5, 64)
+    y, names, context = rewritten(block, x)
+    assert count(names, "activate_quantize") == 1
+    assert any(row.pattern.startswith(f"{name} * up") for row in context.rows)
+    with torch.no_grad():
+        assert relative(y, ternc.quantize(block, ternc.Config(planes=3, method="rtn"))(x)) < 1e-3
+
+
 @pytest.mark.parametrize("activation", [torch.tanh, torch.sigmoid, lambda x: F.leaky_relu(x, 0.2)])
 def test_other_functions_are_left_alone(activation):
     _, names, _ = rewritten(Block(activation=activation).eval(), torch.randn(2, 5, 64))
