@@ -15,7 +15,7 @@ from ternc.passes.graph import arguments, copy_graph, is_static_input, source_of
 
 
 def inline_bodies(gm: fx.GraphModule) -> None:
-    """checkpoint(body, *args) -> the nodes of the body, in place: without gradients it is a call."""
+    """checkpoint(body, *args) -> the nodes of the body: without gradients it is a call."""
     for call, body in list(_checkpoints(gm)):
         attribute = arguments(call)[0]
         inside = dict(

@@ -161,7 +161,7 @@ def _parse(product: fx.Node, softmax: fx.Node) -> _Scores | Skip:
     if reason:
         return Skip(reason, softmax)
     q, k, v = scores.q, scores.k, arguments(product)[1]
-    masks = [node for node, *_ in (*scores.added, *scores.hidden)]
+    masks = [*(a[0] for a in scores.added), *(h[0] for h in scores.hidden)]
     inner = steps(product, q, k, v, *masks)
     if written_outside(inner - {product}):
         return Skip("the scores are written in place", product)
@@ -189,7 +189,7 @@ def _read_scores(node: Any, scores: _Scores) -> str | None:
         if node is None:
             return "the scores are no tensor of the graph"
         if node.target in _MATMUL:
-            return _read_product(*arguments(node)[:2], scores)
+            return _read_product(arguments(node)[0], arguments(node)[1], scores)
         if node.target in _BADDBMM:
             return _read_baddbmm(node, scores)
         folded = example_value(node).dim() == 3
