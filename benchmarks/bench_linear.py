@@ -74,7 +74,7 @@ def ternc_contender(
         arguments.append(tuple(copy))
     scales = f"g{group_size}" if group_size else "row"
     name = f"ternc x{planes} {scales} a{bits or 'f'}"
-    run = torch.ops.ternc.linear
+    run = torch.ops.ternc.linear.default
     return common.Contender(name, lambda i: run(*arguments[i]), len(arguments), nbytes)
 
 

@@ -118,8 +118,9 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
   std::vector<Job<LinearI8Args>> jobs;
   for (size_t i = 0; i < products.size(); ++i) {
     const WeightTensors& held = products[i].held;
-    jobs.push_back(job_of(kernels.linear_i8, held,
-                          LinearI8Args{held.weight, tokens[size_of[i]], products[i].out}));
+    jobs.push_back(job_of(
+        kernels.linear_i8, held,
+        LinearI8Args{held.weight, tokens[size_of[i]], products[i].out, preferred_prefetch()}));
   }
   split(jobs, x.tokens, stride);
 }
@@ -132,8 +133,9 @@ void multiply_floats(const Kernels& kernels, const Input& x, const std::vector<P
   });
   std::vector<Job<LinearF32Args>> jobs;
   for (const Product& product : products)
-    jobs.push_back(job_of(kernels.linear_f32, product.held,
-                          LinearF32Args{product.held.weight, wide.get(), stride, product.out}));
+    jobs.push_back(job_of(
+        kernels.linear_f32, product.held,
+        LinearF32Args{product.held.weight, wide.get(), stride, product.out, preferred_prefetch()}));
   split(jobs, x.tokens, stride);
 }
 

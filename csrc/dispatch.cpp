@@ -194,6 +194,18 @@ const Isa* active_isa(const char** error) {
   return choice.isa;
 }
 
+Prefetch preferred_prefetch() {
+#if defined(__x86_64__)
+  static const bool amd = [] {
+    uint32_t a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+  }();
+  return amd ? Prefetch::l1 : Prefetch::l2;
+#else
+  return Prefetch::l1;
+#endif
+}
+
 void record_kernel(const void* weight, const Isa* isa) {
   write_record(weight, uint64_t(isa - TABLE) + 1, true);
 }

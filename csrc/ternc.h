@@ -92,10 +92,14 @@ struct QuantizeArgs {
   Tokens out;
 };
 
+// Where packed weights are fetched ahead to: a property of the processor, not of the kernels.
+enum class Prefetch : int { l1, l2 };
+
 struct LinearI8Args {
   Weight weight;
   Tokens tokens;
   Output out;
+  Prefetch prefetch = Prefetch::l1;
 };
 
 struct LinearF32Args {
@@ -103,6 +107,7 @@ struct LinearF32Args {
   const float* x;  // [M, stride], columns past K hold 0
   int64_t stride;
   Output out;
+  Prefetch prefetch = Prefetch::l1;
 };
 
 // Tokens in memory, `stride` elements from one to the next.
@@ -245,6 +250,9 @@ const Isa* isa_table(int* count);
 // The instruction set in use: TERNC_ISA if set, else the best available.
 // Null if TERNC_ISA names none that can run here; `*error` then says why (static storage).
 const Isa* active_isa(const char** error);
+
+// Into which cache this processor wants weights fetched ahead.
+Prefetch preferred_prefetch();
 
 // Remembers which kernels ran last on the packed weight at this address.
 void record_kernel(const void* weight, const Isa* isa);

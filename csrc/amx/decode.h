@@ -68,11 +68,13 @@ TERNC_INLINE bytes decode_multiplied(const uint8_t* step, const FieldMultiplier&
 template <int PLANES, int F0, int FIELDS, bool GROUPS>
 class TileDecoder {
  public:
-  // prefetch: the block comes from memory.
-  TERNC_INLINE TileDecoder(const Weight& weight, int64_t block, int64_t steps, bool prefetch)
+  // fetch: the block comes from memory.
+  TERNC_INLINE TileDecoder(const Weight& weight, int64_t block, int64_t steps, bool fetch,
+                           Prefetch to)
       : step_(weight.bytes + block * steps * step_bytes(PLANES)),
         left_(steps),
-        prefetch_(prefetch),
+        fetch_(fetch),
+        to_(to),
         group_steps_(weight.group_size / STEP_COLUMNS),
         multiplier_(GROUPS ? weight.multiplier + block * weight.groups * block_rows(PLANES)
                            : nullptr) {}
@@ -81,8 +83,9 @@ class TileDecoder {
   TERNC_INLINE void next(int8_t* tiles) {
     const int64_t count = left_ < TILE_STEPS ? left_ : TILE_STEPS;
     left_ -= count;
-    if (prefetch_)
-      for (int64_t s = 0; s < count; ++s) prefetch_step<PLANES>(step_ + s * step_bytes(PLANES));
+    if (fetch_)
+      for (int64_t s = 0; s < count; ++s)
+        prefetch_step<PLANES>(step_ + s * step_bytes(PLANES), to_);
     if (GROUPS || count < TILE_STEPS) return next_rows(tiles, count);
 #pragma GCC unroll 16
     for (int s = 0; s < TILE_STEPS; ++s, step_ += step_bytes(PLANES))
@@ -129,7 +132,8 @@ class TileDecoder {
 
   const uint8_t* step_;
   int64_t left_;  // steps
-  bool prefetch_;
+  bool fetch_;
+  Prefetch to_;
   int64_t group_steps_, group_left_ = 0;
   const uint8_t* multiplier_;
   FieldMultiplier multipliers_[FIELDS];

@@ -32,7 +32,7 @@ TERNC_NOINLINE void multiply_unit(const Unit& unit, int32_t (&sums)[4][TILE_ROWS
   const int64_t next = count * TILE_SIZE;  // from 16 tokens to the next 16
   const int8_t* a = tokens.tiles + unit.token / TILE_ROWS * next;
   TileDecoder<PLANES, F0, FIELDS, GROUPS> decoder(unit.args->weight, unit.block, steps,
-                                                  unit.first && F0 == 0);
+                                                  unit.first && F0 == 0, unit.args->prefetch);
   zero_sums();
   for (int64_t k = 0; k < AHEAD && k < count; ++k) decoder.next(ring[k]);
   for (int64_t k = 0; k < count; ++k) {

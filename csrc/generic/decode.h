@@ -6,7 +6,9 @@
 
 constexpr int PARTS = FIELD_ROWS / LANES;  // vectors that hold the rows of one field
 constexpr int PART_BYTES = STEP_COLUMNS * LANES;
-constexpr int64_t PREFETCH_AHEAD = 16384;  // into L2: 86 % of the stream against 79 % into L1
+// Zen 5: 42 GB/s into L1 with 2 to 8 KB ahead, 36 into L2, for any distance and number of planes.
+// Sapphire Rapids: 86 % of the stream into L2 with 16 KB ahead, 79 % into L1.
+constexpr int64_t L1_AHEAD = 4096, L2_AHEAD = 16384;
 
 constexpr int fields(int planes) { return block_rows(planes) / FIELD_ROWS; }
 constexpr int bias(int planes) { return code_max(planes); }
@@ -52,9 +54,22 @@ TERNC_INLINE bytes decode_signed(const uint8_t* step, int part) {
 }
 
 template <int PLANES>
-TERNC_INLINE void prefetch_step(const uint8_t* step) {
+TERNC_INLINE void prefetch_step(const uint8_t* step, Prefetch to) {
   // An address past the end of the buffer is harmless to a prefetch, but not to pointer rules.
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(step) + PREFETCH_AHEAD;
-  for (int line = 0; line < step_bytes(PLANES); line += 64)
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead + line), 0, 2);
+  const uintptr_t at = reinterpret_cast<uintptr_t>(step);
+  if (to == Prefetch::l1) {
+    for (int line = 0; line < step_bytes(PLANES); line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(at + L1_AHEAD + line), 0, 3);
+  } else {
+    for (int line = 0; line < step_bytes(PLANES); line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(at + L2_AHEAD + line), 0, 2);
+  }
+}
+
+// The multipliers of a group come once in thousands of bytes: too rarely to be foreseen.
+TERNC_INLINE void prefetch_multiplier(const uint8_t* multiplier, int rows) {
+  constexpr int64_t GROUPS_AHEAD = 16;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(multiplier) + uintptr_t(GROUPS_AHEAD * rows);
+  for (int line = 0; line < rows; line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(at + line), 0, 3);
 }

@@ -78,10 +78,11 @@ TERNC_TILE void tile_f32(const SpanF32& span, int part, float (&totals)[TOKENS][
 #pragma GCC unroll 64
   for (int i = 0; i < FN * PN * T * SETS; ++i)
     acc[i / (PN * T * SETS)][i / (T * SETS) % PN][i / SETS % T][i % SETS] = splat_f32(0.0f);
+  const Prefetch prefetch = span.args->prefetch;
   const uint8_t* step = span.steps;
   const float* x = span.x;
   for (int64_t s = 0; s < span.count; ++s) {
-    prefetch_step<PLANES>(step);
+    prefetch_step<PLANES>(step, prefetch);
     add_step_f32<PLANES, T, F0, FN, PN, SETS>(acc, step, x, stride, part);
     step += step_bytes(PLANES);
     x += STEP_COLUMNS;

@@ -94,6 +94,7 @@ template <int PLANES, int T, int F0>
 TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
   constexpr int FN = tile_fields(PLANES, T), PN = tile_parts(T), SETS = tile_sets(PLANES, T);
   const int64_t stride = span.args->tokens.stride;
+  const Prefetch prefetch = span.args->prefetch;
   const uint8_t* step = span.steps;
   const int8_t* at = span.q;
   i32 acc[SETS][FN][PN][T];
@@ -110,7 +111,7 @@ TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
   for (; s + SETS <= span.count; s += SETS) {
 #pragma GCC unroll 8
     for (int set = 0; set < SETS; ++set) {
-      prefetch_step<PLANES>(step);
+      prefetch_step<PLANES>(step, prefetch);
       load_q<T>(q, at, stride);
       add_step<PLANES, T, F0, FN, PN>(acc[set], step, q, part);
       step += step_bytes(PLANES);
@@ -164,6 +165,7 @@ inline void block_i8(const LinearI8Args& args, int64_t block, int64_t token,
         weight.multiplier == nullptr
             ? nullptr
             : weight.multiplier + (block * weight.groups + group) * block_rows(PLANES);
+    if (span.multiplier != nullptr) prefetch_multiplier(span.multiplier, block_rows(PLANES));
     const bool whole = end - begin <= LIMIT || weight.scale_kind == ScaleKind::group;
     for (int64_t k = begin; k < end; k += whole ? end - begin : LIMIT) {
       const int64_t columns = whole || end - k < LIMIT ? end - k : LIMIT;
