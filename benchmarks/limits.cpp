@@ -37,7 +37,8 @@ using vector = uint64_t __attribute__((vector_size(16), aligned(16), may_alias))
 
 #if defined(__x86_64__)
   #define TARGET(features) __attribute__((target(features)))
-constexpr int SUMS = 16;  // independent: four or five cycles of latency, two multipliers
+// Independent sums: four or five cycles of latency, two multipliers, and 16 registers in AVX.
+constexpr int SUMS = 16, AVX_SUMS = 12;
 
 // Each returns the operations (a multiplication and an addition are two) of `rounds` rounds.
 TARGET("avx512f,avx512vnni") int64_t vpdpbusd_512(int64_t rounds) {
@@ -56,35 +57,35 @@ TARGET("avx512f,avx512vnni") int64_t vpdpbusd_512(int64_t rounds) {
   #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
     #define HAS_AVX_VNNI 1
 TARGET("avx2,avxvnni") int64_t vpdpbusd_256(int64_t rounds) {
-  __m256i sum[SUMS], a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(2);
+  __m256i sum[AVX_SUMS], a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(2);
     #pragma GCC unroll 16
-  for (int j = 0; j < SUMS; ++j) sum[j] = _mm256_setzero_si256();
+  for (int j = 0; j < AVX_SUMS; ++j) sum[j] = _mm256_setzero_si256();
   for (int64_t i = 0; i < rounds; ++i)
     #pragma GCC unroll 16
-    for (int j = 0; j < SUMS; ++j) {
+    for (int j = 0; j < AVX_SUMS; ++j) {
       sum[j] = _mm256_dpbusd_avx_epi32(sum[j], a, b);
       __asm__ volatile("" : "+x"(sum[j]));
     }
-  return rounds * SUMS * 64;
+  return rounds * AVX_SUMS * 64;
 }
   #endif
 
 // vpmaddubsw and the 16-bit addition that keeps its sums.
 TARGET("avx2") int64_t vpmaddubsw(int64_t rounds) {
-  __m256i sum[SUMS], a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(2);
+  __m256i sum[AVX_SUMS], a = _mm256_set1_epi8(1), b = _mm256_set1_epi8(2);
   #pragma GCC unroll 16
-  for (int j = 0; j < SUMS; ++j) sum[j] = _mm256_setzero_si256();
+  for (int j = 0; j < AVX_SUMS; ++j) sum[j] = _mm256_setzero_si256();
   for (int64_t i = 0; i < rounds; ++i)
   #pragma GCC unroll 16
-    for (int j = 0; j < SUMS; ++j) {
+    for (int j = 0; j < AVX_SUMS; ++j) {
       __asm__ volatile("" : "+x"(a));
       sum[j] = _mm256_add_epi16(sum[j], _mm256_maddubs_epi16(a, b));
       __asm__ volatile("" : "+x"(sum[j]));
     }
-  return rounds * SUMS * 64;
+  return rounds * AVX_SUMS * 64;
 }
 
-  #if __has_include(<amxint8intrin.h>)
+  #if __has_include(<amxint8intrin.h>) || __has_include(<amxintrin.h>)
     #define HAS_AMX 1
     #define TILES "amx-tile,amx-int8"
 struct TileConfig {

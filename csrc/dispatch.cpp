@@ -32,17 +32,23 @@ namespace amx {
 extern const Kernels kernels;
 }
 #endif
+#if defined(TERNC_HAS_AVX_VNNI)
+namespace avxvnni {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
 
 #if defined(__x86_64__)
 struct Cpu {
-  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, leaf7_edx = 0, state = 0;
+  uint32_t leaf1_ecx = 0, leaf7_ebx = 0, leaf7_ecx = 0, leaf7_edx = 0, leaf7_1_eax = 0, state = 0;
 
   Cpu() {
     uint32_t a, b, c, d;
     if (__get_cpuid(1, &a, &b, &c, &d)) leaf1_ecx = c;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) leaf7_ebx = b, leaf7_ecx = c, leaf7_edx = d;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) leaf7_1_eax = a;
     if (leaf1_ecx >> 27 & 1) {  // OSXSAVE: the registers that the operating system saves
       uint32_t low, high;
       __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
@@ -61,6 +67,18 @@ const char* avx2_missing() {
   if (!has(cpu.state, 0x06)) return "the operating system does not save AVX registers";
   return nullptr;
 }
+
+  #if defined(TERNC_HAS_AVX_VNNI)
+const char* avxvnni_missing() {
+  const Cpu cpu;
+  if (const char* reason = avx2_missing()) return reason;
+  return has(cpu.leaf7_1_eax, 1u << 4) ? nullptr : "this CPU has no AVX-VNNI";
+}
+constexpr const Kernels* AVXVNNI = &avxvnni::kernels;
+  #else
+const char* avxvnni_missing() { return "the library was built by a compiler without AVX-VNNI"; }
+constexpr const Kernels* AVXVNNI = nullptr;
+  #endif
 
 const char* avx512vnni_missing() {
   const Cpu cpu;
@@ -99,9 +117,11 @@ constexpr const Kernels* AVX512VNNI = &avx512vnni::kernels;
 #else
 const char* avx2_missing() { return "not an x86-64 machine"; }
 const char* avx512vnni_missing() { return "not an x86-64 machine"; }
+const char* avxvnni_missing() { return "not an x86-64 machine"; }
 const char* amx_missing() { return "not an x86-64 machine"; }
 constexpr const Kernels* AVX2 = nullptr;
 constexpr const Kernels* AVX512VNNI = nullptr;
+constexpr const Kernels* AVXVNNI = nullptr;
 constexpr const Kernels* AMX = nullptr;
 #endif
 
@@ -110,6 +130,7 @@ const char* scalar_missing() { return nullptr; }
 constexpr Isa TABLE[] = {
     {"amx", amx_missing, AMX},
     {"avx512vnni", avx512vnni_missing, AVX512VNNI},
+    {"avxvnni", avxvnni_missing, AVXVNNI},
     {"avx2", avx2_missing, AVX2},
     {"scalar", scalar_missing, &scalar::kernels},
 };

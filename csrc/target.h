@@ -19,6 +19,10 @@
   #define TERNC_HAS_AMX 1
 #endif
 
+#if defined(__x86_64__) && __has_include(<avxvnniintrin.h>)  // GCC 11, clang 12
+  #define TERNC_HAS_AVX_VNNI 1
+#endif
+
 #define TERNC_INLINE inline __attribute__((always_inline))
 // For code outside the inner loops that would otherwise be copied into every instance of them.
 #define TERNC_NOINLINE __attribute__((noinline))

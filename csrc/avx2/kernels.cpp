@@ -15,6 +15,7 @@ namespace ternc::avx2 {
 namespace {
 // clang-format off: the kernels are written in the vocabulary of simd.h
 #include "simd.h"
+#include "dot.h"
 #include "../generic/kernels.h"
 // clang-format on
 }  // namespace

@@ -1,7 +1,7 @@
-// The simd vocabulary in AVX2: eight lanes of 32 bits. Included inside ternc::avx2.
+// The simd vocabulary in AVX2, but for dot(): eight lanes of 32 bits. Included inside ternc::avx2
+// and ternc::avxvnni, before their dot.h.
 constexpr int LANES = 8;
 constexpr int ACCUMULATORS = 8;  // of 16 registers: operands and masks need the rest
-constexpr int MAX_FIELD = 128;   // vpmaddubsw: 2 * 128 * 127 = 32512 is the last pair to fit int16
 
 using bytes = __m256i;
 using i32 = __m256i;
@@ -29,11 +29,6 @@ TERNC_INLINE bytes shift_bytes_left(bytes a) {
   return _mm256_slli_epi16(a, S);
 }
 
-// acc + sum over each lane's four bytes of unsigned u * signed s.
-TERNC_INLINE i32 dot(i32 acc, bytes u, bytes s) {
-  const __m256i pairs = _mm256_maddubs_epi16(u, s);
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
 TERNC_INLINE i32 splat_i32(int32_t a) { return _mm256_set1_epi32(a); }
 TERNC_INLINE i32 load_i32(const int32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
