@@ -15,7 +15,7 @@ from ternc.passes.inline import carry_provenance, inline
 from ternc.runtime.ops.linears import MAX_WEIGHTS
 from ternc.site import WeightSite
 
-FUSED_DEVICES = ("cpu",)
+FUSED_DEVICES = ("cpu", "cuda")
 """Device types with kernels for `ternc::linears1..4`, `norm_quantize` and `activate_quantize`."""
 
 

@@ -14,17 +14,30 @@ from typing import Any
 
 import torch
 
-from ternc.runtime.ops import dequantize, linear, quantize_act
+from ternc.runtime.ops import (
+    activate_quantize,
+    dequantize,
+    hadamard,
+    linear,
+    linears,
+    linears1,
+    norm_quantize,
+    quantize_act,
+)
 
 FIRST_CAPABILITY = (8, 0)
 """Compute capability of Ampere: int8 tensor cores and asynchronous copies."""
 
-KERNELS: dict[str, tuple[str, Any]] = {
-    "linear": ("linear", linear.reference),
-    "dequantize": ("linear", dequantize.reference),
-    "quantize_act": ("quantize_act", quantize_act.reference),
-}
-"""Op -> module of ternc.runtime.kernels.triton that has a function of its name, reference."""
+KERNELS: dict[str, tuple[str, str, Any]] = {
+    "linear": ("linear", "linear", linear.reference),
+    "linears1": ("linear", "linears1", linears1.reference),
+    "dequantize": ("linear", "dequantize", dequantize.reference),
+    "quantize_act": ("quantize_act", "quantize_act", quantize_act.reference),
+    "norm_quantize": ("fused_quantize", "norm_quantize", norm_quantize.reference),
+    "activate_quantize": ("fused_quantize", "activate_quantize", activate_quantize.reference),
+    "hadamard": ("rotate", "hadamard", hadamard.reference),
+} | {op.name: ("linear", "linears", linears.reference) for op in linears.LINEARS}
+"""Op -> module of ternc.runtime.kernels.triton, function in it, reference."""
 
 
 def load(library: torch.library.Library) -> None:
@@ -55,7 +68,7 @@ def _run(name: str, *arguments: Any) -> Any:
 
 @functools.cache
 def _function(name: str, index: int) -> Callable[..., Any]:
-    module, reference = KERNELS[name]
+    module, function, reference = KERNELS[name]
     if reason := _missing_once(index):
         warnings.warn(
             f"ternc: no GPU kernels, the slow eager references run instead: {reason}",
@@ -63,7 +76,7 @@ def _function(name: str, index: int) -> Callable[..., Any]:
             stacklevel=4,
         )
         return reference
-    return getattr(importlib.import_module(f"ternc.runtime.kernels.triton.{module}"), name)
+    return getattr(importlib.import_module(f"ternc.runtime.kernels.triton.{module}"), function)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from launches import kernels_of
 from packed_weights import assert_same, packed_on_gpu
 from reference import linear_arguments
 
@@ -97,17 +98,6 @@ def test_stable_follows_versions():
     assert launch.stable(packed.weight, packed.multiplier)
     packed.weight.copy_(packed.weight.clone())
     assert not launch.stable(packed.weight, packed.multiplier)
-
-
-def kernels_of(function):
-    """Names of what one call runs on the GPU."""
-    function()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    device = torch.autograd.DeviceType.CUDA
-    return sorted(event.name for event in profile.events() if event.device_type == device)
 
 
 @pytest.mark.parametrize(

@@ -90,14 +90,16 @@ def test_half_precision(tokens):
 def test_split_and_step(split, step, resident):
     """Every way to walk over K gives the same integers: 5 tiles, 5 chunks."""
     from ternc.runtime.kernels.triton import linear as kernels
-    from ternc.runtime.kernels.triton.linear_gemm import GemmConfig, linear_gemm
+    from ternc.runtime.kernels.triton.linear_gemm import GemmConfig, linear_gemm, quantize
+    from ternc.runtime.kernels.triton.product import Product
 
     packed = pack(random_quantized(150, 1200, 1), "cuda")
     arguments = linear_arguments(torch.randn(5, 1200), packed)
     weight = kernels._packed(*arguments[1:4], 150, 1200, 0, packed.layout)
     config = GemmConfig(32, 8, split, 2, 2, None, step, 0, resident)
-    y = linear_gemm(arguments[0], weight, None, 8, config)
-    assert_same(y, linear.reference(*arguments))
+    product = Product((weight,), None, (torch.empty(5, 150),))
+    linear_gemm(quantize(arguments[0], product, 8, config), product, config)
+    assert_same(product.outputs[0], linear.reference(*arguments))
 
 
 @inside

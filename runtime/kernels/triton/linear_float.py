@@ -13,8 +13,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.runtime.kernels.triton import launch
 from ternc.runtime.kernels.triton.decode import NO_GROUPS, SHIFTS, load_chunk
+from ternc.runtime.kernels.triton.product import (
+    Product,
+    rounded_sum,
+    segment_of,
+    segment_start,
+)
 from ternc.runtime.kernels.triton.quantize_act import INFINITY_BITS, magnitude_bits
-from ternc.runtime.kernels.triton.weight import Weight
 
 BLOCK_N = 64
 
@@ -22,13 +27,14 @@ BLOCK_N = 64
 @triton.jit(do_not_specialize=["M", "chunks", "groups", "group_size"])
 def gemm_float(
     x_ptr,
-    weight_ptr,
-    scale_ptr,
-    multiplier_ptr,
-    bias_ptr,
-    y_ptr,
+    weight_ptrs,
+    scale_ptrs,
+    multiplier_ptrs,
+    bias_ptrs,
+    y_ptrs,
+    residual_ptr,
+    rows,
     M,
-    N,
     K,
     chunks,
     groups,
@@ -38,6 +44,7 @@ def gemm_float(
     HALVES_A_GROUP: tl.constexpr,
     ROW_SCALES: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -48,7 +55,13 @@ def gemm_float(
     SHIFT: tl.constexpr = SHIFTS[PLANES]
     tiles_m = tl.cdiv(M, BLOCK_M)
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile_n = tl.program_id(0) // tiles_m
+    N = segment_of(rows, rows, tile_n, BLOCK_N)
+    n = (tile_n - segment_start(rows, tile_n, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_ptr = segment_of(weight_ptrs, rows, tile_n, BLOCK_N)
+    multiplier_ptr = segment_of(multiplier_ptrs, rows, tile_n, BLOCK_N)
+    scale_ptr = segment_of(scale_ptrs, rows, tile_n, BLOCK_N)
+    y_ptr = segment_of(y_ptrs, rows, tile_n, BLOCK_N)
     token = tl.where(m < M, m, tl.minimum(m - M, M - 1))
     row = tl.where(n < N, n, tl.minimum(n - N, N - 1))
     k = tl.arange(0, 256)
@@ -72,37 +85,36 @@ def gemm_float(
         total = total * (1.0 / (1 << SHIFT))
     y = total * tl.load(scale_ptr + (row if ROW_SCALES else row * 0))[None, :]
     if BIAS:
+        bias_ptr = segment_of(bias_ptrs, rows, tile_n, BLOCK_N)
         y = y + tl.load(bias_ptr + row).to(tl.float32)[None, :]
     y = tl.where((largest < INFINITY_BITS)[:, None], y, float("nan"))
-    out = y_ptr + (m.to(tl.int64) * N)[:, None] + n[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    place = (m.to(tl.int64) * N)[:, None] + n[None, :]
+    stored = (m[:, None] < M) & (n[None, :] < N)
+    if RESIDUAL:
+        y = rounded_sum(y, tl.load(residual_ptr + place, mask=stored, other=0.0))
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=stored)
 
 
-def linear_float(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [M, K], contiguous -> y [M, N] in x.dtype: one launch."""
-    tokens = x.shape[0]
+def linear_float(x: torch.Tensor, product: Product) -> None:
+    """x [M, K], contiguous -> product.outputs: one launch."""
+    weight, tokens = product.joint, x.shape[0]
     wide = 32 if x.dtype == torch.float32 else 64
     block_m = 16 if tokens <= 16 else wide
-    y = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)
     dependent = launch.dependent_launch(x.device)
-    gemm_float[(triton.cdiv(tokens, block_m) * triton.cdiv(weight.rows, BLOCK_N),)](
-        x,
-        weight.bytes,
-        weight.scale,
-        weight.multiplier_or(weight.scale),
-        x if bias is None else bias,
-        y,
-        tokens,
-        weight.rows,
-        weight.columns,
-        weight.chunks,
-        weight.groups,
-        weight.group_size,
+    gemm_float[(triton.cdiv(tokens, block_m) * product.blocks(BLOCK_N),)](
+        x_ptr=x,
+        **product.pointers(torch.int8),
+        M=tokens,
+        K=weight.columns,
+        chunks=weight.chunks,
+        groups=weight.groups,
+        group_size=weight.group_size,
         PLANES=weight.planes,
         GROUPS=weight.groups_kind,
         HALVES_A_GROUP=weight.halves_a_group,
-        ROW_SCALES=weight.row_scales,
-        BIAS=bias is not None,
+        ROW_SCALES=product.weights[0].row_scales,
+        BIAS=product.biases is not None,
+        RESIDUAL=product.residual is not None,
         BLOCK_N=BLOCK_N,
         BLOCK_M=block_m,
         DEPENDENT=dependent,
@@ -112,4 +124,3 @@ def linear_float(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> 
         launch_pdl=dependent,
         **launch.EXACT,
     )
-    return y

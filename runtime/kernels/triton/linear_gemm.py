@@ -24,7 +24,12 @@ from ternc.runtime.kernels.triton.decode import (
     load_chunk,
     prefetch_lines,
 )
-from ternc.runtime.kernels.triton.weight import Weight
+from ternc.runtime.kernels.triton.product import (
+    Product,
+    rounded_sum,
+    segment_of,
+    segment_start,
+)
 
 TOKEN_TILES_TOGETHER: tl.constexpr = tl.constexpr(16)
 """Programs in flight cover this many token tiles: about a square of the output, shared in L2."""
@@ -89,28 +94,33 @@ SPACE = tuple(
 """What tuning tries."""
 
 
-@triton.jit(do_not_specialize=["M", "unsplit", "chunks", "groups", "group_size"])
+@triton.jit(do_not_specialize=["M", "tiles_n", "unsplit", "chunks", "groups", "group_size"])
 def gemm(
     q_ptr,
     sx_ptr,
-    weight_ptr,
-    scale_ptr,
-    multiplier_ptr,
-    bias_ptr,
-    y_ptr,
+    weight_ptrs,
+    scale_ptrs,
+    multiplier_ptrs,
+    bias_ptrs,
+    y_ptrs,
+    residual_ptr,
+    rows,
     partial_ptr,
     count_ptr,
     M,
-    N,
+    columns,
+    tiles_n,
     unsplit,
     chunks,
     groups,
     group_size,
+    TAIL: tl.constexpr,
     PLANES: tl.constexpr,
     GROUPS: tl.constexpr,
     HALVES_A_GROUP: tl.constexpr,
     ROW_SCALES: tl.constexpr,
     BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -120,10 +130,12 @@ def gemm(
     DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """One program a tile [BLOCK_N, BLOCK_M] of out^T and a part of K."""
+    """One program a tile [BLOCK_N, BLOCK_M] of out^T and a part of K.
+
+    q [M, columns]; with TAIL its last step is cut short, else it is padded with zeros.
+    """
     CHUNK_BYTES: tl.constexpr = 64 * PLANES if PLANES < 3 else 160
     SHIFT: tl.constexpr = SHIFTS[PLANES]
-    tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     first_step, last_step = 0, tl.cdiv(chunks, STEP)
@@ -143,15 +155,17 @@ def gemm(
     # Rows beyond the end are others, and are not stored: loads need no mask. Of few tokens they
     # wrap around: repeating the last one, every program would read the same lines (1.4x the time
     # at M = 37). Of many they repeat it, which takes fewer registers (0.9x the time at M = 2048).
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    N = segment_of(rows, rows, tile_n, BLOCK_N)
+    n = (tile_n - segment_start(rows, tile_n, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.minimum(n, N - 1)
     token = tl.where(m < M, m, tl.minimum(m - M, M - 1)) if FEW else tl.minimum(m, M - 1)
     k = tl.arange(0, STEP * 256)
-    steps = tl.cdiv(chunks, STEP)
+    weight_ptr = segment_of(weight_ptrs, rows, tile_n, BLOCK_N)
+    multiplier_ptr = segment_of(multiplier_ptrs, rows, tile_n, BLOCK_N)
     weight_row = weight_ptr + (row.to(tl.int64) * (chunks * CHUNK_BYTES))[:, None]
     multiplier_row = multiplier_ptr + (row.to(tl.int64) * groups)[:, None]
-    q_tile = q_ptr + (token.to(tl.int64) * (steps * (STEP * 256)))[None, :] + k[:, None]
+    q_tile = q_ptr + (token.to(tl.int64) * columns)[None, :] + k[:, None]
 
     if DEPENDENT:
         if PREFETCH > 0:
@@ -168,7 +182,11 @@ def gemm(
         warm = tl.load(multiplier_row + tl.minimum(sector, groups - 1))
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for i in range(first_step, last_step):
-        q = tl.load(q_tile + i * (STEP * 256))
+        if TAIL:
+            inside = (i * (STEP * 256) + k)[:, None] < columns
+            q = tl.load(q_tile + i * (STEP * 256), mask=inside, other=0)
+        else:
+            q = tl.load(q_tile + i * (STEP * 256))
         w = load_chunk(
             weight_row, multiplier_row, i * STEP, groups, group_size, PLANES, GROUPS,
             HALVES_A_GROUP, ASM,
@@ -202,84 +220,98 @@ def gemm(
                     partial = parts + other * (BLOCK_N * BLOCK_M) + place
                     total += tl.load(partial, cache_modifier=".cg")
     stored = (n < end)[:, None] & (m[None, :] < M)
-    finish(
-        total, sx_ptr, scale_ptr, bias_ptr, y_ptr, n, m, row, token, N, stored, SHIFT, GROUPS,
-        ROW_SCALES, BIAS,
-    )  # fmt: skip
+    y_ptr = segment_of(y_ptrs, rows, tile_n, BLOCK_N)
+    y = scaled(
+        total,
+        sx_ptr + token,
+        segment_of(scale_ptrs, rows, tile_n, BLOCK_N) + (row if ROW_SCALES else row * 0),
+        segment_of(bias_ptrs, rows, tile_n, BLOCK_N) + row,
+        SHIFT,
+        GROUPS,
+        BIAS,
+    )
+    place = (m.to(tl.int64) * N)[None, :] + n[:, None]
+    if RESIDUAL:
+        y = rounded_sum(y, tl.load(residual_ptr + place, mask=stored, other=0.0))
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
-def finish(
-    total,
-    sx_ptr,
-    scale_ptr,
-    bias_ptr,
-    y_ptr,
-    n,
-    m,
-    row,
-    token,
-    N,
-    stored,
-    SHIFT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROW_SCALES: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """(float(total) * sx) * s + b -> y, one rounding."""
+def scaled(total, sx, scale, bias, SHIFT: tl.constexpr, GROUPS: tl.constexpr, BIAS: tl.constexpr):
+    """(float(total) * sx) * s + b [n, m] in fp32; pointers to sx [m], s [n] and b [n]."""
     if GROUPS == NO_GROUPS:
         total = total >> SHIFT
-    y = total.to(tl.float32) * tl.load(sx_ptr + token)[None, :]
-    y = y * tl.load(scale_ptr + (row if ROW_SCALES else row * 0))[:, None]
+    y = total.to(tl.float32) * tl.load(sx)[None, :]
+    y = y * tl.load(scale)[:, None]
     if BIAS:
-        y = y + tl.load(bias_ptr + row).to(tl.float32)[:, None]
-    out = y_ptr + (m.to(tl.int64) * N)[None, :] + n[:, None]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=stored)
+        y = y + tl.load(bias).to(tl.float32)[:, None]
+    return y
 
 
-def linear_gemm(
-    x: torch.Tensor,
-    weight: Weight,
-    bias: torch.Tensor | None,
-    activation_bits: int,
-    config: GemmConfig,
-) -> torch.Tensor:
-    """x [M, K], contiguous -> y [M, N] in x.dtype: two launches, nothing is zero-filled."""
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """q int8 [M, >= K] with scales sx [M], and the counters of a split where there is one."""
+
+    q: torch.Tensor
+    sx: torch.Tensor
+    counts: torch.Tensor | None = None
+
+
+def unsplit_tiles(product: Product, tokens: int, config: GemmConfig) -> tuple[int, int]:
+    """(tiles, how many of them one program each computes)."""
+    tiles = product.blocks(config.rows) * triton.cdiv(tokens, config.tokens)
+    device = product.outputs[0].device
+    return tiles, config.unsplit(tiles, launch.processors(device.index or 0))
+
+
+def quantize(x: torch.Tensor, product: Product, bits: int, config: GemmConfig) -> Integers:
+    """x [M, K], contiguous -> its integers, padded for the steps of `config`, zeroed counters."""
     tokens, device = x.shape[0], x.device
-    tiles = triton.cdiv(weight.rows, config.rows) * triton.cdiv(tokens, config.tokens)
-    padded = -(-weight.chunks // config.step) * config.step * CHUNK
+    padded = -(-product.weights[0].chunks // config.step) * config.step * CHUNK
     q = torch.empty((tokens, padded), dtype=torch.int8, device=device)
     sx = torch.empty((tokens,), dtype=torch.float32, device=device)
-    y = torch.empty((tokens, weight.rows), dtype=x.dtype, device=device)
-    partial = counts = None
-    unsplit = config.unsplit(tiles, launch.processors(device.index or 0))
+    tiles, unsplit = unsplit_tiles(product, tokens, config)
+    counts = None
+    if unsplit < tiles:
+        counts = torch.empty((tiles - unsplit,), dtype=torch.int32, device=device)
+    quantize_act.launch_rows(x, q, sx, bits, counts)
+    return Integers(q, sx, counts)
+
+
+def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> None:
+    """integers -> product.outputs: one launch, nothing is zero-filled.
+
+    A split needs `integers.counts`, zeros. Rows of q are aligned to 16 bytes.
+    """
+    q, sx, counts = integers.q, integers.sx, integers.counts
+    weight, tokens, device = product.joint, q.shape[0], q.device
+    tiles, unsplit = unsplit_tiles(product, tokens, config)
+    partial = None
     if unsplit < tiles:
         shape = (tiles - unsplit, config.split, config.rows, config.tokens)
         partial = torch.empty(shape, dtype=torch.int32, device=device)
-        counts = torch.empty((tiles - unsplit,), dtype=torch.int32, device=device)
-    quantize_act.launch_rows(x, q, sx, activation_bits, counts)
     dependent = launch.dependent_launch(device)
+    step = config.step * CHUNK
     gemm[(unsplit + (tiles - unsplit) * config.split,)](
-        q,
-        sx,
-        weight.bytes,
-        weight.scale,
-        weight.multiplier_or(sx),
-        sx if bias is None else bias,
-        y,
-        sx if partial is None else partial,
-        sx if counts is None else counts,
-        tokens,
-        weight.rows,
-        unsplit,
-        weight.chunks,
-        weight.groups,
-        weight.group_size,
+        q_ptr=q,
+        sx_ptr=sx,
+        **product.pointers(torch.int8),
+        partial_ptr=sx if partial is None else partial,
+        count_ptr=sx if counts is None else counts,
+        M=tokens,
+        columns=q.shape[1],
+        tiles_n=product.blocks(config.rows),
+        unsplit=unsplit,
+        chunks=weight.chunks,
+        groups=weight.groups,
+        group_size=weight.group_size,
+        TAIL=q.shape[1] % step != 0,
         PLANES=weight.planes,
         GROUPS=weight.groups_kind,
         HALVES_A_GROUP=weight.halves_a_group,
-        ROW_SCALES=weight.row_scales,
-        BIAS=bias is not None,
+        ROW_SCALES=product.weights[0].row_scales,
+        BIAS=product.biases is not None,
+        RESIDUAL=product.residual is not None,
         BLOCK_N=config.rows,
         BLOCK_M=config.tokens,
         SPLIT=config.split if unsplit < tiles else 1,
@@ -294,4 +326,3 @@ def linear_gemm(
         launch_pdl=dependent,
         **launch.EXACT,
     )
-    return y

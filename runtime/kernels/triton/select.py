@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -29,9 +30,9 @@ def unsupported(weight: Weight) -> str | None:
     return None
 
 
-def gemv_unsupported(weight: Weight, activation_bits: int) -> str | None:
-    """Why `linear_gemv` does not take this weight, None where it does."""
-    if activation_bits != 8:
+def gemv_unsupported(weight: Weight, activation_bits: int, integers: bool = False) -> str | None:
+    """Why `linear_gemv` does not take this weight and input, None where it does."""
+    if activation_bits != 8 and not integers:
         return f"activation_bits={activation_bits}: only 8 are quantised in the prologue"
     if weight.chunks > MAX_CHUNKS:
         return f"in_features={weight.columns} is over {256 * MAX_CHUNKS}"
@@ -51,6 +52,11 @@ def gemm_config(weight: Weight, tokens: int, device: torch.device) -> GemmConfig
     bucket = next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
     tuned = _tuned(device).get(table_key(f"gemm {bucket}", weight))
     return GemmConfig(*tuned) if tuned else default_gemm(weight, tokens, device)
+
+
+def whole(config: GemmConfig) -> GemmConfig:
+    """The configuration without a split: for integers that come without zeroed counters."""
+    return dataclasses.replace(config, split=1, resident=0)
 
 
 def default_gemv(weight: Weight, device: torch.device) -> GemvConfig:

@@ -24,6 +24,7 @@ from ternc.formats.quantized import group_count
 from ternc.runtime.kernels.triton import launch, linear_gemm, linear_gemv, select, timing
 from ternc.runtime.kernels.triton.linear_gemm import GemmConfig
 from ternc.runtime.kernels.triton.linear_gemv import GemvConfig
+from ternc.runtime.kernels.triton.product import Product
 from ternc.runtime.kernels.triton.weight import Weight
 
 ROTATED_BYTES = 192 << 20
@@ -98,9 +99,13 @@ def configurations(problem: Problem, tokens: int) -> list[GemmConfig | GemvConfi
 
 def run(weight: Weight, x: torch.Tensor, config: GemmConfig | GemvConfig) -> torch.Tensor:
     """One call with 8-bit activations."""
+    y = x.new_empty((x.shape[0], weight.rows))
+    product = Product((weight,), None, (y,))
     if isinstance(config, GemvConfig):
-        return linear_gemv.linear_gemv(x, weight, None, config)
-    return linear_gemm.linear_gemm(x, weight, None, 8, config)
+        linear_gemv.linear_gemv(x, None, product, config)
+    else:
+        linear_gemm.linear_gemm(linear_gemm.quantize(x, product, 8, config), product, config)
+    return y
 
 
 def measure(

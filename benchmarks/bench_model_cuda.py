@@ -1,0 +1,307 @@
+"""Whole decoder models of random ternary weights on a GPU: decode and prefill beside bf16.
+
+python benchmarks/bench_model_cuda.py --device cuda --models 2b --ways ternc bf16
+
+ternc: `ternc.quantize`, then `torch.compile(model, backend="ternc", mode="reduce-overhead")`.
+bf16: the same model under Inductor in the same mode, and eager. Batch 1, static KV cache, greedy.
+A token's floor is one read of all weights and of the filled cache; that of a prompt is its
+products at the tensor cores' peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tabulate
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import ternc  # noqa: E402
+from ternc.backend import ternc_backend  # noqa: E402
+from ternc.modules.linear import TernaryLinear  # noqa: E402
+
+READ_BYTES_US = 3.15e6
+PEAK_OPS_US = {"ternc": 1979e6, "bf16": 989e6}
+"""Of one H100: read speed, dense tensor-core peaks of int8 and bf16."""
+CONTEXT, POSITION = 512, 300
+"""Places in the KV cache, and those filled before the first token that is timed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    width: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 128_256
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+SHAPES = {"2b": Shape(2560, 30, 6912, 20, 5), "8b": Shape(4096, 32, 14336, 32, 8)}
+"""BitNet b1.58 2B4T's, and that of an 8-billion-parameter decoder with grouped queries."""
+
+
+def ternary(rows: int, columns: int) -> nn.Linear:
+    """A Linear of random ternary values, made where it stays."""
+    layer = nn.Linear(columns, rows, bias=False, device="cuda", dtype=torch.bfloat16)
+    codes = torch.randint(-1, 2, (rows, columns), device="cuda", dtype=torch.int8)
+    with torch.no_grad():
+        layer.weight.copy_(codes * (1.2 * columns**-0.5))
+    return layer.requires_grad_(False)
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of [..., tokens, head width]."""
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        gain = torch.ones(width, device="cuda", dtype=torch.bfloat16)
+        self.weight = nn.Parameter(gain, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values = x.float()
+        values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return self.weight * values.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = shape.heads, shape.kv_heads
+        narrow = shape.kv_heads * shape.head_width
+        self.q_proj = ternary(shape.width, shape.width)
+        self.k_proj, self.v_proj = ternary(narrow, shape.width), ternary(narrow, shape.width)
+        self.o_proj = ternary(shape.width, shape.width)
+        size = (1, shape.kv_heads, CONTEXT, shape.head_width)
+        for name in ("keys", "values"):
+            cache = torch.randn(size, device="cuda", dtype=torch.bfloat16)
+            self.register_buffer(name, cache, persistent=False)
+
+    def forward(
+        self, x: torch.Tensor, position: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        tokens = x.shape[1]
+        q = self.q_proj(x).view(1, tokens, self.heads, -1).transpose(1, 2)
+        k = self.k_proj(x).view(1, tokens, self.kv_heads, -1).transpose(1, 2)
+        v = self.v_proj(x).view(1, tokens, self.kv_heads, -1).transpose(1, 2)
+        q, k = turned(q, cos, sin), turned(k, cos, sin)
+        mixed = self.of_prompt(q, k, v) if tokens > 1 else self.of_token(q, k, v, position)
+        return self.o_proj(mixed.transpose(1, 2).reshape(x.shape))
+
+    def of_prompt(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def of_token(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor
+    ) -> torch.Tensor:
+        """Written out: one query is a matrix-vector product, which Inductor fuses."""
+        self.keys.index_copy_(2, position, k)
+        self.values.index_copy_(2, position, v)
+        groups = q.view(1, self.kv_heads, -1, 1, q.shape[-1]).float()
+        scores = (groups * self.keys[:, :, None].float()).sum(-1) * q.shape[-1] ** -0.5
+        seen = torch.arange(CONTEXT, device=q.device) <= position
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+        mixed = (weights[..., None] * self.values[:, :, None].float()).sum(-2)
+        return mixed.to(q.dtype).view(q.shape)
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.input_norm, self.mlp_norm = Norm(shape.width), Norm(shape.width)
+        self.attention = Attention(shape)
+        self.gate_proj = ternary(shape.hidden, shape.width)
+        self.up_proj = ternary(shape.hidden, shape.width)
+        self.down_proj = ternary(shape.width, shape.hidden)
+
+    def forward(self, x: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.input_norm(x), *places)
+        h = self.mlp_norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+class Decoder(nn.Module):
+    """Tokens [1, T] at `position` [T] -> the next token [1, 1]."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(
+            shape.vocabulary, shape.width, device="cuda", dtype=torch.bfloat16
+        )
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = Norm(shape.width)
+        self.lm_head = nn.Linear(
+            shape.width, shape.vocabulary, bias=False, device="cuda", dtype=torch.bfloat16
+        )
+        powers = torch.arange(0, shape.head_width, 2, device="cuda") / shape.head_width
+        self.register_buffer("frequencies", 500_000.0**-powers, persistent=False)
+        self.requires_grad_(False)
+
+    def forward(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        angles = position[:, None].float() * self.frequencies
+        x, cos, sin = self.embedding(tokens), angles.cos(), angles.sin()
+        for block in self.blocks:
+            x = block(x, position, cos, sin)
+        return self.lm_head(self.norm(x[:, -1:])).argmax(-1)
+
+
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def decode(step: Step, tokens: int) -> float:
+    """Seconds a token, each fed with the one before; nothing is read on the host."""
+    token = torch.full((1, 1), 17, device="cuda")
+    position = torch.full((1,), POSITION, device="cuda")
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            torch.compiler.cudagraph_mark_step_begin()
+            token.copy_(step(token, position))
+            position.add_(1)
+
+    run(4)
+    position.fill_(POSITION)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(tokens)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / tokens
+
+
+def prefill(step: Step, prompt: int, repeats: int) -> float:
+    """Seconds for a prompt."""
+    tokens = torch.randint(0, 1000, (1, prompt), device="cuda")
+    position = torch.arange(prompt, device="cuda")
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        step(tokens, position)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        torch.compiler.cudagraph_mark_step_begin()
+        step(tokens, position)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def kernels_of_a_token(step: Step) -> list[list[Any]]:
+    """[name, launches, microseconds] of what one token runs on the GPU, longest first."""
+    token = torch.full((1, 1), 17, device="cuda")
+    position = torch.full((1,), POSITION, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.compiler.cudagraph_mark_step_begin()
+        step(token, position)
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name].append(event.time_range.elapsed_us())
+    order = sorted(found, key=lambda name: -sum(found[name]))
+    return [[name[:100], len(found[name]), round(sum(found[name]), 1)] for name in order]
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that every token reads: all weights but the embedding's."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, TernaryLinear):
+            count += module.packed.nbytes
+        elif isinstance(module, nn.Linear):
+            count += module.weight.nbytes
+    return count
+
+
+def measure(model: nn.Module, way: str, args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    compiled: Step = model
+    start = time.perf_counter()
+    if way == "ternc":
+        compiled = torch.compile(
+            model, backend=ternc_backend, mode="reduce-overhead", dynamic=False
+        )
+    elif way == "bf16 inductor":
+        compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    row: dict[str, Any] = {"way": way}
+    cache = 4 * shape.layers * shape.kv_heads * shape.head_width * POSITION
+    row["floor us"] = (weight_bytes(model) + cache) / READ_BYTES_US
+    seconds = decode(compiled, args.tokens)
+    row |= {"us a token": seconds * 1e6, "tokens/s": 1 / seconds}
+    row["kernels"] = kernels_of_a_token(compiled)
+    row["launches a token"] = sum(count for _, count, _ in row["kernels"])
+    row["GPU us a token"] = sum(us for *_, us in row["kernels"])
+    print(json.dumps(row), flush=True)
+    if args.prompt:
+        seconds = prefill(compiled, args.prompt, args.repeats)
+        narrow = shape.kv_heads * shape.head_width
+        weights = shape.width * (2 * shape.width + 2 * narrow + 3 * shape.hidden)
+        work = 2 * weights * shape.layers * args.prompt
+        peak = PEAK_OPS_US["ternc" if way == "ternc" else "bf16"]
+        row |= {"prefill ms": seconds * 1e3, "prefill floor ms": work / peak / 1e3}
+    row["compile and run s"] = time.perf_counter() - start
+    torch.compiler.reset()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    ways = ["bf16 eager", "bf16 inductor", "ternc"]
+    parser.add_argument("--ways", nargs="+", default=ways, choices=ways)
+    parser.add_argument("--tokens", type=int, default=128, help="decoded and timed")
+    parser.add_argument("--prompt", type=int, default=2048, help="0: no prefill")
+    parser.add_argument("--repeats", type=int, default=10, help="of the prefill")
+    parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--json", help="file for the rows")
+    args = parser.parse_args()
+    if args.device != "cuda":
+        print("bench_model_cuda.py measures GPUs: --device cuda")
+        return
+    rows = []
+    for name in args.models:
+        shape = SHAPES[name]
+        if args.layers:
+            shape = dataclasses.replace(shape, layers=args.layers)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            model = Decoder(shape).eval()
+            for way in args.ways:
+                if way == "ternc":
+                    start = time.perf_counter()
+                    model = ternc.quantize(model, inplace=True)
+                    torch.cuda.synchronize()
+                    print(f"quantize {time.perf_counter() - start:.1f} s", flush=True)
+                row = {"model": name} | measure(model, way, args, shape)
+                rows.append(row)
+                if args.json:
+                    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+                    Path(args.json).write_text(json.dumps({"machine": facts, "rows": rows}))
+            del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    shown = [{k: v for k, v in row.items() if k != "kernels"} for row in rows]
+    print(tabulate.tabulate(shown, headers="keys", floatfmt=".1f"))
+
+
+if __name__ == "__main__":
+    main()

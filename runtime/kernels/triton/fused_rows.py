@@ -1,0 +1,261 @@
+"""Kernels that read a row once and write its integers: norm or activation, Hadamard, q and sx.
+
+A row is held in registers as tiles [rows, 64] (rotate.py): statistics, normalised values or
+activation, Hadamard transform and integers need no second read. Arithmetic and roundings are those
+of the references; sums are taken in another order, which moves q by 1 in few elements.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ternc.runtime.kernels.triton.quantize_act import magnitude_bits, round_to_byte, row_scale
+from ternc.runtime.kernels.triton.rotate import factors, rotate, rounded, with_signs
+
+
+@triton.jit
+def tile_columns(tile: tl.constexpr, ROWS: tl.constexpr):
+    """Columns [ROWS, 64] of tile `tile` of a row."""
+    return tile * (ROWS * 64) + tl.arange(0, ROWS)[:, None] * 64 + tl.arange(0, 64)[None, :]
+
+
+@triton.jit
+def load_tile(row_ptr, tile: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr):
+    """Tile [ROWS, 64] of a row, zeros beyond K."""
+    k = tile_columns(tile, ROWS)
+    if (tile + 1) * ROWS * 64 <= K:
+        values = tl.load(row_ptr + k)
+    else:
+        values = tl.load(row_ptr + k, mask=k < K, other=0)
+    return values
+
+
+@triton.jit
+def store_tile(row_ptr, value, tile: tl.constexpr, K: tl.constexpr):
+    """The columns of a tile that a row of K has."""
+    ROWS: tl.constexpr = value.shape[0]
+    k = tile_columns(tile, ROWS)
+    if (tile + 1) * ROWS * 64 <= K:
+        tl.store(row_ptr + k, value)
+    else:
+        tl.store(row_ptr + k, value, mask=k < K)
+
+
+@triton.jit
+def load_tiles(row_ptr, K: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """A row as a tuple of tiles [ROWS, 64], zeros beyond K."""
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        tiles = tiles + (load_tile(row_ptr, tile, K, ROWS),)
+    return tiles
+
+
+@triton.jit
+def store_integers(
+    h,
+    left,
+    right,
+    signs_ptr,
+    q_row,
+    sx_ptr,
+    K: tl.constexpr,
+    dtype: tl.constexpr,
+    SIGNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Tiles h of a row, fp32 with values of dtype -> rotated, rounded to dtype -> q, sx."""
+    ROWS: tl.constexpr = h[0].shape[0]
+    z = ()
+    for tile in tl.static_range(len(h)):
+        value = h[tile]
+        if BLOCK > 0:
+            value = value.to(dtype)
+            if SIGNS:
+                value = with_signs(value, load_tile(signs_ptr, tile, K, ROWS))
+            value = rounded(rotate(value, left, right, BLOCK), dtype, ASM)
+        z = z + (value,)
+    if BITS == 8:
+        largest = magnitude_bits(z[0])
+        for tile in tl.static_range(1, len(h)):
+            largest = tl.maximum(largest, magnitude_bits(z[tile]))
+        t = tl.max(tl.max(largest, axis=1), axis=0).to(tl.float32, bitcast=True)
+    else:
+        total = tl.abs(z[0]).to(tl.float64)
+        for tile in tl.static_range(1, len(h)):
+            total += tl.abs(z[tile]).to(tl.float64)
+        t = (tl.sum(tl.sum(total, axis=1), axis=0) / K).to(tl.float32)
+    inverse, scale = row_scale(t, TOP)
+    for tile in tl.static_range(len(h)):
+        q = round_to_byte(z[tile], inverse, LEAST, MOST).to(tl.int8)
+        store_tile(q_row, q, tile, K)
+    tl.store(sx_ptr, scale)
+
+
+@triton.jit
+def normalised(
+    centred, gain, bias, rstd, offset, dtype: tl.constexpr,
+    GAIN: tl.constexpr, BIAS: tl.constexpr, ROUND_FIRST: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One tile, minus its mean -> y, fp32 with values of dtype; zeros beyond K."""
+    n = centred * rstd
+    if ROUND_FIRST:
+        n = rounded(n, dtype, ASM)
+    if GAIN:
+        n = n * (gain.to(tl.float32) + offset)
+    if BIAS:
+        n = n + bias.to(tl.float32)
+    return rounded(n, dtype, ASM)
+
+
+@triton.jit
+def norm_rows(
+    x_ptr,
+    gain_ptr,
+    bias_ptr,
+    signs_ptr,
+    y_ptr,
+    q_ptr,
+    sx_ptr,
+    M,
+    stride,
+    eps,
+    offset,
+    K: tl.constexpr,
+    LAYER: tl.constexpr,
+    GAIN: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+    KEEP: tl.constexpr,
+    SIGNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Programs walk over rows of x [M, K] -> q int8 [M, K], sx [M], and with KEEP y [M, K]."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    left, right = 0, 0
+    if BLOCK > 0:
+        left, right = factors(dtype, ROWS, BLOCK)
+    if DEPENDENT:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    gain = load_tiles(gain_ptr, K, ROWS, TILES) if GAIN else (0,) * TILES
+    bias = load_tiles(bias_ptr, K, ROWS, TILES) if BIAS else (0,) * TILES
+    first = tl.program_id(0).to(tl.int64)
+    for row in tl.range(first, M, tl.num_programs(0), num_stages=STAGES):
+        x = load_tiles(x_ptr + row * stride, K, ROWS, TILES)
+        mean = 0.0
+        if LAYER:
+            total = x[0].to(tl.float32)
+            for tile in tl.static_range(1, TILES):
+                total += x[tile].to(tl.float32)
+            mean = tl.sum(tl.sum(total, axis=1), axis=0) / K
+        centred = ()
+        squares = tl.zeros([ROWS, 64], tl.float32)
+        for tile in tl.static_range(TILES):
+            value = x[tile].to(tl.float32)
+            if LAYER:
+                value -= mean
+                if (tile + 1) * ROWS * 64 > K:
+                    value = tl.where(tile_columns(tile, ROWS) < K, value, 0.0)
+            squares += value * value
+            centred = centred + (value,)
+        rstd = tl.math.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / K + eps)
+        h = ()
+        for tile in tl.static_range(TILES):
+            y = normalised(
+                centred[tile], gain[tile], bias[tile], rstd, offset, dtype, GAIN, BIAS,
+                ROUND_FIRST, ASM,
+            )  # fmt: skip
+            if KEEP:
+                store_tile(y_ptr + row * K, y.to(dtype), tile, K)
+            h = h + (y,)
+        store_integers(
+            h, left, right, signs_ptr, q_ptr + row * K, sx_ptr + row, K, dtype, SIGNS, BLOCK, BITS,
+            TOP, LEAST, MOST, ASM,
+        )  # fmt: skip
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """The activation function on fp32; NaN stays NaN."""
+    if ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "relu":
+        x = tl.where(x < 0.0, 0.0, x)
+    elif ACTIVATION == "relu2":
+        x = tl.where(x < 0.0, 0.0, x * x)
+    return x
+
+
+@triton.jit
+def activation_rows(
+    gate_ptr,
+    up_ptr,
+    signs_ptr,
+    q_ptr,
+    sx_ptr,
+    M,
+    gate_stride,
+    up_stride,
+    K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    UP: tl.constexpr,
+    SIGNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Programs walk over rows of gate, up [M, K] -> q int8 [M, K], sx [M]."""
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    left, right = 0, 0
+    if BLOCK > 0:
+        left, right = factors(dtype, ROWS, BLOCK)
+    if DEPENDENT:
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    first = tl.program_id(0).to(tl.int64)
+    for row in tl.range(first, M, tl.num_programs(0), num_stages=STAGES):
+        gate = load_tiles(gate_ptr + row * gate_stride, K, ROWS, TILES)
+        up = load_tiles(up_ptr + row * up_stride, K, ROWS, TILES) if UP else (0,) * TILES
+        h = ()
+        for tile in tl.static_range(TILES):
+            value = activated(gate[tile].to(tl.float32), ACTIVATION)
+            if ACTIVATION != "none":
+                value = rounded(value, dtype, ASM)
+            if UP:
+                value = rounded(value * up[tile].to(tl.float32), dtype, ASM)
+            h = h + (value,)
+        store_integers(
+            h, left, right, signs_ptr, q_ptr + row * K, sx_ptr + row, K, dtype, SIGNS, BLOCK, BITS,
+            TOP, LEAST, MOST, ASM,
+        )  # fmt: skip

@@ -1,0 +1,201 @@
+"""norm_quantize, activate_quantize, hadamard and linears on the GPU against their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from packed_weights import assert_same, packed_on_gpu
+
+from ternc.runtime import dispatch
+from ternc.runtime.ops import (
+    activate_quantize,
+    hadamard,
+    linears,
+    linears1,
+    norm_quantize,
+    quantize_act,
+)
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+ROTATIONS = [(1, 0), (127, 0), (4096, 0), (14336, 0), (20000, 0), (6, 2), (48, 16), (1536, 512)]
+ROTATIONS += [(4096, 4096), (6912, 256), (14336, 2048), (20480, 4096)]
+"""(width, block of the Hadamard transform); block 0: none."""
+ANY_ROTATION = pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
+TOKENS = (1, 3, 300)
+
+
+def random_signs(width):
+    return torch.randint(0, 2, (width,), dtype=torch.int8, device="cuda") * 2 - 1
+
+
+class Differences:
+    """q differs by 1 at most, in at most 0.1 % of all elements compared."""
+
+    def __init__(self):
+        self.count = self.total = 0
+
+    def compare(self, seen, expected):
+        difference = (seen[0].int() - expected[0].int()).abs()
+        assert difference.max() <= 1
+        self.count += int(difference.sum())
+        self.total += difference.numel()
+        torch.testing.assert_close(seen[1], expected[1], rtol=8e-3, atol=1e-7, equal_nan=True)
+
+    def check(self):
+        assert self.count <= max(1, 1e-3 * self.total), f"{self.count} of {self.total}"
+
+
+@ANY_ROTATION
+@DTYPES
+def test_norm_quantize(rotation, dtype):
+    width, block = rotation
+    differences = Differences()
+    for tokens in TOKENS:
+        x = (torch.randn(tokens, width, device="cuda") * 3 + 1).to(dtype)
+        x[2:3, 0] = torch.nan
+        gain = torch.randn(width, device="cuda")
+        bias = torch.randn(width, device="cuda").to(dtype)
+        signs = random_signs(width) if block else None
+        for kind, given, offset, round_first, bits in (
+            ("rms", (gain.to(dtype), None), 0.0, True, 8),
+            ("layer", (gain, bias), 1.0, False, 4),
+            ("layer", (None, None), 0.0, False, 8),
+        ):
+            rest = (kind, 1e-5, offset, round_first, signs, block, bits, True)
+            y, *seen = torch.ops.ternc.norm_quantize(x, *given, *rest)
+            y_expected, *expected = norm_quantize.reference(x, *given, *rest)
+            tolerance = max(2 * torch.finfo(dtype).eps, 4e-6)
+            torch.testing.assert_close(
+                y, y_expected, rtol=tolerance, atol=tolerance, equal_nan=True
+            )
+            differences.compare(seen, expected)
+            empty, *same = torch.ops.ternc.norm_quantize(x, *given, *rest[:-1], False)
+            assert empty.shape == (0,)
+            assert torch.equal(same[0], seen[0])
+            assert_same(same[1], seen[1])
+    differences.check()
+
+
+@ANY_ROTATION
+@DTYPES
+def test_activate_quantize(rotation, dtype):
+    width, block = rotation
+    differences = Differences()
+    names = list(activate_quantize.ACTIVATIONS)
+    for turn, tokens in enumerate(TOKENS):
+        both = (torch.randn(tokens, 2 * width, device="cuda") * 2).to(dtype)
+        gate, up = both.chunk(2, -1)
+        signs = random_signs(width) if block else None
+        # Narrow rows meet every function, wide ones two each.
+        some = names if width < 200 else (names[turn], names[turn + 3])
+        for name in some:
+            arguments = (gate, up if turn else None, name, signs, block, 4 if turn == 2 else 8)
+            seen = torch.ops.ternc.activate_quantize(*arguments)
+            differences.compare(seen, activate_quantize.reference(*arguments))
+    differences.check()
+
+
+@ANY_ROTATION
+@DTYPES
+def test_hadamard(rotation, dtype):
+    width, block = rotation
+    tolerance = max(2 * torch.finfo(dtype).eps, 2e-5)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, width, device="cuda").to(dtype)
+        signs = random_signs(width) if tokens > 1 else None
+        z = torch.ops.ternc.hadamard(x, signs, block or 1)
+        expected = hadamard.reference(x, signs, block or 1)
+        torch.testing.assert_close(z, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_gradient_of_hadamard():
+    x = torch.randn(5, 768, device="cuda", requires_grad=True)
+    signs, grad = random_signs(768), torch.randn(5, 768, device="cuda")
+    torch.ops.ternc.hadamard(x, signs, 256).backward(grad)
+    expected = hadamard.reference(grad, None, 256) * signs
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_that_are_not_finite():
+    x = torch.randn(6, 192, device="cuda")
+    for block in (0, 64):
+        arguments = (None, None, "rms", 1e-5, 0.0, False, None, block, 8, False)
+        before = torch.ops.ternc.norm_quantize(x, *arguments)[1:]
+        bad = x.clone()
+        bad[1, 100], bad[3, 0], bad[4] = torch.nan, torch.inf, 0.0
+        _, q, sx = torch.ops.ternc.norm_quantize(bad, *arguments)
+        assert sx[[1, 3]].isnan().all()
+        assert not q[[1, 3, 4]].any()
+        assert not sx[4].any()
+        assert torch.equal(q[[0, 2, 5]], before[0][[0, 2, 5]])
+        assert torch.equal(sx[[0, 2, 5]], before[1][[0, 2, 5]])
+
+
+ALIKE = [(129, 1, 128), (64, 1, 128), (65, 1, 128)]
+MIXED = [(129, 1, 128), (3, 2, 0), (65, 1, 128), (33, 3, 32)]
+FREE = [(9, 1, 16, "free"), (20, 1, 16)]
+
+
+def linears_arguments(weights, columns, bits, dtype):
+    packed = [packed_on_gpu(rows, columns, *rest) for rows, *rest in weights]
+    none = torch.empty(0, device="cuda", dtype=torch.uint8)
+    return (
+        [p.weight for p in packed],
+        [p.scale for p in packed],
+        [none if p.multiplier is None else p.multiplier for p in packed],
+        [torch.randn(p.shape[0], device="cuda") for p in packed],
+        [p.shape[0] for p in packed],
+        [p.group_size for p in packed],
+        bits,
+        [p.layout for p in packed],
+        dtype,
+    )
+
+
+def run_linears(x, sx, *rest):
+    return getattr(torch.ops.ternc, f"linears{len(rest[0])}")(x, sx, *rest)
+
+
+@pytest.mark.parametrize("weights", [ALIKE, MIXED, FREE], ids=["alike", "mixed", "free"])
+@pytest.mark.parametrize("columns", [3, 130, 1040, 4096])
+@DTYPES
+def test_linears(weights, columns, dtype):
+    for bits in (8, 4):
+        rest = linears_arguments(weights, columns, bits, dtype)
+        for tokens in (1, 2, 17, 70, 300):
+            x = torch.randn(tokens, columns, device="cuda").to(dtype)
+            expected = linears.reference(x, None, *rest)
+            for given in ((x, None), quantize_act.reference(x, bits)):
+                for y, y_expected in zip(run_linears(*given, *rest), expected, strict=True):
+                    assert_same(y, y_expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("bits", [8, 0])
+def test_linears_with_a_residual(dtype, bits):
+    packed = packed_on_gpu(129, 260, 1, 128)
+    numbers = (129, 128, bits, packed.layout, dtype)
+    for tokens in (1, 5, 200):
+        x = torch.randn(tokens, 260, device="cuda").to(dtype)
+        residual = torch.randn(tokens, 129, device="cuda").to(dtype)
+        bias = torch.randn(129, device="cuda") if tokens > 1 else None
+        rest = (packed.weight, packed.scale, packed.multiplier, bias, residual, *numbers)
+        expected = linears1.reference(x, None, *rest)
+        y = torch.ops.ternc.linears1(x, None, *rest)
+        if bits:
+            assert_same(y, expected)
+            q, sx = quantize_act.reference(x, bits)
+            assert_same(torch.ops.ternc.linears1(q, sx, *rest), expected)
+        else:
+            tolerance = 4 * max(torch.finfo(dtype).eps, 1e-6)
+            torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * 16)
+
+
+def test_linears_record_every_weight():
+    for tokens, kernel in ((1, "triton_gemv"), (9, "triton_gemm")):
+        x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16)
+        rest = linears_arguments(MIXED, 512, 8, x.dtype)
+        run_linears(x, None, *rest)
+        assert {dispatch.last_kernel(weight) for weight in rest[0]} == {kernel}

@@ -1,0 +1,193 @@
+"""Fused quantisation and linears in Triton's interpreter, on the CPU, against the references.
+
+As in test_triton_linear.py the tests run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from packed_weights import assert_same
+from reference import random_quantized
+
+from ternc.formats import pack
+from ternc.runtime.ops import (
+    activate_quantize,
+    hadamard,
+    linears,
+    linears1,
+    norm_quantize,
+    quantize_act,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+inside = pytest.mark.skipif(
+    not INTERPRETED, reason="runs in the process of test_in_the_interpreter"
+)
+
+ROTATIONS = [(1, 0), (129, 0), (768, 0), (6, 2), (192, 64), (768, 256), (4608, 512), (4096, 4096)]
+"""(width, block of the Hadamard transform); block 0: none."""
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the process")
+def test_in_the_interpreter():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def random_signs(width):
+    return torch.randint(0, 2, (width,), dtype=torch.int8) * 2 - 1
+
+
+def assert_close(q, sx, expected):
+    """q differs by 1 at most, in at most 0.1 % of elements (one, where they are few)."""
+    difference = (q.int() - expected[0].int()).abs()
+    assert difference.max() <= 1
+    assert difference.sum() <= max(1, 1e-3 * q.numel())
+    torch.testing.assert_close(sx, expected[1], rtol=4e-3, atol=0, equal_nan=True)
+
+
+@inside
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_norm_quantize(rotation, dtype):
+    from ternc.runtime.kernels.triton import fused_quantize as kernels
+
+    width, block = rotation
+    x = (torch.randn(5, width) * 3 + 1).to(dtype)
+    x[1, 0], x[2] = torch.nan, 0
+    gain, bias = torch.randn(width), torch.randn(width).to(dtype)
+    signs = random_signs(width) if block else None
+    for kind, given, offset, round_first, bits in (
+        ("rms", (gain, None), 1.0, True, 8),
+        ("layer", (gain.to(dtype), bias), 0.0, False, 8),
+        ("layer", (None, None), 0.0, False, 4),
+    ):
+        rest = (kind, 1e-5, offset, round_first, signs, block, bits, True)
+        y, q, sx = kernels.norm_quantize(x, *given, *rest)
+        y_expected, *expected = norm_quantize.reference(x, *given, *rest)
+        tolerance = max(2 * torch.finfo(dtype).eps, 4e-6)
+        torch.testing.assert_close(y, y_expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+        assert_close(q, sx, expected)
+
+
+@inside
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_activate_quantize(rotation, activation):
+    from ternc.runtime.kernels.triton import fused_quantize as kernels
+
+    width, block = rotation
+    both = torch.randn(5, 2 * width, dtype=torch.float16)
+    gate, up = both.chunk(2, -1)
+    signs = random_signs(width) if block else None
+    for bits in (8, 4):
+        arguments = (gate, up if bits == 8 else None, activation, signs, block, bits)
+        assert_close(
+            *kernels.activate_quantize(*arguments), activate_quantize.reference(*arguments)
+        )
+
+
+@inside
+@pytest.mark.parametrize("activation", activate_quantize.ACTIVATIONS)
+def test_activation_functions(activation):
+    """The scale sx of a row of one value says what the function gave."""
+    from ternc.runtime.kernels.triton import fused_quantize as kernels
+
+    x = torch.cat([torch.linspace(-20, 20, 41), torch.tensor([-200.0, torch.nan, torch.inf])])
+    arguments = (x[:, None], None, activation, None, 0, 8)
+    seen, expected = kernels.activate_quantize(*arguments), activate_quantize.reference(*arguments)
+    torch.testing.assert_close(seen[1], expected[1], rtol=1e-5, atol=2e-8, equal_nan=True)
+
+
+@inside
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_hadamard(rotation, dtype):
+    from ternc.runtime.kernels.triton import rotate as kernels
+
+    width, block = rotation
+    x, signs = torch.randn(3, width).to(dtype), random_signs(width)
+    z = kernels.hadamard(x, signs, block or 1)
+    expected = hadamard.reference(x, signs, block or 1)
+    tolerance = max(2 * torch.finfo(dtype).eps, 1e-4)
+    torch.testing.assert_close(z, expected, rtol=tolerance, atol=tolerance)
+
+
+WEIGHTS = [
+    # rows, planes, group_size, scales, bias
+    (129, 1, 128, "row", True),
+    (65, 1, 128, "row", True),
+    (3, 2, 0, "tensor", False),
+    (33, 1, 128, "row", False),
+]
+
+
+def inputs_of(tokens, columns, bits):
+    """x in floating point, then as integers."""
+    x = torch.randn(tokens, columns)
+    if tokens > 1:
+        x[1, 0] = torch.nan
+    return [(x, None)] + ([quantize_act.reference(x, bits)] if bits else [])
+
+
+def compare(seen, expected, bits):
+    if bits:
+        assert_same(seen, expected)
+    else:
+        torch.testing.assert_close(seen, expected, equal_nan=True, rtol=1e-5, atol=1e-3)
+
+
+@inside
+@pytest.mark.parametrize("columns", [1, 260, 512])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("bits", [8, 4, 0])
+def test_linears(columns, tokens, bits):
+    """Some weights share a launch, some do not."""
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    packed = [pack(random_quantized(rows, columns, *rest), "cuda") for rows, *rest, _ in WEIGHTS]
+    none = torch.empty(0, dtype=torch.uint8)
+    rest = (
+        [p.weight for p in packed],
+        [p.scale for p in packed],
+        [none if p.multiplier is None else p.multiplier for p in packed],
+        [torch.randn(rows) if bias else torch.empty(0) for rows, *_, bias in WEIGHTS],
+        [p.shape[0] for p in packed],
+        [p.group_size for p in packed],
+        bits,
+        [p.layout for p in packed],
+        torch.float32,
+    )
+    for given in inputs_of(tokens, columns, bits):
+        expected = linears.reference(*given, *rest)
+        for y, y_expected in zip(kernels.linears(*given, *rest), expected, strict=True):
+            compare(y, y_expected, bits)
+
+
+@inside
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("bits", [8, 4, 0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_with_a_residual(tokens, bits, bias):
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    packed = pack(random_quantized(129, 260, 1, 128), "cuda")
+    given_bias = torch.randn(129) if bias else None
+    rest = (packed.weight, packed.scale, packed.multiplier, given_bias, torch.randn(tokens, 129))
+    numbers = (129, 128, bits, packed.layout, torch.float32)
+    for given in inputs_of(tokens, 260, bits):
+        y = kernels.linears1(*given, *rest, *numbers)
+        compare(y, linears1.reference(*given, *rest, *numbers), bits)
