@@ -19,6 +19,7 @@ TEST_ARGS ?=
 PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 DATA ?= shared/data
 ARGS ?=
+GPU_JOBS ?= 8
 
 .PHONY: help demo test check format bench zoo gpu-test gpu-bench minilm accept clean
 
@@ -92,7 +93,8 @@ minilm: $(VENV)/ternc.stamp $(VENV)/minilm.stamp
 
 gpu-test:
 	@$(PYTHON) -c 'import pytest' || { echo "gpu-test needs pytest in $(PYTHON)" >&2; exit 2; }
-	@$(PYTHON) -m pytest -m gpu $(TESTS) $(TEST_ARGS)
+	@jobs=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(GPU_JOBS)"); \
+	  $(PYTHON) -m pytest -m gpu $$jobs $(TESTS) $(TEST_ARGS)
 
 gpu-bench:
 	@for script in benchmarks/bench_$(or $(OP),*)_cuda.py; do \
