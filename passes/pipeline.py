@@ -12,6 +12,9 @@ from ternc.passes.attention_regions import report_regions
 from ternc.passes.bodies import inline_bodies, own_bodies, pass_packed
 from ternc.passes.context import Context, weight_name
 from ternc.passes.describe import describe_graph
+from ternc.passes.folds.fold import Fold, FoldFinder
+from ternc.passes.folds.residual_stream import ResidualStreamFold
+from ternc.passes.folds.value_heads import ValueHeadsFold
 from ternc.passes.graph import (
     dotted_path,
     example_value,
@@ -49,6 +52,11 @@ RULES: tuple[Rule, ...] = (
     ResidualRule(),
 )
 
+FOLDS: tuple[FoldFinder, ...] = (
+    ValueHeadsFold(),
+    ResidualStreamFold(),
+)
+
 
 def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """Rewrites `gm` in place; sites, rows and new inputs are left in `context`."""
@@ -66,8 +74,28 @@ def run(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     return gm
 
 
+def find_folds(gm: fx.GraphModule, context: Context) -> list[Fold]:
+    """Every offline fold that the graph shows, refused ones included; `gm` is brought to normal
+    form.
+    """
+    mark_inputs(gm, context.inputs)
+    inline_bodies(gm)
+    _normalise(gm, context)
+    return [fold for finder in FOLDS for fold in finder.find(gm, context)]
+
+
 def _rewrite(gm: fx.GraphModule, context: Context) -> None:
     """Normal forms, then rules, on one graph: that of the model or the body of a checkpoint."""
+    unfused = _normalise(gm, context)
+    for rule in RULES:
+        apply(rule, gm, context)
+        drop_unused(gm)
+        verify(gm, rule.name)
+    report_regions(gm, context, unfused)
+
+
+def _normalise(gm: fx.GraphModule, context: Context) -> dict[fx.Node, str]:
+    """Brings a graph to normal form; returns the attentions left as written, and why."""
     for skip in decompose_attention(gm):
         context.skip(str(skip.node), "attention", skip, None)
     verify(gm, "decompose_attention")
@@ -80,11 +108,7 @@ def _rewrite(gm: fx.GraphModule, context: Context) -> None:
     _find_packed_modules(gm, context)
     unfused = {skip.node: skip.reason for skip in fuse_attention(gm) if skip.node is not None}
     verify(gm, "fuse_attention")
-    for rule in RULES:
-        apply(rule, gm, context)
-        drop_unused(gm)
-        verify(gm, rule.name)
-    report_regions(gm, context, unfused)
+    return unfused
 
 
 def apply(rule: Rule, gm: fx.GraphModule, context: Context) -> None:

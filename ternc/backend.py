@@ -88,13 +88,7 @@ def rewrite(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
 ) -> tuple[fx.GraphModule, Context]:
     """A rewritten copy of a Dynamo graph, and what was found in it."""
-    context = Context(
-        config=config,
-        inputs=list(example_inputs),
-        grad_enabled=torch.is_grad_enabled() or enables_grad(gm.graph),
-        abstract=any(isinstance(value, FakeTensor) for value in example_inputs),
-    )
-    copied = copy_graph(gm)
+    copied, context = as_found(gm, example_inputs, config)
     if is_transformed(copied.graph):
         mark_inputs(copied, context.inputs)
         report_transformed(copied, context)
@@ -102,3 +96,16 @@ def rewrite(
     rewritten = pipeline.run(copied, context)
     report_bodies(rewritten, context)
     return rewritten, context
+
+
+def as_found(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
+) -> tuple[fx.GraphModule, Context]:
+    """A copy of a Dynamo graph that passes may edit, and the context for them."""
+    context = Context(
+        config=config,
+        inputs=list(example_inputs),
+        grad_enabled=torch.is_grad_enabled() or enables_grad(gm.graph),
+        abstract=any(isinstance(value, FakeTensor) for value in example_inputs),
+    )
+    return copy_graph(gm), context

@@ -45,7 +45,9 @@ class Config:
     activation_bits: int | None = 8
     """Per-token integer activations: 8 or 4; None keeps them in floating point."""
     rotation: Literal["auto", "hadamard", "none"] = "auto"
-    """Block Hadamard rotation of the inputs; "auto" is "none" without calibration data."""
+    """Block Hadamard rotation of the inputs; "auto" is "none" without calibration data, else the
+    better of the two. "hadamard" is folded into float weights where `example_inputs` show how.
+    """
     method: Literal["auto", "rtn", "als", "gptq"] = "auto"
     """Fit of the codes; "auto" is "gptq" with calibration data, else "als"."""
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE

@@ -25,6 +25,7 @@ from ternc.calibration.session import Session
 from ternc.calibration.tune import Tuning
 from ternc.config import Config
 from ternc.errors import ConfigError, UnsupportedModelError
+from ternc.folding import Folding, fold
 from ternc.modules.attention import PROJECTIONS, TernaryMultiheadAttention
 from ternc.modules.conversion import (
     SPELLINGS,
@@ -76,7 +77,8 @@ def quantize(
         config: default `Config()`.
         example_inputs: a tuple of arguments (or a mapping of keyword arguments, or one tensor). The
             finished model is run on them once, without gradients and in eval mode; a packed layer
-            that was not called then says so in its report row.
+            that was not called then says so in its report row. With `rotation="hadamard"` the graph
+            of that call says which rotations are folded into float weights beforehand.
         calibration: batches of model inputs (each as `example_inputs` may be). Layers are then
             fitted in the order in which the model calls them, to the inputs that the already
             quantised layers before them give; one batch in eight is kept for judging the fits.
@@ -106,9 +108,10 @@ def quantize(
     with torch.inference_mode(False), torch.no_grad():
         if not inplace:
             model = copy_model(model)
+        folding = fold(model, example_inputs, config)
         if session is not None:
             model = session.enter(model)
-        model, rows = _convert(model, config, progress, session)
+        model, rows = _convert(model, config, progress, session, folding)
         if session is not None:
             model = session.leave(model)
         switch_off_fast_paths(model)
@@ -147,7 +150,11 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def _convert(
-    model: nn.Module, config: Config, progress: bool | None, session: Session | None
+    model: nn.Module,
+    config: Config,
+    progress: bool | None,
+    session: Session | None,
+    folding: Folding,
 ) -> tuple[nn.Module, list[Row]]:
     """Replaces modules in place; returns the root, which may be a new one, and the rows."""
     earlier = {row.name: row for row in getattr(model, "_ternc_rows", ())}
@@ -156,15 +163,19 @@ def _convert(
     position = {site.name: index for index, site in enumerate(sites)}
     calibrator = None
     if session is not None:
-        calibrator = session.calibrator(model, _layers_to_fit(sites, ties, config))
+        layers = _layers_to_fit(sites, ties, config)
+        calibrator = session.calibrator(model, layers, folding.rotated)
         order = {name: index for index, name in enumerate(calibrator.order(position))}
         sites.sort(key=lambda site: order[site.name])
     # A queue: nothing here may keep a float weight alive once its layer is packed.
+    unrotated = dataclasses.replace(config, rotation="none")
     queue, total = deque(sites), len(sites)
     del sites
     found: list[tuple[int, list[Row]]] = []
     for site in track((queue.popleft() for _ in range(total)), total, "quantize", progress):
-        converted = _convert_site(site, config, ties, earlier, calibrator)
+        own = unrotated if site.name in folding.rotated else config
+        converted = _convert_site(site, own, ties, earlier, calibrator)
+        folding.describe(converted.rows)
         rows = list(converted.rows)
         for alias in site.paths[1:]:
             rows += _alias_rows(converted.rows, site.name, alias)

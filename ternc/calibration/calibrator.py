@@ -7,7 +7,7 @@ is asked for: activations come from the already quantised prefix.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -67,13 +67,16 @@ class Calibrator:
         config: Config,
         planes: Mapping[str, int],
         store: Store | None,
+        rotated: Collection[str] = (),
     ) -> None:
         """Runs the float model once to see what it calls and when.
 
         Args:
             planes: plane counts decided before, by layer; `config.planes` for the others.
             store: where fitted layers are kept for a run that takes over after an interruption.
+            rotated: layers whose inputs are rotated already, offline.
         """
+        self._rotated = rotated
         self._model, self._layers = model, dict(layers)
         self._config, self._planes, self._store = config, planes, store
         modules = {name: layer.module for name, layer in layers.items()}
@@ -132,7 +135,7 @@ class Calibrator:
         return Decision(None, refusal.reason) if refusal else None
 
     def _fit_group(self, group: list[str], moments: SplitMoments) -> dict[str, Decision]:
-        fits = _GroupFits(moments, self._config)
+        fits = _GroupFits(moments, self._config, group[0] in self._rotated)
         layers = {name: self._layers[name] for name in group}
         targets = {
             name: fits.target(layer.weight().float(), layer.bias is not None)
@@ -223,8 +226,8 @@ def _relative(w: torch.Tensor, quantized: torch.Tensor) -> float:
 class _GroupFits:
     """Fits of layers that share their input: metrics and rotated moments are computed once."""
 
-    def __init__(self, moments: SplitMoments, config: Config) -> None:
-        self._config = config
+    def __init__(self, moments: SplitMoments, config: Config, rotated: bool) -> None:
+        self._config = dataclasses.replace(config, rotation="none") if rotated else config
         self._moments = moments
         self._metrics: dict[tuple[Rotation | None, bool], Metric] = {}
         self._transfers: dict[bool, torch.Tensor | None] = {}

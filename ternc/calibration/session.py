@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -62,8 +62,14 @@ class Session:
         model, self.expanded = expand_attention(model, self.config)
         return model
 
-    def calibrator(self, model: nn.Module, layers: Mapping[str, Layer]) -> Calibrator:
-        """What fits these layers of the model, plane counts allocated first if asked for."""
+    def calibrator(
+        self, model: nn.Module, layers: Mapping[str, Layer], rotated: Collection[str]
+    ) -> Calibrator:
+        """What fits these layers of the model, plane counts allocated first if asked for.
+
+        Args:
+            rotated: layers whose inputs are rotated already, offline.
+        """
         store = None
         if self.resume is not None:
             store = Store(self.resume, fingerprint(model, self.config, self.batches))
@@ -74,7 +80,7 @@ class Session:
             )
             if store:
                 store.write_planes(planes)
-        return Calibrator(model, layers, self.batches, self.config, planes, store)
+        return Calibrator(model, layers, self.batches, self.config, planes, store, rotated)
 
     def leave(self, model: nn.Module) -> nn.Module:
         """Undoes `enter` where nothing was packed; in place."""

@@ -1,0 +1,323 @@
+"""A residual stream x -> x Q: embeddings and output projections write x Q, norms lose their gains
+to the products that read them, and those products read Q^T.
+
+A stream is all tensors that sums and column-wise steps tie together. Q keeps the vector of ones, so
+that RMSNorm and LayerNorm without gain commute with it. Whatever else touches the stream (another
+reader, the output of the model, a norm inside the stream as in post-norm models, a tied or ternary
+weight) refuses the whole of it, by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from ternc.formats.rotation import Rotation
+from ternc.formats.turn import StreamTurn, Turn
+from ternc.passes.context import Context
+from ternc.passes.folds.fold import (
+    BIASES,
+    NORMS,
+    OUTPUTS,
+    Edit,
+    Fold,
+    Product,
+    is_product,
+    read_product,
+    spoken,
+    weight_of,
+    where,
+    why_fixed,
+)
+from ternc.passes.graph import (
+    argument,
+    arguments,
+    example_value,
+    is_call,
+    is_static_input,
+    is_tensor,
+)
+from ternc.passes.mutation import is_random, writes_in_place
+from ternc.passes.norm_pattern import Norm, read_norm
+from ternc.passes.region import evaluate, steps
+from ternc.passes.rule import Skip
+
+_TOLERANCE = {torch.float32: 1e-4}
+_COARSE = 5e-2
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_LARGEST_QUOTIENT = 64.0
+"""Of a norm's bias by its gain, where the bias has to stay in the norm."""
+
+
+class ResidualStreamFold:
+    """Runs on a graph in normal form."""
+
+    name = "norm(x) W, x + f(x) -> norm(x Q) Q^T W, x Q + f(x) Q"
+
+    def find(self, gm: fx.GraphModule, context: Context) -> list[Fold]:
+        norms = {node: norm for node in gm.graph.nodes if (norm := read_norm(node)) is not None}
+        folds, seen = [], set()
+        for norm in norms.values():
+            if norm.x not in seen:
+                stream = _Stream(norms, norm.x, context)
+                seen |= stream.members
+                folds.append(stream.fold())
+        return [fold for fold in folds if fold.readers]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """A product that reads a norm of the stream, or the stream itself."""
+
+    node: fx.Node
+    norm: fx.Node | None
+
+
+class _Stream:
+    """The tensors that are rotated together, what writes them and what reads them."""
+
+    def __init__(self, norms: dict[fx.Node, Norm], start: fx.Node, context: Context) -> None:
+        self._context, self._all_norms = context, norms
+        self._norm_of = {step: y for y, norm in norms.items() for step in steps(y, norm.x)}
+        self.members: set[fx.Node] = set()
+        self.writers: list[fx.Node] = []
+        """Products, embeddings and parameters."""
+        self.norms: dict[fx.Node, Norm] = {}
+        self.reads: list[_Read] = []
+        self.refused: str | None = None
+        self.width = example_value(start).shape[-1]
+        self.rotation = Rotation.of(int(self.width), context.config.seed)
+        self.turn: Turn = StreamTurn(self.rotation)
+        if self.rotation.block == 1:
+            self._refuse(f"its width {self.width} is odd")
+        self._grow(start)
+
+    def fold(self) -> Fold:
+        """The edits of the whole stream, or the reason why there are none."""
+        edits = [] if self.refused else self._edits()
+        weights = [weight_of(read.node)[0] for read in self.reads]
+        readers = [weight for weight in weights if isinstance(weight, fx.Node)]
+        if isinstance(edits, Skip):
+            self._refuse(edits.reason)
+        if self.refused or isinstance(edits, Skip):
+            return Fold(readers, f"the residual stream is not rotated offline: {self.refused}", [])
+        label = f"block {self.rotation.block}, seed {self.rotation.seed}"
+        return Fold(readers, f"input rotated offline with the residual stream ({label})", edits)
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = self.refused or reason
+
+    def _grow(self, start: fx.Node) -> None:
+        pending = [start]
+        while pending:
+            node = pending.pop()
+            if node in self.members:
+                continue
+            self.members.add(node)
+            if node in self._context.tainted:
+                self._refuse(f"{spoken(node)} is written in place")
+            pending += self._sources(node)
+            for user in node.users:
+                pending += self._readers(node, user)
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """Members that make this one; a writer of the stream is noted."""
+        if is_static_input(node) or is_product(node) or node.target is F.embedding:
+            self.writers.append(node)
+            return []
+        if node in self._all_norms:
+            self._refuse(f"the norm in {where(node)} is part of it (post-norm)")
+            return []
+        found = self._step(node)
+        if found is None:
+            self._refuse(f"{spoken(node)} is part of it")
+        return found or []
+
+    def _readers(self, node: fx.Node, user: fx.Node) -> list[fx.Node]:
+        """Members made of this one by one user; a reader of the stream is noted."""
+        y = self._norm_of.get(user)
+        if y is not None and self._all_norms[y].x is node:
+            if y not in self.norms:
+                self.norms[y] = self._all_norms[y]
+                self._check_inside(y, node)
+                self._follow(y, y)
+            return []
+        if is_product(user) and arguments(user)[0] is node:
+            self.reads.append(_Read(user, None))
+            return []
+        if user.op == "output":
+            self._refuse(f"{spoken(node)} leaves the model")
+            return []
+        if self._step(user) is None:
+            self._refuse(f"{spoken(user)} reads it")
+            return []
+        return [user]
+
+    def _check_inside(self, y: fx.Node, x: fx.Node) -> None:
+        """What a norm written out computes on its way is read by nothing else."""
+        inside = steps(y, x)
+        for step in inside - {y}:
+            if any(user not in inside for user in step.users):
+                self._refuse(f"a step of the norm in {where(y)} is read by something else")
+
+    def _follow(self, y: fx.Node, node: fx.Node) -> None:
+        """The products that read a norm, through steps that keep columns."""
+        for user in node.users:
+            if is_product(user) and arguments(user)[0] is node:
+                self.reads.append(_Read(user, y))
+            elif user.op != "output" and user.all_input_nodes == [node] and self._commutes(user):
+                self._follow(y, user)
+            elif user.op == "output":
+                self._refuse(f"the output of the norm in {where(y)} leaves the model")
+            else:
+                sum_ = "; a sum of it is post-norm" if is_call(user, "add") else ""
+                self._refuse(
+                    f"the output of the norm in {where(y)} is read by {spoken(user)}{sum_}"
+                )
+
+    def _step(self, node: fx.Node) -> list[fx.Node] | None:
+        """Tensors of the stream that `node` is a column-wise step of; None where it is no such."""
+        if node.op not in ("call_function", "call_method"):
+            return None
+        tensors = [source for source in node.all_input_nodes if is_tensor(source)]
+        wide = [source for source in tensors if self._is_wide(source)]
+        scalars = all(example_value(s).numel() == 1 for s in tensors if s not in wide)
+        if not self._is_wide(node) or not wide or not scalars:
+            return None
+        if is_call(node, "add") or _joins(node):
+            return wide if wide == tensors else None
+        if is_call(node, "mul") or is_call(node, "div"):
+            return wide if _scales(node, wide) else None
+        return wide if node.all_input_nodes == wide[:1] and self._commutes(node) else None
+
+    def _is_wide(self, node: fx.Node) -> bool:
+        value = example_value(node)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return False
+        return value.dim() > 0 and value.shape[-1] == self.width
+
+    def _commutes(self, node: fx.Node) -> bool:
+        """Whether a step of one tensor gives turned rows for turned rows, on random numbers."""
+        source = node.all_input_nodes[0]
+        if not (self._is_wide(source) and self._is_wide(node)) or is_random(node):
+            return False
+        if writes_in_place(node):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        dtype = example_value(source).dtype
+        value = torch.randn([int(s) for s in example_value(source).shape], generator=generator)
+        first = evaluate(source, node, {node}, self.turn(value).to(dtype))
+        second = evaluate(source, node, {node}, value.to(dtype))
+        if first is None or second is None:
+            return False
+        tolerance = _TOLERANCE.get(dtype, _COARSE)
+        expected = self.turn(second.float())
+        return torch.allclose(first.float(), expected, rtol=tolerance, atol=tolerance)
+
+    def _edits(self) -> list[Edit] | Skip:
+        edits: list[Edit] = []
+        for node in self.writers:
+            found = self._written(node)
+            if isinstance(found, Skip):
+                return found
+            edits += found
+        for y, norm in [*self.norms.items(), (None, None)]:
+            products = []
+            for read in self.reads:
+                if read.norm is y:
+                    product = read_product(read.node, self._context)
+                    if isinstance(product, Skip):
+                        return product
+                    products.append(product)
+            if norm is None:
+                edits += [product.edit_inputs(self.turn) for product in products]
+                continue
+            found = _absorb(norm, products, self.turn, self._context)
+            if isinstance(found, Skip):
+                return Skip(f"{where(y)}: {found.reason}" if y else found.reason)
+            edits += found
+        return edits
+
+    def _written(self, node: fx.Node) -> list[Edit] | Skip:
+        """Edits of what writes to the stream."""
+        if is_product(node):
+            product = read_product(node, self._context)
+            return product if isinstance(product, Skip) else product.edit_outputs(self.turn)
+        table = node if node.op == "placeholder" else argument(node, 1, "weight")
+        if node.op != "placeholder" and argument(node, 3, "max_norm") is not None:
+            return Skip(f"{where(node)}: its embedding is renormalised in the forward")
+        if reason := why_fixed(table, self._context):
+            return Skip(f"{where(node)}: {reason}")
+        return [Edit(table, OUTPUTS, self.turn)]
+
+
+def _scales(node: fx.Node, wide: list[fx.Node]) -> bool:
+    """One wide tensor times, or by, a number."""
+    at = [index for index, operand in enumerate(arguments(node)) if operand in wide]
+    return at == [0] or (at == [1] and is_call(node, "mul"))
+
+
+def _joins(node: fx.Node) -> bool:
+    """A concatenation of rows, not of columns."""
+    if node.target not in _CONCATENATIONS:
+        return False
+    dim = argument(node, 1, "dim", 0)
+    return isinstance(dim, int) and dim not in (-1, example_value(node).dim() - 1)
+
+
+def _absorb(norm: Norm, products: list[Product], turn: Turn, context: Context) -> list[Edit] | Skip:
+    """The gain of a norm goes into the products that read it; its bias too, where all have one.
+
+    (n g + b) W^T + c = n' (W g Q)^T + (c + b W^T),  n' = n Q
+    without c in one of them:  n' + (b / g) Q  in front of  (W g Q)^T
+    """
+    for parameter in (norm.gain, norm.bias):
+        if parameter is not None and (reason := why_fixed(parameter, context)):
+            return Skip(reason)
+    gain = _value(norm.gain, context)
+    edits = []
+    if norm.gain is not None and gain is not None:
+        gain = gain + norm.gain_offset
+        ones = partial(torch.full_like, fill_value=1.0 - norm.gain_offset)
+        edits.append(Edit(norm.gain, NORMS, ones))
+    edits += [product.edit_inputs(partial(_scaled, gain=gain, turn=turn)) for product in products]
+    shift = _value(norm.bias, context)
+    if norm.bias is None or shift is None:
+        return edits
+    if all(product.bias is not None for product in products):
+        edits.append(Edit(norm.bias, NORMS, torch.zeros_like))
+        return edits + [_shifted(product, shift, context) for product in products]
+    quotient = shift if gain is None else shift / gain
+    quotient = torch.where(shift == 0, 0.0, quotient)
+    if not quotient.abs().max() <= _LARGEST_QUOTIENT:
+        return Skip("its gain is too small to divide its bias by, and a reader has no bias")
+    return [*edits, Edit(norm.bias, NORMS, lambda old: turn(quotient).to(old.dtype))]
+
+
+def _scaled(rows: torch.Tensor, gain: torch.Tensor | None, turn: Turn) -> torch.Tensor:
+    """W [N, K] -> W g Q."""
+    scaled = rows.float() if gain is None else rows.float() * gain
+    return turn(scaled).to(rows.dtype)
+
+
+def _shifted(product: Product, shift: torch.Tensor, context: Context) -> Edit:
+    """c -> c + b W^T, before W changes."""
+    assert product.bias is not None
+    weight = context.inputs[product.weight.meta["ternc_position"]].detach()
+    rows = weight.t() if product.transposed else weight
+
+    def change(bias: torch.Tensor) -> torch.Tensor:
+        return (bias.float() + rows.float() @ shift).to(bias.dtype)
+
+    return Edit(product.bias, BIASES, change)
+
+
+def _value(parameter: fx.Node | None, context: Context) -> torch.Tensor | None:
+    """fp32 copy of a parameter as it is now."""
+    if parameter is None:
+        return None
+    return context.inputs[parameter.meta["ternc_position"]].detach().float().clone()
