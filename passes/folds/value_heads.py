@@ -110,7 +110,8 @@ def _found(
 
 def _path_after(attention: fx.Node) -> tuple[fx.Node, set[fx.Node]] | Skip:
     """The one product that reads the output of attention, and the nodes on the way to it."""
-    node, found = attention, set()
+    node = attention
+    found: set[fx.Node] = set()
     while len(found) < _MAX_STEPS:
         if len(node.users) != 1:
             return Skip("the output of attention is read by several", node)
