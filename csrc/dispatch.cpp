@@ -12,6 +12,8 @@
   #include <cpuid.h>
   #include <sys/syscall.h>
   #include <unistd.h>
+#elif defined(__aarch64__)
+  #include <sys/auxv.h>
 #endif
 
 namespace ternc {
@@ -24,6 +26,13 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512vnni {
+extern const Kernels kernels;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels kernels;
+}
+namespace neon_dotprod {
 extern const Kernels kernels;
 }
 #endif
@@ -125,15 +134,38 @@ constexpr const Kernels* AVXVNNI = nullptr;
 constexpr const Kernels* AMX = nullptr;
 #endif
 
+#if defined(__aarch64__)
+const char* neon_missing() {
+  constexpr unsigned long ASIMD = 1ul << 1;
+  return getauxval(AT_HWCAP) & ASIMD ? nullptr : "this CPU has no NEON";
+}
+
+const char* neon_dotprod_missing() {
+  constexpr unsigned long ASIMDDP = 1ul << 20;
+  return getauxval(AT_HWCAP) & ASIMDDP ? nullptr : "this CPU has no dot product (asimddp)";
+}
+constexpr const Kernels* NEON = &neon::kernels;
+constexpr const Kernels* NEON_DOTPROD = &neon_dotprod::kernels;
+#else
+const char* neon_missing() { return "not an aarch64 machine"; }
+const char* neon_dotprod_missing() { return "not an aarch64 machine"; }
+constexpr const Kernels* NEON = nullptr;
+constexpr const Kernels* NEON_DOTPROD = nullptr;
+#endif
+
 const char* scalar_missing() { return nullptr; }
 
+// clang-format off: one line each
 constexpr Isa TABLE[] = {
     {"amx", amx_missing, AMX},
     {"avx512vnni", avx512vnni_missing, AVX512VNNI},
     {"avxvnni", avxvnni_missing, AVXVNNI},
     {"avx2", avx2_missing, AVX2},
+    {"neon_dotprod", neon_dotprod_missing, NEON_DOTPROD},
+    {"neon", neon_missing, NEON},
     {"scalar", scalar_missing, &scalar::kernels},
 };
+// clang-format on
 constexpr int ISA_COUNT = sizeof(TABLE) / sizeof(TABLE[0]);
 
 std::atomic<const Isa*> forced{nullptr};

@@ -74,7 +74,7 @@ template <Dtype D>
 inline float quantize_row(const void* x, int64_t begin, int64_t columns, int bits, int8_t* q) {
   const Grid grid = token_grid<D>(x, begin, columns, bits);
   if (grid.multiply == 0.0f) {
-    __builtin_memset(q, 0, size_t(columns));
+    for (int64_t k = 0; k < columns; ++k) q[k] = 0;  // no memset: q is null where columns is 0
     return grid.scale;
   }
   (bits == 8 ? round_row<D, false> : round_row<D, true>)(x, begin, columns, grid, q);

@@ -17,8 +17,8 @@ struct Config {
   uint8_t rows[16];
 };
 
-inline Config config;  // palette 0: not configured
-inline int8_t tile[8][16][64];
+inline thread_local Config config;  // palette 0: not configured
+inline thread_local int8_t tile[8][16][64];
 
 inline void check(bool holds, const char* what) {
   if (holds) return;

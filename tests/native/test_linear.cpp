@@ -1,0 +1,240 @@
+// linear_i8 (bit for bit), linear_f32 (close), dequantize (bit for bit), on every form of weight.
+#include <algorithm>
+#include <cmath>
+
+#include "tests.h"
+#include "weights.h"
+
+namespace ternc::tests {
+namespace {
+
+constexpr int64_t TOKENS[] = {0, 1, 2, 3, 4, 5, 9, 17, 33};
+
+int64_t whole_steps(int64_t columns) { return ceil_div(columns, STEP_COLUMNS) * STEP_COLUMNS; }
+
+// Calls the kernel on THREADS threads, each with its share of the blocks, or of the tokens where
+// there are few blocks: whole tiles of them.
+template <class Args>
+void run_in_pieces(void (*kernel)(const Args&, const Range&), const Args& args, int64_t blocks,
+                   int64_t tokens) {
+  const int64_t tiles = ceil_div(tokens, TILE_TOKENS);
+  on_threads([&](int i) {
+    Range range{0, blocks, 0, tokens};
+    if (blocks >= THREADS)
+      range.block_begin = piece_begin(blocks, i), range.block_end = piece_begin(blocks, i + 1);
+    else
+      range.token_begin = std::min(tokens, piece_begin(tiles, i) * TILE_TOKENS),
+      range.token_end = std::min(tokens, piece_begin(tiles, i + 1) * TILE_TOKENS);
+    kernel(args, range);
+  });
+}
+
+struct IntegerTokens {
+  Buffer<int8_t> q, tiles;  // tiles: where the kernels read them
+  Buffer<float> scale;
+  Buffer<int32_t> sums;
+  Tokens tokens;
+
+  IntegerTokens(Random& random, const Kernels& kernels, int64_t count, const Weight& weight)
+      : q(count * whole_steps(weight.columns)), scale(count), sums(count * weight.groups) {
+    tokens = {q.data(), scale.data(), sums.data(), count, whole_steps(weight.columns), nullptr};
+    for (int64_t token = 0; token < count; ++token) {
+      scale[token] = token % 7 == 6 ? NAN : 0.02f + 0.01f * random.uniform();
+      for (int64_t k = 0; k < tokens.stride; ++k)
+        q[token * tokens.stride + k] =
+            int8_t(k < weight.columns ? int(random.below(255)) - 127 : 0);
+    }
+    finish(kernels, weight);
+  }
+
+  // What the kernels read besides q.
+  void finish(const Kernels& kernels, const Weight& weight) {
+    kernels.sum_groups(tokens, weight.columns, weight.group_size, weight.groups, 0, tokens.count);
+    if (kernels.tile_tokens == nullptr || tokens.count < MIN_TILE_TOKENS) return;
+    const int64_t pieces = ceil_div(tokens.stride, TILE_COLUMNS);
+    const int64_t rows = ceil_div(tokens.count, TILE_TOKENS) * TILE_TOKENS;
+    tiles = Buffer<int8_t>(rows * pieces * TILE_COLUMNS);
+    tokens.tiles = tiles.data();
+    on_threads([&](int i) {
+      kernels.tile_tokens(tokens, piece_begin(tokens.count, i), piece_begin(tokens.count, i + 1));
+    });
+  }
+};
+
+// y = (float(sum) * sx) * s + b; free scales: the groups' float(sum) * s added in order, times sx.
+float integer_product(const TernaryWeight& weight, const Tokens& tokens, int64_t token,
+                      int64_t row) {
+  const Weight& w = weight.lanes();
+  int64_t total = 0;
+  float free_total = 0.0f;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    int64_t sum = 0;
+    for (int64_t k = g * w.group_size; k < w.columns && k < (g + 1) * w.group_size; ++k)
+      sum += tokens.q[token * tokens.stride + k] * weight.code(row, k);
+    total += sum * weight.multiplier(row, g);
+    if (w.scale_kind == ScaleKind::group) free_total += float(sum) * weight.scale(row, g);
+  }
+  const float sx = tokens.scale[token];
+  return w.scale_kind == ScaleKind::group ? free_total * sx
+                                          : (float(total) * sx) * weight.scale(row, 0);
+}
+
+void check_i8(const Kernels& kernels, const TernaryWeight& weight, int64_t count, int64_t variant,
+              Random& random) {
+  const Weight& w = weight.lanes();
+  const IntegerTokens x(random, kernels, count, w);
+  const Epilogue epilogue(random, DTYPES[variant % 3], count, w.rows, variant);
+  std::vector<float> wanted;
+  for (int64_t token = 0; token < count; ++token)
+    for (int64_t row = 0; row < w.rows; ++row)
+      wanted.push_back(
+          epilogue.finish(integer_product(weight, x.tokens, token, row), token, row, w.rows));
+  const auto prefetch = Prefetch(variant % 2);
+  const auto kernel = kernels.linear_i8[weight.planes() - 1];
+  const Values y(epilogue.dtype, count * w.rows), again(epilogue.dtype, count * w.rows);
+  kernel({w, x.tokens, epilogue.into(y), prefetch}, {0, weight.blocks(), 0, count});
+  expect_values(y, wanted, "linear_i8");
+  run_in_pieces(kernel, LinearI8Args{w, x.tokens, epilogue.into(again), prefetch}, weight.blocks(),
+                count);
+  expect_values(again, wanted, "linear_i8 on threads");
+}
+
+// The sum of most columns: |sum| = 127 * 127 * 131,072 with multipliers, just inside int32.
+void check_largest_sums(const Kernels& kernels, int planes, int64_t group_size) {
+  Random random(1);
+  const Form form = {1, MAX_COLUMNS, group_size, ScaleKind::row};
+  const TernaryWeight weight(form, planes, random, TernaryWeight::Content::largest);
+  const Weight& w = weight.lanes();
+  for (const int64_t count : {1, 4, 8}) {
+    IntegerTokens x(random, kernels, count, w);
+    std::fill_n(x.q.data(), x.q.size(), int8_t(-127));
+    std::fill_n(x.scale.data(), count, 1.0f);
+    x.finish(kernels, w);
+    const Values y(Dtype::f32, count);
+    const Output out{y.data(), Dtype::f32, nullptr, Dtype::f32, nullptr};
+    kernels.linear_i8[planes - 1]({w, x.tokens, out, Prefetch::l2}, {0, weight.blocks(), 0, count});
+    const int most = code_max(planes) * (group_size > 0 ? multiplier_max(planes) : 1);
+    expect_values(y, std::vector<float>(size_t(count), float(-127 * MAX_COLUMNS * most)),
+                  "the largest sums");
+  }
+}
+
+// Sum over columns of x * m * c * s, and of its terms' sizes.
+struct RealProduct {
+  double value, size;
+
+  RealProduct(const TernaryWeight& weight, const float* x, int64_t row) : value(0.0), size(0.0) {
+    for (int64_t k = 0; k < weight.lanes().columns; ++k) {
+      const int64_t g = weight.group_of(k);
+      const double w = double(weight.scale(row, g)) * weight.multiplier(row, g);
+      value += w * weight.code(row, k) * double(x[k]);
+      size += std::fabs(w * weight.code(row, k) * double(x[k]));
+    }
+  }
+};
+
+void check_close(const Values& y, const TernaryWeight& weight, const Buffer<float>& x,
+                 int64_t stride, const Epilogue& epilogue, const char* what) {
+  const int64_t rows = weight.lanes().rows;
+  double worst = 0.0;
+  for (int64_t i = 0; i < y.size(); ++i) {
+    const RealProduct exact(weight, x.data() + i / rows * stride, i % rows);
+    const double bias = epilogue.bias.size() > 0 ? double(epilogue.bias.at(i % rows)) : 0.0;
+    const double residual = epilogue.residual.size() > 0 ? double(epilogue.residual.at(i)) : 0.0;
+    const double error = std::fabs(double(y.at(i)) - (exact.value + bias + residual));
+    const double roundings = std::fabs(exact.value) + std::fabs(bias) + std::fabs(residual);
+    // Sums of pieces of up to 512 columns: a few roundings of the size of the whole sum.
+    const double allowed = 0x1p-20 * exact.size + 2.0 * unit_of(y.dtype()) * roundings + 1e-30;
+    worst = std::fmax(worst, error / allowed);
+  }
+  expect(worst <= 1.0, "%s: error %.3g times what is allowed (planes %d, K %lld, %s)", what, worst,
+         weight.planes(), (long long)weight.lanes().columns, name_of(y.dtype()));
+}
+
+void check_f32(const Kernels& kernels, const TernaryWeight& weight, int64_t count, int64_t variant,
+               Random& random) {
+  const Weight& w = weight.lanes();
+  const int64_t stride = whole_steps(w.columns);
+  const Dtype dtype = DTYPES[variant % 3];
+  const Values x = random_values(random, dtype, count * w.columns);
+  const Buffer<float> wide(count * stride);
+  kernels.widen(x.data(), dtype, w.columns, wide.data(), stride, 0, count);
+  const Epilogue epilogue(random, dtype, count, w.rows, variant);
+  const auto prefetch = Prefetch(variant % 2);
+  const auto kernel = kernels.linear_f32[weight.planes() - 1];
+  const Values y(dtype, count * w.rows), again(dtype, count * w.rows);
+  kernel({w, wide.data(), stride, epilogue.into(y), prefetch}, {0, weight.blocks(), 0, count});
+  check_close(y, weight, wide, stride, epilogue, "linear_f32");
+  run_in_pieces(kernel, LinearF32Args{w, wide.data(), stride, epilogue.into(again), prefetch},
+                weight.blocks(), count);
+  check_close(again, weight, wide, stride, epilogue, "linear_f32 on threads");
+}
+
+// body(weight, count, variant, random) for every form, number of planes and of tokens.
+template <class Body>
+void each_product(const Body& body) {
+  Random random(2);
+  int64_t variant = 0;
+  for (const Form& form : FORMS)
+    for (int planes = 1; planes <= MAX_PLANES; ++planes) {
+      const TernaryWeight weight(form, planes, random);
+      for (const int64_t count : TOKENS) body(weight, count, variant++, random);
+    }
+}
+
+void check_dequantize(const Kernels& kernels, const TernaryWeight& weight, bool at_rest,
+                      Dtype dtype) {
+  const Weight& w = at_rest ? weight.at_rest() : weight.lanes();
+  const Values values(dtype, w.rows * w.columns);
+  std::vector<float> wanted;
+  for (int64_t row = 0; row < w.rows; ++row)
+    for (int64_t k = 0; k < w.columns; ++k) {
+      const int64_t g = weight.group_of(k);
+      const auto integer = float(weight.multiplier(row, g) * weight.code(row, k));
+      wanted.push_back(rounded(weight.scale(row, g) * integer, dtype));
+    }
+  const DequantizeArgs args{w, weight.planes(), at_rest, values.data(), dtype};
+  on_threads(
+      [&](int i) { kernels.dequantize(args, piece_begin(w.rows, i), piece_begin(w.rows, i + 1)); });
+  expect_values(values, wanted, at_rest ? "dequantize at rest" : "dequantize lanes");
+}
+
+// Bytes over 242 are no five digits: they count as five zeros.
+void check_invalid_bytes(const Kernels& kernels) {
+  const Buffer<uint8_t> bytes(2);
+  const Buffer<float> scale(1);
+  bytes[0] = 242, bytes[1] = 243, scale[0] = 1.0f;
+  const Weight weight{bytes.data(), scale.data(), nullptr, ScaleKind::tensor, 1, 10, 10, 1};
+  const Values values(Dtype::f32, 10);
+  kernels.dequantize({weight, 1, true, values.data(), Dtype::f32}, 0, 1);
+  expect_values(values, {1, 1, 1, 1, 1, 0, 0, 0, 0, 0}, "an invalid byte");
+}
+
+}  // namespace
+
+void test_linear_i8(const Kernels& kernels) {
+  each_product([&](const TernaryWeight& weight, int64_t count, int64_t variant, Random& random) {
+    check_i8(kernels, weight, count, variant, random);
+  });
+  for (int planes = 1; planes <= MAX_PLANES; ++planes)
+    for (const int64_t group_size : {0, 128}) check_largest_sums(kernels, planes, group_size);
+}
+
+void test_linear_f32(const Kernels& kernels) {
+  each_product([&](const TernaryWeight& weight, int64_t count, int64_t variant, Random& random) {
+    check_f32(kernels, weight, count, variant, random);
+  });
+}
+
+void test_dequantize(const Kernels& kernels) {
+  Random random(3);
+  for (const Form& form : FORMS)
+    for (int planes = 1; planes <= MAX_PLANES; ++planes) {
+      const TernaryWeight weight(form, planes, random);
+      for (const Dtype dtype : DTYPES)
+        for (const bool at_rest : {false, true}) check_dequantize(kernels, weight, at_rest, dtype);
+    }
+  check_invalid_bytes(kernels);
+}
+
+}  // namespace ternc::tests
