@@ -12,11 +12,11 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from ternc.errors import ConfigError, UnknownOptionError
-from ternc.runtime.ops import fake_quantize, hadamard
+from ternc.runtime.ops import fake_quantize
 
 COMPOSED_DEVICES = {"cuda"}
-"""Where Inductor takes ternc::fake_quantize_act and ternc::hadamard apart: a norm in front then
-writes quantised values at once. The CPU's kernels are one pass already.
+"""Where Inductor takes ternc::fake_quantize_act apart: a norm in front then writes quantised values
+at once. The CPU's kernel is one pass already.
 """
 
 Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -52,18 +52,14 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
 
 
 def _decompositions(inputs: list[Any]) -> dict[Any, Callable[..., Any]] | None:
-    """Inductor's, and those of ops that it does better in training, where no bit depends on it."""
+    """Inductor's, and that of the op it does better in training, where no bit depends on it."""
     from torch._inductor.decomposition import select_decomp_table
 
     devices = {value.device.type for value in inputs if isinstance(value, torch.Tensor)}
     if not devices & COMPOSED_DEVICES:
         return None
-    ops = torch.ops.ternc
-    return {
-        **select_decomp_table(),
-        ops.fake_quantize_act.default: fake_quantize.activation_composite,
-        ops.hadamard.default: hadamard.composite,
-    }
+    op = torch.ops.ternc.fake_quantize_act.default
+    return {**select_decomp_table(), op: fake_quantize.activation_composite}
 
 
 def keep_static(tensors: list[torch.Tensor]) -> None:

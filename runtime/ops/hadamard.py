@@ -54,21 +54,6 @@ def reference(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.
     return transform(values, block).to(x.dtype)
 
 
-def composite(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.Tensor:
-    """The same as a product with the matrix, in x.dtype, which a GPU is quicker at than at rounds
-    of sums over memory. Rounds as products of that dtype do.
-    """
-    check_hadamard(x, signs, block)
-    index = torch.arange(block, device=x.device)
-    parity = index[:, None] & index
-    for shift in (8, 4, 2, 1):
-        parity = parity ^ (parity >> shift)
-    matrix = (1 - 2 * (parity & 1)).to(x.dtype)
-    turned = x if signs is None else x * signs
-    sums = (turned.reshape(-1, block) @ matrix).reshape(x.shape)
-    return (sums.float() * block**-0.5).to(x.dtype)
-
-
 def fake(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.Tensor:
     check_hadamard(x, signs, block)
     return x.new_empty(x.shape)

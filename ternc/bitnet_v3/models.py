@@ -23,6 +23,7 @@ from ternc.errors import CheckpointError, InputError
 from ternc.modules.linear import TernaryLinear
 from ternc.train import checkpoint
 from ternc.train.preparation import prepare
+from ternc.train.sharding import full
 from ternc.train.site import final_quantizers
 
 ARCHITECTURE = "ternc.bitnet_v3"
@@ -250,7 +251,8 @@ class BitNetV3Model(nn.Module):
             ternc.save(self, folder)
         else:
             tensors, aliases = checkpoint.model_state(self)
-            checkpoint.save_tensors(folder / checkpoint.MODEL, tensors)
+            whole = {name: full(tensor) for name, tensor in tensors.items()}
+            checkpoint.save_tensors(folder / checkpoint.MODEL, whole)
             (folder / "aliases.json").write_text(json.dumps(aliases), encoding="utf-8")
         trained = hasattr(self, "_ternc_train_config")
         values = {"architecture": ARCHITECTURE, "prepared": trained, **self.config.to_dict()}
@@ -276,7 +278,8 @@ class BitNetV3Model(nn.Module):
         if packed:
             return ternc.load(folder, model=model)  # type: ignore[return-value]
         aliases = json.loads((folder / "aliases.json").read_text(encoding="utf-8"))
-        checkpoint.load_model_state(model, folder, aliases)
+        stored = checkpoint.read_tensors(folder / checkpoint.MODEL)
+        checkpoint.load_model_state(model, stored, aliases)
         return model
 
     def _angles(

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "train a small language model, rewrite it, compile it, measure it",
     "explain": "say what the compiler would do to a model, and why",
     "quantize": "write a Hugging Face model folder with packed ternary weights",
+    "train": "train a float language model until its weights are ternary, and pack it",
     "eval": "perplexity and bits per byte of a model on text, and its distance to the float model",
     "info": "torch, processor, GPU and the kernels available here",
 }

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ternc.cli.console import add_json_option, print_json, say
-from ternc.errors import InputError, MissingExtraError
+from ternc.cli.huggingface import tokenizer_of
+from ternc.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def run(namespace: argparse.Namespace) -> int:
     say(f"loading {namespace.model}")
     model = _load(namespace.model)
     reference = None if namespace.against is None else _load(namespace.against)
-    tokenizer = _tokenizer(namespace.model, namespace.against)
+    tokenizer = tokenizer_of(namespace.model, namespace.against)
     if _has_logits(model):
         result = _score_language(model, reference, text, tokenizer, namespace.context)
     elif reference is not None:
@@ -57,18 +58,6 @@ def _load(folder: Path) -> torch.nn.Module:
     from ternc.cli.huggingface import load_model
 
     return ternc.load(folder) if (folder / MANIFEST).is_file() else load_model(folder)
-
-
-def _tokenizer(*folders: Path | None) -> Any:
-    """The tokenizer of the first folder that has one; None where none has: tokens are bytes."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf", "reading a tokenizer") from error
-    for folder in folders:
-        if folder is not None and any(folder.glob("token*")):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return None
 
 
 def _has_logits(model: torch.nn.Module) -> bool:

@@ -43,6 +43,22 @@ def load_model(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
+def tokenizer_of(*folders: Path | None) -> Any:
+    """The tokenizer of the first folder that has one; None where none has: tokens are bytes.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf", "reading a tokenizer") from error
+    for folder in folders:
+        if folder is not None and any(folder.glob("token*")):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return None
+
+
 def architecture(folder: Path) -> str:
     """Class named by `config.json`, "AutoModel" when it names none."""
     path = folder / "config.json"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from ternc.train.distill import Distiller
     from ternc.train.linear import QATLinear
+    from ternc.train.log import tensorboard
     from ternc.train.preparation import finish, prepare, set_schedule, training_report
     from ternc.train.presets import PRESETS, preset
     from ternc.train.schedule import Schedule, Stage
@@ -50,6 +51,7 @@ _HOME = {
     "preset": "ternc.train.presets",
     "set_schedule": "ternc.train.preparation",
     "sites": "ternc.train.site",
+    "tensorboard": "ternc.train.log",
     "training_report": "ternc.train.preparation",
 }
 
@@ -76,6 +78,7 @@ __all__ = [
     "preset",
     "set_schedule",
     "sites",
+    "tensorboard",
     "training_report",
 ]
 

@@ -2,6 +2,7 @@
 
 model.safetensors        the student's state_dict: master weights and schedule state
 training.safetensors     optimisers, averages, codes, projections
+sharded/*.safetensors    both, of a model whose weights are sharded (sharded_checkpoint.py)
 random.<rank>.safetensors  random state of each process
 training.json            counters, optimiser settings, tied names, configuration
 """
@@ -19,7 +20,7 @@ from torch import nn
 
 from ternc.errors import CheckpointError
 from ternc.modules.ties import memory_key
-from ternc.train.sharding import full, like
+from ternc.train.sharding import like
 
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.safetensors", "training.json"
 VERSION = 1
@@ -75,7 +76,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def model_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The state_dict with tied tensors once, and for every other name the stored one."""
+    """The state_dict with tied tensors once, sharded ones as they are, and for every other name the
+    stored one.
+    """
     owners: dict[Any, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
@@ -84,30 +87,32 @@ def model_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, st
         if key in owners:
             aliases[name] = owners[key]
         else:
-            owners[key], tensors[name] = name, full(tensor)
+            owners[key], tensors[name] = name, tensor
     return tensors, aliases
 
 
-def load_model_state(model: nn.Module, folder: Path, aliases: Mapping[str, str]) -> None:
+def load_model_state(
+    model: nn.Module, stored: Mapping[str, torch.Tensor], aliases: Mapping[str, str]
+) -> None:
     """Loads the student in place.
 
     Raises:
         CheckpointError: names or shapes are not the model's.
     """
-    tensors = read_tensors(folder / MODEL)
+    tensors = dict(stored)
     tensors.update({alias: tensors[name] for alias, name in aliases.items() if name in tensors})
     own = model.state_dict()
     tensors = {n: like(t, own[n]) if n in own else t for n, t in tensors.items()}
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder / MODEL}: {error}") from error
+        raise CheckpointError(f"the checkpoint is of another model: {error}") from error
 
 
 def optimizer_state(
     optimizers: list[torch.optim.Optimizer],
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Tensors by `optimizer.<i>.<parameter>.<key>`, and everything else as JSON."""
+    """Tensors by `optimizer.<i>.<parameter>.<key>`, sharded ones as they are, the rest as JSON."""
     tensors: dict[str, torch.Tensor] = {}
     settings: list[dict[str, Any]] = []
     for i, optimizer in enumerate(optimizers):
@@ -116,7 +121,7 @@ def optimizer_state(
         for parameter, values in state["state"].items():
             for key, value in values.items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{i}.{parameter}.{key}"] = full(value)
+                    tensors[f"optimizer.{i}.{parameter}.{key}"] = value
                 else:
                     plain.setdefault(str(parameter), {})[key] = value
         settings.append({"groups": state["param_groups"], "state": plain})

@@ -1,13 +1,16 @@
-"""Rows of numbers -> log.csv, one line on stderr now and then, curves.png."""
+"""Rows of numbers -> log.csv, one line on stderr now and then, curves.png, TensorBoard."""
 
 from __future__ import annotations
 
 import csv
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from ternc.errors import MissingExtraError
 
@@ -55,6 +58,31 @@ class TrainingLog:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def tensorboard(folder: str | os.PathLike[str]) -> Callable[[Any, Mapping[str, Any]], None]:
+    """A callback of `Trainer` that writes every number of a row as a TensorBoard scalar.
+
+    Raises:
+        MissingExtraError: tensorboard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("tensorboard", "tensorboard", "a TensorBoard log") from error
+    writer: Any = None
+
+    def write(_trainer: Any, row: Mapping[str, Any]) -> None:
+        nonlocal writer
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return
+        writer = writer or SummaryWriter(folder)
+        for name, value in row.items():
+            if name != "step" and isinstance(value, float):
+                writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return write
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:

@@ -1,7 +1,8 @@
 """Trainer <-> checkpoint folder: everything that the next step depends on.
 
 Model, optimisers, counters, schedule position, averages, codes, and the random state of now and of
-the epoch's start, from which the order of its batches is drawn again.
+the epoch's start, from which the order of its batches is drawn again. Where weights are sharded,
+every process writes its share; such a folder too is taken up by any number of processes.
 """
 
 from __future__ import annotations
@@ -15,23 +16,34 @@ import torch.distributed as dist
 
 from ternc.errors import CheckpointError
 from ternc.train import checkpoint
+from ternc.train.sharded_checkpoint import Empty, read_sharded, write_sharded
 
 if TYPE_CHECKING:
     from ternc.train.trainer import Trainer
 
+MODEL_PREFIX = "model."
+"""Of the student's tensors in a sharded checkpoint, where everything is in one list of names."""
+
 
 def save_run(trainer: Trainer, folder: Path) -> None:
-    """Writes a folder; every process writes its random state, the first one everything else."""
+    """Writes a folder; every process writes its random state, the first one what is not sharded."""
     folder.mkdir(parents=True, exist_ok=True)
+    first, sharded = not dist.is_initialized() or dist.get_rank() == 0, _is_sharded(trainer)
+    if first:
+        (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
     checkpoint.save_tensors(folder / _random_file(), trainer.random_states())
     tensors, aliases = checkpoint.model_state(trainer.inner)
     state, settings = checkpoint.optimizer_state(trainer.optimizers)
     for prefix, part in trainer.parts():
         state.update({f"{prefix}.{name}": value for name, value in part.state_dict().items()})
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return  # what is sharded was gathered by all
-    checkpoint.save_tensors(folder / checkpoint.MODEL, tensors)
-    checkpoint.save_tensors(folder / checkpoint.TRAINING, state)
+    if sharded:
+        named = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in tensors.items()}
+        write_sharded(folder, {**named, **state})
+    if not first:
+        return
+    if not sharded:
+        checkpoint.save_tensors(folder / checkpoint.MODEL, tensors)
+        checkpoint.save_tensors(folder / checkpoint.TRAINING, state)
     checkpoint.write_manifest(
         folder,
         {
@@ -43,6 +55,7 @@ def save_run(trainer: Trainer, folder: Path) -> None:
             "optimizers": settings,
             "aliases": aliases,
             "log": trainer.log.rows,
+            "sharded": sharded,
         },
     )
 
@@ -61,8 +74,14 @@ def load_run(trainer: Trainer, folder: Path) -> dict[str, torch.Tensor]:
             f"{folder}: the run was started with other values of {', '.join(names)}; resume it "
             "with its own configuration"
         )
-    checkpoint.load_model_state(trainer.inner, folder, manifest["aliases"])
-    tensors = checkpoint.read_tensors(folder / checkpoint.TRAINING)
+    if manifest.get("sharded"):
+        every = read_sharded(folder, _empty_tensors(trainer))
+        named = {n.removeprefix(MODEL_PREFIX): t for n, t in every.items() if _of_model(n)}
+        tensors = {name: tensor for name, tensor in every.items() if not _of_model(name)}
+    else:
+        named = checkpoint.read_tensors(folder / checkpoint.MODEL)
+        tensors = checkpoint.read_tensors(folder / checkpoint.TRAINING)
+    checkpoint.load_model_state(trainer.inner, named, manifest["aliases"])
     checkpoint.load_optimizer_state(trainer.optimizers, tensors, manifest["optimizers"])
     for prefix, part in trainer.parts():
         part.load_state_dict(
@@ -79,6 +98,30 @@ def load_run(trainer: Trainer, folder: Path) -> dict[str, torch.Tensor]:
     own = folder / _random_file()
     # A run on more processes than before: the new ones have no random state of their own yet.
     return checkpoint.read_tensors(own) if own.is_file() else {}
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in trainer.inner.parameters())
+
+
+def _of_model(name: str) -> bool:
+    return name.startswith(MODEL_PREFIX)
+
+
+def _empty_tensors(trainer: Trainer) -> Empty:
+    """What the tensors of a sharded checkpoint are read into: shards where this run has shards."""
+    held = {f"{MODEL_PREFIX}{n}": t for n, t in trainer.inner.state_dict().items()}
+    for i, optimizer in enumerate(trainer.optimizers):
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        held.update({f"optimizer.{i}.{n}": p.detach() for n, p in enumerate(parameters)})
+
+    def empty(name: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        owner = held.get(name, held.get(name.rpartition(".")[0]))
+        if owner is not None and owner.shape == size:
+            return torch.empty_like(owner, dtype=dtype)
+        return torch.empty(size, dtype=dtype, device=trainer.device)
+
+    return empty
 
 
 def _random_file() -> str:

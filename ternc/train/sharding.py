@@ -18,9 +18,9 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, sharded as `reference` is."""
+    """A whole tensor, sharded as `reference` is; one that is sharded already stays as it is."""
     mesh: Any = getattr(reference, "device_mesh", None)
-    if mesh is None:
+    if mesh is None or hasattr(tensor, "device_mesh"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -250,11 +250,17 @@ def test_14_every_field_of_the_configuration_is_perturbed():
         assert f'    "{name}": ' in source
 
 
+def python_blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
 def test_15_snippets_of_the_documentation_run(tmp_path):
-    """Every Python block of docs/training.md, in order, in one process."""
-    page = (ROOT / "docs" / "training.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    """Every Python block of docs/training.md, then the one on training in README.md."""
+    blocks = python_blocks(ROOT / "docs" / "training.md")
     assert len(blocks) >= 5
+    training = [block for block in python_blocks(ROOT / "README.md") if "ternc.train" in block]
+    assert len(training) == 1
+    blocks += training
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

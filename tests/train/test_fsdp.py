@@ -54,6 +54,8 @@ def test_sharded_training(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    files = {path.name for path in (tmp_path / "epoch-2" / "sharded").iterdir()}
+    assert len(files) == 2 and not (tmp_path / "epoch-2" / "model.safetensors").exists()
     batches = list(windows(24).split(8))
     alone = Trainer(student(), log_every=1, progress=False)
     alone.train(batches, batches, num_epochs=4)

@@ -2,13 +2,14 @@
 
 import csv
 import itertools
+import sys
 
 import pytest
 import torch
 from training import loader, tiny_model, windows
 
 import ternc
-from ternc.errors import CheckpointError, TrainingError
+from ternc.errors import CheckpointError, MissingExtraError, TrainingError
 from ternc.train import (
     Distillation,
     Hadamard,
@@ -181,3 +182,21 @@ def test_a_compiled_student_trains_without_recompilation():
     reference.train(loader(), num_epochs=5)
     seen = [row["loss"] for row in trainer.log.rows]
     assert seen == pytest.approx([row["loss"] for row in reference.log.rows], rel=2e-2)
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write = ternc.train.tensorboard(tmp_path / "tb")
+    trainer = Trainer(tiny_model(), log_every=1, progress=False, callbacks=[write])
+    rows = trainer.train(loader())
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    seen = {event.step: event.value for event in events.Scalars("loss")}
+    assert seen == {row["step"]: pytest.approx(row["loss"]) for row in rows if "loss" in row}
+
+
+def test_tensorboard_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"ternc\[tensorboard\]"):
+        ternc.train.tensorboard("folder")
