@@ -2,10 +2,12 @@
 
     greedy      k residual planes, threshold max|w| / 2, scale max|w|, per row
     absmean     one plane, round(w / mean|w|) clipped to +-1, groups of 128 (BitNet b1.58's rule)
+    integer     b bits between the least and the largest weight of each group of 128
     reference   joint least squares over k free plane scales per group of 128, block Hadamard
                 rotation, GPTQ error compensation; nothing after the codes
+    gptq        the integer grid with GPTQ error compensation, not rotated
 
-None is part of the product. The reference stack is written apart from ternc's own fits, and shares
+None is part of the product. Error compensation is written apart from ternc's own fits, and shares
 with them only the collection of activations.
 """
 
@@ -21,7 +23,9 @@ from torch import nn
 from ternc.calibration.activations import Activations
 from ternc.calibration.batches import evaluating
 from ternc.calibration.execution import record
+from ternc.config import Config
 from ternc.formats.rotation import Rotation
+from ternc.policy import excluded
 from ternc.runtime import ops
 
 GROUP = 128
@@ -48,18 +52,47 @@ def absmean(w: torch.Tensor, planes: int) -> torch.Tensor:
     return torch.cat(parts, 1)
 
 
+def integer(w: torch.Tensor, bits: int) -> torch.Tensor:
+    """w [N, K] rounded to integers of `bits` bits, a scale and a zero point for every group."""
+    return torch.cat([_nearest(part, _integers(part, bits)) for part in w.split(GROUP, 1)], 1)
+
+
 def replace_weights(model: nn.Module, rule: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """Every Linear's weight replaced by `rule` of it, in place."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = rule(module.weight.data)
+    """Every quantised Linear's weight replaced by `rule` of it, in place."""
+    for module in linears(model).values():
+        module.weight.data = rule(module.weight.data)
     return model
 
 
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """What every method quantises: the Linears that ternc's default does not leave out."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not excluded(name, Config())
+    }
+
+
+Levels = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(group of weights [N, L], metric [L]) -> levels [N, ...] that its weights may take."""
+
+
 def reference_stack(model: nn.Module, batches: Sequence[Any], planes: int) -> nn.Module:
+    """The reference stack in the place of every Linear's weight, in place."""
+    return _compensated(model, batches, lambda w, metric: _levels(w, metric, planes), rotate=True)
+
+
+def gptq(model: nn.Module, batches: Sequence[Any], bits: int) -> nn.Module:
+    """Integers of `bits` bits, errors compensated, in the place of every Linear's weight."""
+    return _compensated(model, batches, lambda w, _: _integers(w, bits), rotate=False)
+
+
+def _compensated(
+    model: nn.Module, batches: Sequence[Any], levels: Levels, rotate: bool
+) -> nn.Module:
     """Every Linear's weight replaced in the order of execution, in place."""
     ops.register()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = linears(model)
     with evaluating(model):
         execution = record(model, layers, batches[0])
         activations = Activations(model, batches, execution)
@@ -69,38 +102,58 @@ def reference_stack(model: nn.Module, batches: Sequence[Any], planes: int) -> nn
             share = split.fitted.count / count
             hessian = share * split.fitted.second + (1 - share) * split.held_out.second
             rotation = Rotation.of(len(hessian), seed=0)
-            half = rotation.rotate(hessian)
-            hessian = rotation.rotate(half.T.contiguous())
+            if rotate:
+                half = rotation.rotate(hessian)
+                hessian = rotation.rotate(half.T.contiguous())
+            factor = _factor(hessian, 0.01 if count >= 8 * len(hessian) else 0.1)
             for name in group:
-                w = rotation.rotate(layers[name].weight.data)
-                q = _gptq(w, hessian, planes, 0.01 if count >= 8 * len(hessian) else 0.1)
-                layers[name].weight.data = rotation.restore(q)
+                weight = layers[name].weight
+                q = _gptq(rotation.rotate(weight.data) if rotate else weight.data, factor, levels)
+                weight.data = rotation.restore(q) if rotate else q
     return model
 
 
-def _gptq(w: torch.Tensor, hessian: torch.Tensor, planes: int, damping: float) -> torch.Tensor:
-    columns = len(hessian)
-    damped = hessian.double() + damping * hessian.diagonal().mean() * torch.eye(columns)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+def _factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    ridge = damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian.double() + ridge))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _gptq(w: torch.Tensor, factor: torch.Tensor, levels: Levels) -> torch.Tensor:
+    columns = len(factor)
     w, q = w.clone(), torch.empty_like(w)
+    pivots = factor.diagonal().tolist()
     for first in range(0, columns, GROUP):
         last = min(first + GROUP, columns)
-        levels = _levels(w[:, first:last], factor.diagonal()[first:last] ** -2, planes)
-        errors = torch.empty(len(w), last - first)
+        allowed = levels(w[:, first:last], factor.diagonal()[first:last] ** -2)
+        errors = w.new_empty(len(w), last - first)
         for j in range(first, last):
-            nearest = (w[:, j, None] - levels).abs().argmin(1, keepdim=True)
-            q[:, j] = levels.gather(1, nearest).squeeze(1)
-            error = (w[:, j] - q[:, j]) / factor[j, j]
+            q[:, j] = _nearest(w[:, j, None], allowed).squeeze(1)
+            error = (w[:, j] - q[:, j]) / pivots[j]
             w[:, j + 1 : last] -= error[:, None] * factor[j, j + 1 : last]
             errors[:, j - first] = error
         w[:, last:] -= errors @ factor[first:last, last:]
     return q
 
 
+def _nearest(w: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """w [N, L] snapped to the nearest of levels [N, V] of its row."""
+    chosen = (w[..., None] - levels[:, None]).abs().argmin(2)
+    return levels.gather(1, chosen)
+
+
+def _integers(w: torch.Tensor, bits: int) -> torch.Tensor:
+    """Levels [N, 2^bits] of a group w [N, L]: scale * (integer - zero point), 0 among them."""
+    top = 2**bits - 1
+    low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / top).clamp(min=1e-12).half().float().clamp(min=1e-7)
+    zero = (-low / scale).round().clamp(0, top)
+    return scale * (torch.arange(top + 1, device=w.device) - zero)
+
+
 def _levels(w: torch.Tensor, metric: torch.Tensor, planes: int) -> torch.Tensor:
     """Levels [N, 3^k] of the joint least-squares fit of a group w [N, L], from two starts."""
-    trits = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=planes)))
+    trits = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=planes)), device=w.device)
     fits = [_alternate(w, metric, start, trits) for start in _starts(w, planes)]
     better = fits[0][1] <= fits[1][1]
     scales = torch.where(better[:, None], fits[0][0], fits[1][0])
@@ -116,14 +169,14 @@ def _starts(w: torch.Tensor, planes: int) -> list[torch.Tensor]:
         left = left - scale[:, None] * plane
         scales.append(scale)
     first = torch.stack(scales, 1)
-    return [first, first[:, :1] * 3.0 ** -torch.arange(planes)]
+    return [first, first[:, :1] * 3.0 ** -torch.arange(planes, device=w.device)]
 
 
 def _alternate(
     w: torch.Tensor, metric: torch.Tensor, scales: torch.Tensor, trits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales [N, k] and weighted squared error [N] after `ALS_ROUNDS` rounds."""
-    ridge = 1e-6 * torch.eye(scales.shape[1])
+    ridge = 1e-6 * torch.eye(scales.shape[1], device=w.device)
     for _ in range(ALS_ROUNDS):
         chosen = trits[(w[..., None] - (scales @ trits.T)[:, None]).abs().argmin(2)]
         normal = torch.einsum("nlk,l,nlm->nkm", chosen, metric, chosen)

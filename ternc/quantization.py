@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from ternc.calibration.batches import arguments
 from ternc.calibration.calibrator import Calibrator, Layer
 from ternc.calibration.distance import Loss
+from ternc.calibration.reconstruct import Reconstruction
 from ternc.calibration.session import Session
 from ternc.calibration.tune import Tuning
 from ternc.config import Config
@@ -58,6 +59,7 @@ def quantize(
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
     tuning: Tuning | None = None,
+    reconstruction: Reconstruction | None = None,
     resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     progress: bool | None = None,
@@ -85,6 +87,8 @@ def quantize(
         loss: (output of the quantised model, of the float model, batch) -> scalar; default: KL of
             logits, else one minus the cosine of the outputs. `bits_budget` and `tuning` lower it.
         tuning: train scales, norms and biases against the float model afterwards.
+        reconstruction: before that, train the codes too, of the whole model or block by block.
+            Takes minutes on a GPU; most worth while at one plane.
         resume: a folder. Fitted layers are kept there; a run that finds some goes on after them,
             with the same result. Delete it when the model is saved.
         inplace: replace the modules of `model` itself. A root that is a Linear cannot be replaced
@@ -100,9 +104,11 @@ def quantize(
     config = config or Config()
     refuse_offline(config, calibration is not None)
     ops.register()
-    session = Session.of(config, calibration, loss, tuning, resume, progress)
-    if session is not None and tuning is not None and inplace:
-        raise ConfigError("tuning needs the float model beside the quantised one: inplace=False")
+    session = Session.of(config, calibration, loss, tuning, reconstruction, resume, progress)
+    if session is not None and inplace and session.needs_teacher:
+        raise ConfigError(
+            f"{session.needs_teacher} needs the float model beside the quantised one: inplace=False"
+        )
     teacher = model
     # Tensors made in inference mode could never be differentiated through.
     with torch.inference_mode(False), torch.no_grad():
@@ -115,8 +121,8 @@ def quantize(
         if session is not None:
             model = session.leave(model)
         switch_off_fast_paths(model)
-    if session is not None and tuning is not None:
-        session.tune(model, teacher, rows)
+    if session is not None:
+        session.train(model, teacher, rows)
     model._ternc_rows = rows  # type: ignore[assignment]
     model._ternc_config = config  # type: ignore[assignment]
     if example_inputs is not None:

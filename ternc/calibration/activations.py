@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from ternc.calibration.batches import HELD_OUT_EVERY, call, counted_rows, held_out
 from ternc.calibration.execution import Chain, Execution, Leaves, StopForward, input_of
@@ -112,7 +111,7 @@ class _Walk:
     def go_to(self, index: int) -> None:
         """Computes the inputs of block `index`, through the blocks before as they are now."""
         if self._float_block is None:
-            self._inputs = [self._capture(batch) for batch in self._batches]
+            self._inputs = [self._chain.first_inputs(self._model, batch) for batch in self._batches]
             self._float_inputs = list(self._inputs)
             self._float_block = copy.deepcopy(self._chain.block(0))
         while self._index < index:
@@ -137,23 +136,6 @@ class _Walk:
         block = self._chain.block(self._index)
         path = next(path for path, module in block.named_modules() if module is layer)
         return self._float_block.get_submodule(path)
-
-    def _capture(self, batch: Any) -> Leaves:
-        """Inputs of the first block in a call of the model."""
-        captured: Leaves = []
-
-        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.extend(pytree.tree_leaves((args, kwargs)))
-            raise StopForward
-
-        handle = self._chain.block(0).register_forward_pre_hook(capture, with_kwargs=True)
-        try:
-            call(self._model, batch)
-        except StopForward:
-            pass
-        finally:
-            handle.remove()
-        return captured
 
 
 def _share_out(

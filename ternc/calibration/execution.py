@@ -60,6 +60,23 @@ class Chain:
         assert found is not None
         return found
 
+    def first_inputs(self, model: nn.Module, batch: Any) -> Leaves:
+        """Leaves of the first block in a call of the model, which ends there."""
+        captured: Leaves = []
+
+        def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured.extend(pytree.tree_leaves((args, kwargs)))
+            raise StopForward
+
+        handle = self.block(0).register_forward_pre_hook(capture, with_kwargs=True)
+        try:
+            call(model, batch)
+        except StopForward:
+            pass
+        finally:
+            handle.remove()
+        return captured
+
     def run(self, index: int, inputs: Leaves, block: nn.Module | None = None) -> Any:
         """Calls a block, or `block` in its place, on kept leaves."""
         args, kwargs = pytree.tree_unflatten(inputs, self.specs[index])

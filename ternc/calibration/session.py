@@ -14,6 +14,7 @@ from ternc.calibration.attention import Expanded, expand_attention, settle_atten
 from ternc.calibration.batches import materialised
 from ternc.calibration.calibrator import Calibrator, Layer
 from ternc.calibration.distance import Loss, default_loss
+from ternc.calibration.reconstruct import Reconstruction, Window, reconstruct
 from ternc.calibration.resume import Store, fingerprint
 from ternc.calibration.tune import Tuning, tune
 from ternc.config import Config
@@ -29,6 +30,7 @@ class Session:
     batches: list[Any]
     loss: Loss
     tuning: Tuning | None
+    reconstruction: Reconstruction | None
     resume: str | os.PathLike[str] | None
     progress: bool | None
     expanded: list[Expanded] = dataclasses.field(default_factory=list)
@@ -40,6 +42,7 @@ class Session:
         batches: Iterable[Any] | None,
         loss: Loss | None,
         tuning: Tuning | None,
+        reconstruction: Reconstruction | None,
         resume: str | os.PathLike[str] | None,
         progress: bool | None,
     ) -> Session | None:
@@ -51,8 +54,12 @@ class Session:
         """
         if batches is not None:
             found = materialised(batches)
-            return cls(config, found, loss or default_loss, tuning, resume, progress)
-        given = {"loss": loss, "tuning": tuning, "resume": resume}
+            return cls(
+                config, found, loss or default_loss, tuning, reconstruction, resume, progress
+            )
+        given = {
+            "loss": loss, "tuning": tuning, "reconstruction": reconstruction, "resume": resume
+        }  # fmt: skip
         if asked := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"{asked[0]} needs calibration data: give calibration=batches")
         return None
@@ -86,9 +93,24 @@ class Session:
         """Undoes `enter` where nothing was packed; in place."""
         return settle_attention(model, self.expanded)
 
-    def tune(self, model: nn.Module, teacher: nn.Module, rows: list[Row]) -> None:
-        """Trains scales, norms and biases of `model`, and says so in its rows."""
-        assert self.tuning is not None
+    @property
+    def needs_teacher(self) -> str | None:
+        """Name of a setting that needs the float model beside the quantised one."""
+        given = {"tuning": self.tuning, "reconstruction": self.reconstruction}
+        return next((name for name, value in given.items() if value is not None), None)
+
+    def train(self, model: nn.Module, teacher: nn.Module, rows: list[Row]) -> None:
+        """Blocks against the float model's, then scales, norms and biases; says so in the rows."""
+        if self.reconstruction is not None:
+            windows = reconstruct(
+                model, teacher, self.batches, self.loss, self.reconstruction, self.progress
+            )
+            said = _reconstructed(windows)
+            for row in rows:
+                if row.action == "rewritten":
+                    row.reason += said.get(row.name, "; not reconstructed")
+        if self.tuning is None:
+            return
         before, after = tune(model, teacher, self.batches, self.loss, self.tuning, self.progress)
         change = f"held-out loss {before:.3g} -> {after:.3g}"
         for row in rows:
@@ -96,3 +118,16 @@ class Session:
                 row.reason += f"; scales tuned after these errors were measured, {change}"
             elif row.action == "rewritten":
                 row.reason += f"; tuning did not help and was undone, {change}"
+
+
+def _reconstructed(windows: list[Window]) -> dict[str, str]:
+    """Layer -> what its report row says; of the last window that it was in."""
+    said = {}
+    for window in windows:
+        change = f"held-out error {window.before:.3g} -> {window.after:.3g}"
+        if window.after < window.before:
+            text = f"; codes reconstructed after these errors were measured, {change}"
+        else:
+            text = f"; reconstruction did not help and was undone, {change}"
+        said.update(dict.fromkeys(window.layers, text))
+    return said

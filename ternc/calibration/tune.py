@@ -104,7 +104,7 @@ def _train(
     trained = list(_trained(model))
     for parameter in trained:
         parameter.requires_grad_()
-    optimiser = torch.optim.Adam([{"params": [p], "lr": _unit(p)} for p in trained])
+    optimiser = torch.optim.Adam([{"params": [p], "lr": unit_of(p)} for p in trained])
     units = [group["lr"] for group in optimiser.param_groups]
     try:
         with evaluating(teacher), evaluating(model), torch.enable_grad():
@@ -131,7 +131,7 @@ def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
             yield parameter
 
 
-def _unit(parameter: torch.Tensor) -> float:
+def unit_of(parameter: torch.Tensor) -> float:
     """Root mean square, at least 1e-3 and for all-zero tensors 1e-2: the size a step is part of."""
     size = float(parameter.detach().float().square().mean().sqrt())
     return max(size, 1e-3) if size else 1e-2
