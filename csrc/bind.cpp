@@ -1,5 +1,5 @@
-// torch tensors -> kernel arguments: the CPU implementations of ternc::quantize_act, dequantize and
-// fit. The schemas are defined in runtime/ops; threads are torch's own.
+// torch tensors -> kernel arguments: the CPU implementations of ternc::quantize_act, dequantize,
+// embedding and fit. The schemas are defined in runtime/ops; threads are torch's own.
 #include "bind.h"
 
 namespace ternc {
@@ -45,6 +45,41 @@ Tensor dequantize(const Tensor& weight, const Tensor& scale,
   return w;
 }
 
+Tensor embedding(const Tensor& indices, const Tensor& weight, const Tensor& scale,
+                 const std::optional<Tensor>& multiplier, int64_t num_embeddings,
+                 int64_t embedding_dim, int64_t group_size, int64_t layout, ScalarType dtype) {
+  const WeightTensors held = read_weight("embedding", weight, scale, multiplier, num_embeddings,
+                                         embedding_dim, group_size, layout);
+  const Dtype type = dtype_of(dtype, "embedding", "dtype");
+  const ScalarType given = indices.scalar_type();
+  STD_TORCH_CHECK(given == ScalarType::Long || given == ScalarType::Int,
+                  "ternc::embedding: indices are ", torch::headeronly::toString(given),
+                  ", not int64 or int32");
+  const Tensor wide =
+      dense(given == ScalarType::Long ? indices : torch::stable::to(indices, ScalarType::Long));
+  const int64_t count = wide.numel(), dims = indices.dim();
+  const int64_t* index = static_cast<const int64_t*>(wide.const_data_ptr());
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(index[i] >= 0 && index[i] < num_embeddings, "ternc::embedding: index ",
+                    index[i], " is out of range for ", num_embeddings, " rows");
+  STD_TORCH_CHECK(dims < MAX_DIMS, "ternc::embedding: indices of ", dims, " dimensions");
+  int64_t sizes[MAX_DIMS], strides[MAX_DIMS], stride = embedding_dim > 1 ? embedding_dim : 1;
+  sizes[dims] = embedding_dim, strides[dims] = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    sizes[d] = indices.size(d), strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  const Tensor rows = allocate(dims + 1, sizes, strides, dtype);
+  const Isa& used = isa();
+  const DequantizeArgs args{held.weight, held.planes, layout < 10, rows.mutable_data_ptr(),
+                            type,        index};
+  torch::stable::parallel_for(
+      0, count, token_grain(embedding_dim),
+      [&](int64_t begin, int64_t end) { used.kernels->dequantize(args, begin, end); });
+  record_kernel(weight.const_data_ptr(), &used);
+  return rows;
+}
+
 std::tuple<Tensor, Tensor, Tensor> fit_weight(const Tensor& w, int64_t planes, int64_t group_size,
                                               int64_t refine) {
   STD_TORCH_CHECK(w.dim() == 2 && w.size(0) > 0 && w.size(1) > 0 && w.size(1) <= MAX_COLUMNS,
@@ -85,5 +120,6 @@ std::tuple<Tensor, Tensor, Tensor> fit_weight(const Tensor& w, int64_t planes, i
 STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
   m.impl("quantize_act", TORCH_BOX(&ternc::quantize_act));
   m.impl("dequantize", TORCH_BOX(&ternc::dequantize));
+  m.impl("embedding", TORCH_BOX(&ternc::embedding));
   m.impl("fit", TORCH_BOX(&ternc::fit_weight));
 }

@@ -108,8 +108,10 @@ inline WeightTensors read_weight(const char* op, const Tensor& bytes, const Tens
                                  int64_t columns, int64_t group_size, int64_t layout) {
   const bool at_rest = layout < 10;
   const int planes = int(layout % 10);
-  STD_TORCH_CHECK((layout >= 1 && layout <= 3) || (layout >= 11 && layout <= 13), "ternc::", op,
-                  ": layout ", layout, " is unknown; layouts are 1..3 (rows) and 11..13 (lanes)");
+  STD_TORCH_CHECK(
+      layout >= 1 && layout < 20 && (planes == INT8 || (planes >= 1 && planes <= MAX_PLANES)),
+      "ternc::", op, ": layout ", layout,
+      " is unknown; layouts are 1..3 and 8 (rows), 11..13 and 18 (lanes)");
   STD_TORCH_CHECK(columns <= MAX_COLUMNS, "ternc::", op, ": in_features=", columns,
                   " is over 131,072: the integer sum of a row would not fit 32 bits");
   STD_TORCH_CHECK(group_size >= 0 && (at_rest || group_size % STEP_COLUMNS == 0), "ternc::", op,
@@ -117,8 +119,9 @@ inline WeightTensors read_weight(const char* op, const Tensor& bytes, const Tens
   const int64_t groups = group_size == 0 ? 1 : ceil_div(columns, group_size);
   const int64_t blocks = at_rest ? rows : ceil_div(rows, block_rows(planes));
   const int64_t block_groups = groups * (at_rest ? 1 : block_rows(planes));
-  const int64_t block_bytes = at_rest ? planes * ceil_div(columns, 5)
-                                      : ceil_div(columns, STEP_COLUMNS) * step_bytes(planes);
+  const int64_t row_bytes = planes == INT8 ? columns : planes * ceil_div(columns, 5);
+  const int64_t block_bytes =
+      at_rest ? row_bytes : ceil_div(columns, STEP_COLUMNS) * step_bytes(planes);
   STD_TORCH_CHECK(bytes.scalar_type() == ScalarType::Byte && bytes.numel() == blocks * block_bytes,
                   "ternc::", op, ": weight holds ", bytes.numel(), " elements; layout ", layout,
                   " of [", rows, ", ", columns, "] is ", blocks * block_bytes, " uint8");

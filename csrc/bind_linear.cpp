@@ -56,9 +56,10 @@ void split(const std::vector<Job<Args>>& jobs, int64_t tokens, int64_t stride) {
 }
 
 template <class Args>
-Job<Args> job_of(void (*const (&kernels)[MAX_PLANES])(const Args&, const Range&),
+Job<Args> job_of(void (*const (&kernels)[WEIGHT_KINDS])(const Args&, const Range&),
                  const WeightTensors& held, const Args& args) {
-  return {kernels[held.planes - 1], args, ceil_div(held.weight.rows, block_rows(held.planes)),
+  return {kernels[kind_index(held.planes)], args,
+          ceil_div(held.weight.rows, block_rows(held.planes)),
           step_bytes(held.planes) / UNIT_BYTES};
 }
 
@@ -176,7 +177,7 @@ void check_input(const char* op, const Tensor& x, int64_t activation_bits) {
 void check_layout(const char* op, int64_t layout) {
   STD_TORCH_CHECK(layout > 10, "ternc::", op, ": layout ", layout,
                   " (rows) is the form at rest and is not computed on by CPU kernels; "
-                  "pack the weight for \"cpu\" (layouts 11 to 13)");
+                  "pack the weight for \"cpu\" (layouts 11 to 13 and 18)");
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale,

@@ -22,6 +22,8 @@
 //     vectors v = 0..3   bits 7..4      | 3..0
 //                        row 32v+16+i   | 32v+i
 //     vector 4           bit b: fifth bit of row 16b+i
+//   int8, layout 18, 64 rows a block, 256 B a step: code in a byte
+//     vectors v = 0..3   row 16v+i
 //   stream: [block][step][bytes of a step]; multiplier: [block][group][rows of a block], uint8.
 //   Rows are padded to whole blocks and columns to whole steps with code 0.
 #pragma once
@@ -38,12 +40,18 @@ enum class ScaleKind : int { tensor, row, group };  // [1], [N], [N, groups] ("f
 constexpr int FIELD_ROWS = 16;
 constexpr int STEP_COLUMNS = 4;
 constexpr int MAX_PLANES = 3;
+constexpr int INT8 = 8;          // stands where a number of planes does: bytes, not trits
+constexpr int WEIGHT_KINDS = 4;  // 1, 2, 3 planes and INT8
 constexpr int MAX_BLOCK_ROWS = 128;
 constexpr int64_t MAX_COLUMNS = 131072;  // 131072 * 127 * 127 is the last sum that fits int32
 
-constexpr int block_rows(int planes) { return planes == 1 ? 64 : planes == 2 ? 32 : 128; }
-constexpr int step_bytes(int planes) { return planes == 3 ? 320 : 64; }
-constexpr int code_max(int planes) { return planes == 1 ? 1 : planes == 2 ? 4 : 13; }
+constexpr int block_rows(int planes) { return planes == 2 ? 32 : planes == 3 ? 128 : 64; }
+constexpr int step_bytes(int planes) { return planes == INT8 ? 256 : planes == 3 ? 320 : 64; }
+constexpr int code_max(int planes) {
+  return planes == 1 ? 1 : planes == 2 ? 4 : planes == 3 ? 13 : 127;
+}
+// Place of the kernel for a kind of weight in the tables of `Kernels`.
+constexpr int kind_index(int planes) { return planes == INT8 ? WEIGHT_KINDS - 1 : planes - 1; }
 constexpr int multiplier_max(int planes) { return 127 / code_max(planes); }
 
 // Tokens from which on tile products pay (1.15 against 1.31 times the stream at four).
@@ -175,9 +183,10 @@ struct Range {
 struct DequantizeArgs {
   Weight weight;
   int planes;
-  bool at_rest;  // base-3 rows (layouts 1..3) instead of lanes
-  void* out;     // [N, K]
+  bool at_rest;  // rows (layouts 1..3 in base 3, 8 in bytes) instead of lanes
+  void* out;     // [rows wanted, K]
   Dtype dtype;
+  const int64_t* index = nullptr;  // the weight rows that are wanted, in order; null: all
 };
 
 // Weights divided by 2^exponent lie in (-1, 1): magnitudes near the ends of fp32 fit like any
@@ -204,7 +213,7 @@ constexpr double FIRST_RATIO = 0.3, RATIO = 1.1011612;  // 0.3 * RATIO^13 = 1.05
 constexpr int MORE_CANDIDATES = 40;
 constexpr int LLOYD_ROUNDS = 2;
 
-// The kernels of one instruction set. Index [planes - 1] where there are three.
+// The kernels of one instruction set. Index [kind_index(planes)] where there are several.
 struct Kernels {
   void (*quantize)(const QuantizeArgs&, int64_t token_begin, int64_t token_end);
   void (*widen)(const void* x, Dtype, int64_t columns, float* out, int64_t stride,
@@ -218,8 +227,8 @@ struct Kernels {
   void (*norm)(const NormArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*activate)(const ActivateArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*hadamard)(const HadamardArgs&, int64_t token_begin, int64_t token_end, float* scratch);
-  void (*linear_i8[MAX_PLANES])(const LinearI8Args&, const Range&);
-  void (*linear_f32[MAX_PLANES])(const LinearF32Args&, const Range&);
+  void (*linear_i8[WEIGHT_KINDS])(const LinearI8Args&, const Range&);
+  void (*linear_f32[WEIGHT_KINDS])(const LinearF32Args&, const Range&);
   void (*dequantize)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
   // Largest |w| of `count` values as the bits of a float; above 0x7f7fffff: not finite.
   uint32_t (*largest)(const void* w, Dtype, int64_t begin, int64_t count);

@@ -7,6 +7,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from ternc.formats import layouts
+from ternc.formats.quantized import kind
 from ternc.passes.attention_fast_paths import decompose_attention
 from ternc.passes.attention_regions import report_regions
 from ternc.passes.bodies import inline_bodies, own_bodies, pass_packed
@@ -16,6 +18,8 @@ from ternc.passes.folds.fold import Fold, FoldFinder
 from ternc.passes.folds.residual_stream import ResidualStreamFold
 from ternc.passes.folds.value_heads import ValueHeadsFold
 from ternc.passes.graph import (
+    arguments,
+    calling_module,
     dotted_path,
     example_value,
     is_static_input,
@@ -27,6 +31,7 @@ from ternc.passes.mutation import drop_unused, tainted, without_needless_writes
 from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.activation import ActivationRule
+from ternc.passes.rules.embedding import EmbeddingRule
 from ternc.passes.rules.experts import ExpertsRule
 from ternc.passes.rules.linear import LinearRule
 from ternc.passes.rules.norm import NormRule
@@ -42,6 +47,7 @@ from ternc.passes.weight_expression import WeightExpression
 from ternc.reporting import Row
 
 RULES: tuple[Rule, ...] = (
+    EmbeddingRule(),
     LinearRule(),
     ExpertsRule(),
     SharedRotationRule(),
@@ -135,31 +141,44 @@ def _record_skip(
 
 
 def _find_packed_modules(gm: fx.GraphModule, context: Context) -> None:
-    """Rows for `ternc::linear` nodes that were in the graph already: modules packed by
-    `quantize`.
+    """Rows for `ternc::linear` and `ternc::embedding` nodes that were in the graph already: modules
+    packed by `quantize`.
     """
+    ops = torch.ops.ternc
+    first_row: dict[fx.Node, Row] = {}
     for node in gm.graph.nodes:
-        if node.target not in (torch.ops.ternc.linear, torch.ops.ternc.linear.default):
+        embeds = node.target in (ops.embedding, ops.embedding.default)
+        if not embeds and node.target not in (ops.linear, ops.linear.default):
             continue
         weight = node.args[1]
         if "ternc_site" in node.meta or not is_static_input(weight):
             continue
-        x, rows = example_value(node.args[0]), int(node.args[5])
-        rotated = " rotated" if read_rotation(node.args[0]).block else ""
-        name = context.unique_name(dotted_path(source_of(weight)).rpartition(".")[0])
-        columns = int(x.shape[-1])
-        tensors = [arg for arg in node.args[1:4] if isinstance(arg, fx.Node)]
-        nbytes = sum(example_value(t).numel() * example_value(t).element_size() for t in tensors)
-        row = Row(
-            name=name,
-            pattern="packed linear",
-            action="rewritten",
-            reason="packed before compilation; its buffers are the weights",
-            format=f"ternary layout {node.args[8]}{rotated}",
-            shape=(rows, columns),
-            bytes_before=rows * columns * x.element_size(),
-            bytes_after=nbytes,
-            bits_per_weight=8.0 * nbytes / max(1, rows * columns),
-        )
+        name = dotted_path(source_of(weight)).rpartition(".")[0]
+        first = first_row.get(weight)
+        row = _packed_row(node, name if first is None else calling_module(node) or name, embeds)
+        row.name = context.unique_name(row.name)
+        row.shared_with = None if first is None else first.name
+        first_row.setdefault(weight, row)
         context.rows.append(row)
         context.row_positions.append((row, weight.meta["ternc_position"]))
+
+
+def _packed_row(node: fx.Node, name: str, embeds: bool) -> Row:
+    """Row of a `ternc::linear` or `ternc::embedding` whose weight is a buffer of the model."""
+    given = arguments(node)
+    rows, columns = given[4:6] if embeds else (given[5], example_value(given[0]).shape[-1])
+    rotated = "" if embeds or not read_rotation(given[0]).block else " rotated"
+    tensors = [example_value(arg) for arg in given[1:4] if isinstance(arg, fx.Node)]
+    nbytes = sum(t.numel() * t.element_size() for t in tensors)
+    layout = layouts.get(given[7] if embeds else given[8])
+    return Row(
+        name=name,
+        pattern=f"packed {'embedding' if embeds else 'linear'}",
+        action="rewritten",
+        reason="packed before compilation; its buffers are the weights",
+        format=f"{kind(layout.planes)} layout {layout.number}{rotated}",
+        shape=(int(rows), int(columns)),
+        bytes_before=int(rows * columns) * example_value(node).element_size(),
+        bytes_after=nbytes,
+        bits_per_weight=8.0 * nbytes / max(1, rows * columns),
+    )

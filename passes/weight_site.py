@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ternc.config import Config
-from ternc.decision import decide
+from ternc.decision import decide, decide_int8
 from ternc.formats import layouts
 from ternc.formats.layouts import at_rest_layout, resident_layout
 from ternc.formats.quantized import group_count
@@ -35,14 +35,18 @@ def requires_grad(expression: WeightExpression, context: Context) -> bool:
     return any(context.inputs[position].requires_grad for position in expression.positions)
 
 
-def decide_now(evaluate: Evaluate, positions: Sequence[int], context: Context) -> Decision | Skip:
+def decide_now(
+    evaluate: Evaluate, positions: Sequence[int], context: Context, int8: bool = False
+) -> Decision | Skip:
     """The decision from the real weight; from the configuration alone where there are no values."""
+    if context.abstract and int8:
+        return Skip("int8 is not decided on while the graph is split: the values are not known")
     if context.abstract:
         return Decision(None, "default policy: the values are not known while the graph is split")
     weight = evaluate([context.inputs[position] for position in positions])
     if weight.is_meta:
         return Skip("the weight is on the meta device, without values")
-    decision = decide(weight, None, context.config)
+    decision = decide_int8(weight) if int8 else decide(weight, None, context.config)
     return Skip(decision.reason) if decision.quantized is None else decision
 
 
@@ -61,6 +65,7 @@ def add_site(
     evaluate: Evaluate,
     decision: Decision,
     context: Context,
+    int8: bool = False,
 ) -> WeightSite:
     """Registers the site and the row of a weight [N, K] that is going to be packed.
 
@@ -73,9 +78,9 @@ def add_site(
     site = WeightSite(
         name=name,
         inputs=expression.positions,
-        key=f"{expression.key}|{_policy(context.config)}",
+        key=f"{expression.key}|{'int8' if int8 else _policy(context.config)}",
         evaluate=evaluate,
-        decide=partial(decide, config=context.config),
+        decide=decide_int8 if int8 else partial(decide, config=context.config),
         planes=planes,
         variant=_variant(decision, weight, planes, context),
         device=weight.device.type,

@@ -187,7 +187,22 @@ class _OpByOp(fx.Interpreter):
         if "ternc_body" in n.meta:
             body, *given = self.fetch_args_kwargs_from_env(n)[0]
             return _OpByOp(body, self.entries, self.originals).run(*given)
+        if "ternc_table" in n.meta:
+            return self._rows(n)
         return super().run_node(n)
+
+    def _rows(self, n: fx.Node) -> torch.Tensor:
+        """`ternc::embedding` with the table that the site has now."""
+        indices, _, _, _, rows, columns, _, _, dtype = self.fetch_args_kwargs_from_env(n)[0]
+        site, entry = self.entries[id(n.meta["ternc_table"])]
+        now = entry.packed
+        if now is None:
+            table = site.evaluate([self.originals[position] for position in site.inputs])
+            return F.embedding(indices, table)
+        packed = (now.weight, now.scale, now.multiplier)
+        return torch.ops.ternc.embedding.default(
+            indices, *packed, rows, columns, now.group_size, now.layout, dtype
+        )
 
     def _experts(self, n: fx.Node) -> torch.Tensor:
         """`ternc::grouped_linear` with the stack that the site has now."""

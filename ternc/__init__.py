@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ternc.config import Config
     from ternc.inspection import explain, repack, report
     from ternc.modules.attention import TernaryMultiheadAttention
+    from ternc.modules.embedding import TernaryEmbedding
     from ternc.modules.linear import TernaryLinear
     from ternc.quantization import quantize
     from ternc.reporting import Report
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Config": "ternc.config",
     "Report": "ternc.reporting",
+    "TernaryEmbedding": "ternc.modules.embedding",
     "TernaryLinear": "ternc.modules.linear",
     "TernaryMultiheadAttention": "ternc.modules.attention",
     "explain": "ternc.inspection",
@@ -38,6 +40,7 @@ _HOME = {
 __all__ = [
     "Config",
     "Report",
+    "TernaryEmbedding",
     "TernaryLinear",
     "TernaryMultiheadAttention",
     "explain",

@@ -14,6 +14,12 @@ MAX_MULTIPLIED_CODE = 127
 CODE_MAX = {1: 1, 2: 4, 3: 13}
 """Largest |code| of 1, 2, 3 tied trit planes: (3**planes - 1) / 2."""
 
+INT8 = 8
+"""Stands where a number of planes does: a weight held as int8 codes, bytes and not trits."""
+
+LARGEST_CODE = {**CODE_MAX, INT8: 127}
+"""Largest |code| of every kind of weight."""
+
 MAX_IN_FEATURES = 131_072
 """Largest K: 131,072 * 127 * 127 is the last sum that fits int32."""
 

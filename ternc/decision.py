@@ -11,7 +11,8 @@ import torch
 from ternc.config import Config
 from ternc.formats import layouts
 from ternc.formats.detect import detect_ternary
-from ternc.formats.fit import choose
+from ternc.formats.fit import choose, refuse
+from ternc.formats.int8 import fit_int8
 from ternc.formats.quantized import Quantized, Refusal
 from ternc.site import Decision
 
@@ -40,6 +41,19 @@ def decide(weight: torch.Tensor, planes: int | None, config: Config, refine: int
     if config.planes == "auto" and (grown := _grown(chosen, weight)):
         return Decision(None, grown)
     return Decision(chosen, _rule(config, chosen.planes) + near, chosen.relative_error(weight))
+
+
+def decide_int8(weight: torch.Tensor, planes: int | None = None) -> Decision:
+    """Decision for a weight [N, K] that is asked for as int8 codes with one scale a row.
+
+    `planes` is INT8 or None: the argument that `decide` has.
+    """
+    if refusal := refuse(weight):
+        return Decision(None, refusal.reason)
+    quantized = fit_int8(weight)
+    return Decision(
+        quantized, "int8 with a scale a row, as configured", quantized.relative_error(weight)
+    )
 
 
 def _grown(quantized: Quantized, weight: torch.Tensor) -> str | None:

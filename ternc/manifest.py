@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ternc.config import CODE_MAX, Config
+from ternc.config import LARGEST_CODE, Config
 from ternc.errors import CheckpointError, TerncError
 from ternc.reporting import Row
 
@@ -162,7 +162,8 @@ def _packed_module(entry: dict[str, Any], path: str, configs: list[Config]) -> P
     for name in ("transposed", "bias", "exact"):
         _is(entry[name], bool, f"{path}.{name}")
     _is(module.group_size, int, f"{path}.group_size")
-    if module.weight_dtype not in _DTYPES or module.planes not in CODE_MAX or module.group_size < 0:
+    known = module.weight_dtype in _DTYPES and module.planes in LARGEST_CODE
+    if not known or module.group_size < 0:
         raise CheckpointError(f"modules: {path!r} has impossible values {entry}")
     return module
 

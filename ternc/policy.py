@@ -14,11 +14,12 @@ def excluded(name: str, config: Config) -> str | None:
     """Why the weight at module path `name` stays floating point, or None where it does not.
 
     `include` overrides `exclude` and `int8`; a glob matches the whole path, `*` also across dots.
+    What `marked_int8` holds of is asked there first: here it only is no ternary weight.
     """
-    if _first_match(name, config.include):
+    if included(name, config):
         return None
     if glob := _first_match(name, config.int8):
-        return f"int8 storage (int8={glob!r}) is not in this version: it stays floating point"
+        return f"asked for as int8 (int8={glob!r}), which this use of the weight cannot be"
     if glob := _first_match(name, config.exclude):
         return f"excluded by name ({glob!r})"
     return None
@@ -26,7 +27,12 @@ def excluded(name: str, config: Config) -> str | None:
 
 def marked_int8(name: str, config: Config) -> bool:
     """True where the configuration asks for int8 storage of the weight at this path."""
-    return bool(_first_match(name, config.int8)) and not _first_match(name, config.include)
+    return bool(_first_match(name, config.int8)) and not included(name, config)
+
+
+def included(name: str, config: Config) -> bool:
+    """True where `include` names this path: an embedding is packed on request only."""
+    return bool(_first_match(name, config.include))
 
 
 def refine_rounds(config: Config) -> int:

@@ -1,6 +1,7 @@
 """quantize(model) -> the same model with its Linears packed: offline rewriting.
 
-find linears and attention -> decide by value, name and error -> put packed modules in their place
+find linears, attention and, on request, embeddings -> decide by value, name and error ->
+put packed modules in their place
 
 The root keeps its class and its forward, so `generate`, hooks and state_dict go on working.
 """
@@ -29,6 +30,7 @@ from ternc.errors import ConfigError, UnsupportedModelError
 from ternc.folding import Folding, fold
 from ternc.modules.attention import PROJECTIONS, TernaryMultiheadAttention
 from ternc.modules.conversion import (
+    EMBEDDING,
     SPELLINGS,
     Converted,
     Spelling,
@@ -42,9 +44,9 @@ from ternc.modules.conversion import (
     switch_off_fast_paths,
     why_not,
 )
-from ternc.modules.linear import TernaryLinear
-from ternc.modules.ties import memory_key
-from ternc.policy import excluded, marked_int8, refuse_offline
+from ternc.modules.linear import TernaryLinear, describe
+from ternc.modules.ties import matrix_key, memory_key
+from ternc.policy import excluded, included, marked_int8, refuse_offline
 from ternc.progress import track
 from ternc.reporting import Row
 from ternc.runtime import ops
@@ -67,8 +69,10 @@ def quantize(
     """A model whose linear layers hold packed ternary weights; `ternc.report` says what was done.
 
     nn.Linear and transposed linears become TernaryLinear, nn.MultiheadAttention becomes
-    TernaryMultiheadAttention. A weight that already is ternary is held exactly; the others are
-    fitted within `config.error_budget`, or stay floating point with a reason in the report. Tied
+    TernaryMultiheadAttention. An nn.Embedding that `config.int8` or `config.include` names becomes
+    TernaryEmbedding; what `config.int8` names holds int8 codes, under all names that a tied weight
+    has. Another weight that already is ternary is held exactly; the others are fitted within
+    `config.error_budget`, or stay floating point with a reason in the report. Tied
     weights stay tied, modes, hooks and devices stay what they are. Codes are fitted one layer at a
     time: with `inplace=True` each float weight is let go of as its packed form appears, so that
     the peak is the float model and the temporaries of one layer; otherwise a copy of the whole
@@ -137,6 +141,8 @@ class ModuleSite:
     module: nn.Module
     spelling: Spelling | None
     """None for attention, and for what only has a row."""
+    int8: bool = False
+    """The configuration asks for int8 codes here, or where the same weight is used too."""
     paths: list[str] = dataclasses.field(default_factory=list)
     parents: list[tuple[nn.Module, str]] = dataclasses.field(default_factory=list)
 
@@ -202,6 +208,7 @@ def _layers_to_fit(sites: Sequence[ModuleSite], ties: Ties, config: Config) -> d
         for site in sites
         if site.spelling is not None
         and not isinstance(site.module, QATLinear)
+        and not (site.int8 or site.spelling is EMBEDDING)
         and not (excluded(site.name, config) or ties.why_not(site.name) or why_not(site.module))
     }
 
@@ -224,12 +231,16 @@ def survey(model: nn.Module, config: Config) -> list[ModuleSite]:
         for part in PROJECTIONS
     }
     sites: dict[int, ModuleSite] = {}
+    int8 = _int8_weights(model, config)
     for path, module in model.named_modules(remove_duplicate=False):
         if id(module) not in sites and id(module) not in inside:
             spelling = projections.get(id(module)) or spelling_of(module)
+            marked = matrix_key(module) in int8 and not isinstance(module, QATLinear)
+            if EMBEDDING.matches(module) and (marked or included(path, config)):
+                spelling = EMBEDDING
             found = spelling or is_attention(module) or isinstance(module, TernaryLinear)
-            if found or (marked_int8(path, config) and _has_matrix(module)):
-                sites[id(module)] = ModuleSite(module, spelling)
+            if found or marked:
+                sites[id(module)] = ModuleSite(module, spelling, marked)
         if id(module) in sites:
             sites[id(module)].paths.append(path)
     for parent in model.modules():
@@ -239,9 +250,13 @@ def survey(model: nn.Module, config: Config) -> list[ModuleSite]:
     return list(sites.values())
 
 
-def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return weight is not None and not nn.parameter.is_lazy(weight) and weight.dim() == 2
+def _int8_weights(model: nn.Module, config: Config) -> set[Any]:
+    """The weights asked for as int8 under any of their names: a tied weight is held once."""
+    return {
+        matrix_key(module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if marked_int8(path, config)
+    } - {None}
 
 
 def _convert_site(
@@ -254,25 +269,32 @@ def _convert_site(
     module, name = site.module, site.name
     if isinstance(module, TernaryLinear):
         return Converted(None, [earlier.get(name) or packed_row(name, module)])
-    reason = _excluded(module, name, config) or ties.why_not(name)
+    reason = _excluded(site, config) or ties.why_not(name)
     if is_attention(module):
         return convert_attention(module, name, config, reason)
     if site.spelling is None:
-        assert reason is not None, "only a module marked int8 has a row without being linear"
-        return Converted(None, [skipped_row(name, "embedding", reason, module)])
+        reason = f"asked for as int8, but a {type(module).__name__} is no linear and no embedding"
+        return Converted(None, [skipped_row(name, "other", reason, module)])
     if reason is None and (tied := ties.packed(name)) is not None:
         row, layer = tied
         packed = convert_tied(module, layer, site.spelling)
+        row = dataclasses.replace(
+            row, pattern=site.spelling.pattern, format=describe(packed), shape=packed.packed.shape
+        )
         return Converted(packed, _alias_rows([row], row.name, name))
     calibrated = None if calibrator is None else calibrator.decide
-    converted = convert_linear(module, name, config, site.spelling, reason, calibrated)
+    converted = convert_linear(module, name, config, site.spelling, reason, calibrated, site.int8)
     ties.remember(name, converted)
     return converted
 
 
-def _excluded(module: nn.Module, name: str, config: Config) -> str | None:
-    """A layer that was trained as a ternary one is packed whatever it is called."""
-    return None if isinstance(module, QATLinear) else excluded(name, config)
+def _excluded(site: ModuleSite, config: Config) -> str | None:
+    """A layer that was trained as a ternary one, or asked for as int8, is packed whatever it is
+    called.
+    """
+    if isinstance(site.module, QATLinear) or site.int8:
+        return None
+    return excluded(site.name, config)
 
 
 def _alias_rows(rows: Sequence[Row], name: str, alias: str) -> list[Row]:
@@ -345,7 +367,8 @@ def _within(path: str, site: ModuleSite) -> bool:
 def _why_not_together(
     members: Sequence[ModuleSite | None], names: Sequence[str], config: Config
 ) -> str | None:
-    """One weight is packed where every module that has it is a plain linear of one spelling.
+    """One weight is packed where every module that has it is a plain linear or a packed embedding,
+    with the weight the same way round.
 
     `names` are those of the tied tensors, for the message; the first member is told of the second.
     """
@@ -353,9 +376,9 @@ def _why_not_together(
         if not (
             member is not None
             and member.spelling is not None
-            and member.spelling is members[0].spelling  # type: ignore[union-attr]
+            and member.spelling.transposed == members[0].spelling.transposed  # type: ignore
             and not parametrize.is_parametrized(member.module)
-            and not _excluded(member.module, member.name, config)
+            and not _excluded(member, config)
             and not why_not(member.module)
         ):
             return f"its weight is shared with {name!r}; only plain linears can share a packed one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ternc.config import CODE_MAX
+from ternc.config import LARGEST_CODE
 from ternc.formats import Packed, Quantized, pack
 from ternc.formats.quantized import group_count
 
@@ -22,8 +22,8 @@ def assert_as_good_as(
 
 
 def random_codes(rows: int, columns: int, planes: int) -> torch.Tensor:
-    """int8 [rows, columns], uniform over every code of `planes` planes."""
-    most = CODE_MAX[planes]
+    """int8 [rows, columns], uniform over every code of `planes` planes, or of INT8."""
+    most = LARGEST_CODE[planes]
     return torch.randint(-most, most + 1, (rows, columns), dtype=torch.int8)
 
 
@@ -35,7 +35,7 @@ def random_quantized(
     shape = {"row": (rows,), "tensor": (1,), "free": (rows, groups)}[scales]
     multiplier = None
     if group_size and scales != "free":
-        most = 127 // CODE_MAX[planes]
+        most = 127 // LARGEST_CODE[planes]
         multiplier = torch.randint(1, most + 1, (rows, groups), dtype=torch.uint8)
     return Quantized(
         codes=random_codes(rows, columns, planes),

@@ -35,9 +35,9 @@ def test_include_overrides():
     assert excluded("a.c", config) is not None and excluded("d", config) is not None
 
 
-def test_int8_is_said_to_be_missing():
+def test_int8_is_no_ternary_weight():
     config = Config(int8=("*embed*",))
-    assert "not in this version" in excluded("embed", config)
+    assert "asked for as int8" in excluded("embed", config)
     assert marked_int8("embed", config) and not marked_int8("head", config)
 
 

@@ -120,13 +120,6 @@ def test_excluded_layers_stay():
     assert isinstance(q.lm_head, TernaryLinear)
 
 
-def test_int8_is_reported_as_missing():
-    model = Net(embed=nn.Embedding(10, 8), fc=nn.Linear(8, 8))
-    rows = rows_of(quantize(model, Config(int8=("embed", "fc"))))
-    assert all(rows[name].action == "skipped" for name in ("embed", "fc"))
-    assert all("not in this version" in rows[name].reason for name in ("embed", "fc"))
-
-
 @pytest.mark.parametrize("config", [Config(bits_budget=2.0), Config(method="gptq")])
 def test_settings_that_need_calibration_data_are_refused_without(config):
     with pytest.raises(ConfigError, match="calibration"):

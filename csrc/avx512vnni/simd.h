@@ -29,6 +29,11 @@ TERNC_INLINE bytes shift_bytes_left(bytes a) {
 
 // acc + sum over each lane's four bytes of unsigned u * signed s.
 TERNC_INLINE i32 dot(i32 acc, bytes u, bytes s) { return _mm512_dpbusd_epi32(acc, u, s); }
+// acc + sum over each lane's four bytes of (signed c + INT8_BIAS) * signed s.
+constexpr int INT8_BIAS = 128;
+TERNC_INLINE i32 dot_signed(i32 acc, bytes c, bytes s) {
+  return dot(acc, _mm512_xor_si512(c, _mm512_set1_epi8(char(0x80))), s);
+}
 TERNC_INLINE i32 splat_i32(int32_t a) { return _mm512_set1_epi32(a); }
 TERNC_INLINE i32 load_i32(const int32_t* p) { return _mm512_loadu_si512(p); }
 TERNC_INLINE i32 load_u8_i32(const uint8_t* p) {

@@ -11,13 +11,14 @@ constexpr int PART_BYTES = STEP_COLUMNS * LANES;
 constexpr int64_t L1_AHEAD = 4096, L2_AHEAD = 16384;
 
 constexpr int fields(int planes) { return block_rows(planes) / FIELD_ROWS; }
-constexpr int bias(int planes) { return code_max(planes); }
+// Bytes of INT8 are signed codes already.
+constexpr int bias(int planes) { return planes == INT8 ? 0 : code_max(planes); }
 
 // Bit at which field F starts in its byte (planes 1 and 2).
 constexpr int field_bit(int planes, int field) { return planes == 1 ? 2 * field : 4 * (field & 1); }
 
 constexpr int carry(int planes, int field) {
-  if (planes == 3) return 0;
+  if (planes == 3 || planes == INT8) return 0;
   const int bit = field_bit(planes, field);
   return (2 * code_max(planes)) << bit <= MAX_FIELD ? bit : 0;
 }
@@ -30,7 +31,9 @@ constexpr float carry_inverse(int planes, int field) {
 template <int PLANES, int F>
 TERNC_INLINE bytes decode(const uint8_t* step, int part) {
   const uint8_t* at = step + part * PART_BYTES;
-  if constexpr (PLANES == 3) {
+  if constexpr (PLANES == INT8) {
+    return load_bytes(at + F * 64);
+  } else if constexpr (PLANES == 3) {
     const bytes nibbles = load_bytes(at + F / 2 * 64), fifth = load_bytes(at + 256);
     bytes low = nibbles, high = fifth;
     if constexpr (F % 2 == 1) low = shift_bytes_right<4>(low);
@@ -49,6 +52,7 @@ TERNC_INLINE bytes decode(const uint8_t* step, int part) {
 // The same as signed bytes code * 2^carry.
 template <int PLANES, int F>
 TERNC_INLINE bytes decode_signed(const uint8_t* step, int part) {
+  if constexpr (PLANES == INT8) return decode<PLANES, F>(step, part);
   return sub_bytes(decode<PLANES, F>(step, part),
                    splat_byte(uint8_t(bias(PLANES) << carry(PLANES, F))));
 }

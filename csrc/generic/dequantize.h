@@ -1,5 +1,5 @@
-// Packed weight -> W [N, K] = s * (m * c): the bracket an exact integer, one fp32 rounding, one to
-// the output type.
+// Packed weight -> rows of W [N, K] = s * (m * c): the bracket an exact integer, one fp32 rounding,
+// one to the output type.
 #pragma once
 
 #include "values.h"
@@ -8,7 +8,7 @@ constexpr int64_t DECODE_PIECE = 640;  // columns at a time: whole steps and who
 constexpr int TRITS_PER_BYTE = 5;
 constexpr int BYTE_VALUES = 243;
 
-// Codes of lanes (layouts 11..13): the four columns of a step are four bytes of one word.
+// Codes of lanes (layouts 11..13, 18): the four columns of a step are four bytes of one word.
 inline void lane_codes(const DequantizeArgs& args, int64_t row, int64_t begin, int64_t count,
                        int8_t* codes) {
   const int rows = block_rows(args.planes), bytes_per_step = step_bytes(args.planes);
@@ -19,7 +19,12 @@ inline void lane_codes(const DequantizeArgs& args, int64_t row, int64_t begin, i
                         lane * STEP_COLUMNS;
   for (int64_t k = 0; k < count; k += STEP_COLUMNS, step += bytes_per_step) {
     uint32_t word, fifth = 0;
-    __builtin_memcpy(&word, step + (args.planes == 3 ? field / 2 * 64 : 0), 4);
+    const int vector = args.planes == INT8 ? field : args.planes == 3 ? field / 2 : 0;
+    __builtin_memcpy(&word, step + 64 * vector, 4);
+    if (args.planes == INT8) {
+      __builtin_memcpy(codes + k, &word, 4);
+      continue;
+    }
     if (args.planes == 3) __builtin_memcpy(&fifth, step + 256, 4);
     word = args.planes == 1   ? word >> (2 * field) & 0x03030303u
            : args.planes == 2 ? word >> (4 * field) & 0x0f0f0f0fu
@@ -32,9 +37,13 @@ inline void lane_codes(const DequantizeArgs& args, int64_t row, int64_t begin, i
   }
 }
 
-// Codes of base-3 rows (layouts 1..3); an invalid byte gives zeros.
+// Codes of rows (layouts 1..3 in base 3, 8 in bytes); an invalid base-3 byte gives zeros.
 inline void row_codes(const DequantizeArgs& args, int64_t row, int64_t begin, int64_t count,
                       int8_t* codes) {
+  if (args.planes == INT8) {
+    __builtin_memcpy(codes, args.weight.bytes + row * args.weight.columns + begin, size_t(count));
+    return;
+  }
   const int64_t width = ceil_div(args.weight.columns, TRITS_PER_BYTE);
   for (int64_t k = 0; k < count; k += TRITS_PER_BYTE) {
     int8_t* at = codes + k;
@@ -50,12 +59,14 @@ inline void row_codes(const DequantizeArgs& args, int64_t row, int64_t begin, in
   }
 }
 
-inline void dequantize(const DequantizeArgs& args, int64_t row_begin, int64_t row_end) {
+// The wanted rows [out_begin, out_end).
+inline void dequantize(const DequantizeArgs& args, int64_t out_begin, int64_t out_end) {
   const Weight& weight = args.weight;
   const int rows = args.at_rest ? 1 : block_rows(args.planes);
   int8_t codes[DECODE_PIECE + TRITS_PER_BYTE];
   float values[DECODE_PIECE];
-  for (int64_t row = row_begin; row < row_end; ++row)
+  for (int64_t out_row = out_begin; out_row < out_end; ++out_row) {
+    const int64_t row = args.index == nullptr ? out_row : args.index[out_row];
     for (int64_t begin = 0; begin < weight.columns; begin += DECODE_PIECE) {
       const int64_t left = weight.columns - begin;
       const int64_t count = left < DECODE_PIECE ? left : DECODE_PIECE;
@@ -72,6 +83,7 @@ inline void dequantize(const DequantizeArgs& args, int64_t row_begin, int64_t ro
                           : weight.multiplier[(row / rows * weight.groups + g) * rows + row % rows];
         for (; k < end && k < count; ++k) values[k] = s * float(m * codes[k]);
       }
-      store_values(values, count, args.dtype, args.out, row * weight.columns + begin);
+      store_values(values, count, args.dtype, args.out, out_row * weight.columns + begin);
     }
+  }
 }

@@ -4,6 +4,8 @@
 // so that they end at sum(q * c) * 2^carry, which fits int32 for every K up to MAX_COLUMNS (64 *
 // 127
 // * 131072 < 2^31; what wraps on the way wraps back).
+//
+// INT8 weights are signed bytes: dot_signed() multiplies them, and its own bias is INT8_BIAS.
 #pragma once
 
 #include "linear.h"
@@ -33,7 +35,12 @@ TERNC_INLINE void add_step(i32 (&acc)[FN][PN][T], const uint8_t* step, const byt
     for (int p = 0; p < PN; ++p) {
       const bytes field = decode<PLANES, F0 + F>(step, part + p);
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) acc[F][p][t] = dot(acc[F][p][t], field, q[t]);
+      for (int t = 0; t < T; ++t) {
+        if constexpr (PLANES == INT8)
+          acc[F][p][t] = dot_signed(acc[F][p][t], field, q[t]);
+        else
+          acc[F][p][t] = dot(acc[F][p][t], field, q[t]);
+      }
     }
     add_step<PLANES, T, F0, FN, PN, F + 1>(acc, step, q, part);
   }
@@ -44,8 +51,8 @@ TERNC_INLINE void start_sums(i32 (&acc)[FN][PN][T], const SpanI8& span) {
   if constexpr (F < FN) {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const i32 start =
-          shift_i32_left<carry(PLANES, F0 + F)>(splat_i32(-bias(PLANES) * span.sum[t]));
+      constexpr int BIAS = PLANES == INT8 ? INT8_BIAS : bias(PLANES);
+      const i32 start = shift_i32_left<carry(PLANES, F0 + F)>(splat_i32(-BIAS * span.sum[t]));
 #pragma GCC unroll 16
       for (int p = 0; p < PN; ++p) acc[F][p][t] = start;
     }

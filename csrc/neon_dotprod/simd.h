@@ -9,3 +9,7 @@ TERNC_INLINE i32 dot(i32 acc, bytes u, bytes s) {
   __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(u), "w"(s));
   return acc;
 }
+
+// acc + sum over each lane's four bytes of signed c * signed s: what dot() computes.
+constexpr int INT8_BIAS = 0;  // what dot_signed() adds to every c
+TERNC_INLINE i32 dot_signed(i32 acc, bytes c, bytes s) { return dot(acc, c, s); }

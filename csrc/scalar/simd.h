@@ -40,6 +40,12 @@ TERNC_INLINE i32 dot(i32 acc, bytes u, bytes s) {
          uint32_t(int32_t(u >> 16 & 255) * signed_at(s, 2)) +
          uint32_t(int32_t(u >> 24) * signed_at(s, 3));
 }
+// acc + sum over the lane's four bytes of signed c * signed s.
+constexpr int INT8_BIAS = 0;  // what dot_signed() adds to every c
+TERNC_INLINE i32 dot_signed(i32 acc, bytes c, bytes s) {
+  for (int j = 0; j < 4; ++j) acc += uint32_t(signed_at(c, j) * signed_at(s, j));
+  return acc;
+}
 TERNC_INLINE i32 splat_i32(int32_t a) { return uint32_t(a); }
 TERNC_INLINE i32 load_i32(const int32_t* p) { return uint32_t(*p); }
 TERNC_INLINE i32 load_u8_i32(const uint8_t* p) { return *p; }

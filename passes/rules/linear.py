@@ -25,7 +25,7 @@ from ternc.passes.weight_site import (
     replace,
     requires_grad,
 )
-from ternc.policy import excluded
+from ternc.policy import excluded, marked_int8
 from ternc.site import Decision
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,8 +67,11 @@ class LinearRule:
             )
         if context.why_not_move(*expression.inputs):
             return Skip("the model writes to the weight in place")
-        if reason := excluded(_name(match), context.config):
+        int8 = marked_int8(_name(match), context.config)
+        if not int8 and (reason := excluded(_name(match), context.config)):
             return Skip(reason)
+        if int8 and context.grad_enabled and requires_grad(expression, context):
+            return Skip("asked for as int8: in training it stays floating point")
         if (
             context.grad_enabled
             and requires_grad(expression, context)
@@ -80,13 +83,14 @@ class LinearRule:
     def rewrite(self, match: Match, context: Context) -> Skip | None:
         expression: WeightExpression = match.parts["expression"]
         name = context.unique_name(_name(match))
-        decision = decide_now(expression.evaluate, expression.positions, context)
+        int8 = marked_int8(_name(match), context.config)
+        decision = decide_now(expression.evaluate, expression.positions, context, int8)
         if isinstance(decision, Skip):
             return decision
         if context.grad_enabled and requires_grad(expression, context):
             _rewrite_training(match, context, name, decision)
         else:
-            _rewrite_packed(match, context, name, decision)
+            _rewrite_packed(match, context, name, decision, int8)
         return None
 
 
@@ -119,11 +123,14 @@ def _rewrite_training(match: Match, context: Context, name: str, decision: Decis
     context.rows.append(row)
 
 
-def _rewrite_packed(match: Match, context: Context, name: str, decision: Decision) -> None:
+def _rewrite_packed(
+    match: Match, context: Context, name: str, decision: Decision, int8: bool
+) -> None:
     node, bits = match.root, context.config.op_activation_bits
     expression: WeightExpression = match.parts["expression"]
     weight = example_value(match.parts["weight"])
-    site = add_site(name, "linear", weight, expression, expression.evaluate, decision, context)
+    evaluate = expression.evaluate
+    site = add_site(name, "linear", weight, expression, evaluate, decision, context, int8)
     packed = packed_inputs(node.graph, context, site, weight)
     x, out = match.parts["x"], example_value(node)
     source = unquantized_source(x, bits) if bits and not context.abstract else None

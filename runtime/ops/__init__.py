@@ -12,6 +12,7 @@ from ternc.runtime import dispatch
 from ternc.runtime.ops.activate_quantize import ACTIVATE_QUANTIZE
 from ternc.runtime.ops.definition import OpDefinition
 from ternc.runtime.ops.dequantize import DEQUANTIZE
+from ternc.runtime.ops.embedding import EMBEDDING
 from ternc.runtime.ops.fake_quantize import FAKE_QUANTIZE, FAKE_QUANTIZE_ACT
 from ternc.runtime.ops.fit import FIT
 from ternc.runtime.ops.grouped_linear import GROUPED_LINEAR
@@ -32,6 +33,7 @@ ALL = (
     ACTIVATE_QUANTIZE,
     HADAMARD,
     DEQUANTIZE,
+    EMBEDDING,
     FIT,
     FAKE_QUANTIZE,
     FAKE_QUANTIZE_ACT,

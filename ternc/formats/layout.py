@@ -17,7 +17,7 @@ class Layout(abc.ABC):
     """Argument `layout` of the ops: no cached graph ever feeds a new byte order."""
     name: str
     planes: int
-    """Trit planes of the codes: 1, 2 or 3."""
+    """Trit planes of the codes: 1, 2 or 3; or INT8."""
     group_multiple: int
     """Group sizes must be a multiple of this."""
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ternc.config import CODE_MAX, MAX_MULTIPLIED_CODE
+from ternc.config import INT8, LARGEST_CODE, MAX_MULTIPLIED_CODE
 from ternc.errors import WeightShapeError
 
 
@@ -28,7 +28,7 @@ class Quantized:
     """
 
     codes: torch.Tensor
-    """int8 [N, K], |codes| <= 1, 4, 13 for 1, 2, 3 planes."""
+    """int8 [N, K], |codes| <= 1, 4, 13 for 1, 2, 3 planes, 127 for INT8."""
     scale: torch.Tensor
     """fp32 [N] (rows), [1] (tensor) or [N, G] (free scales)."""
     multiplier: torch.Tensor | None
@@ -36,7 +36,9 @@ class Quantized:
     group_size: int
     """Columns of a group; 0 = none. The last group of a row may be short."""
     planes: int
-    """Trit planes, 1 to 3: codes = sum over p of 3**(planes - 1 - p) * T_p, T_p in {-1, 0, 1}."""
+    """Trit planes, 1 to 3: codes = sum over p of 3**(planes - 1 - p) * T_p, T_p in {-1, 0, 1}; or
+    INT8: codes are integers of their own.
+    """
     exact: bool = False
     """True where the weight already held these values, so that nothing was rounded."""
 
@@ -44,7 +46,7 @@ class Quantized:
         _require(self.codes.dim() == 2, f"codes have shape {tuple(self.codes.shape)}, not [N, K]")
         _require(self.codes.dtype == torch.int8, f"codes are {self.codes.dtype}, not int8")
         _require(self.scale.dtype == torch.float32, f"scale is {self.scale.dtype}, not float32")
-        _require(self.planes in CODE_MAX, f"planes={self.planes}, not 1, 2 or 3")
+        _require(self.planes in LARGEST_CODE, f"planes={self.planes}, not 1, 2, 3 or INT8")
         rows, columns = self.codes.shape
         groups = group_count(columns, self.group_size)
         shapes: list[tuple[int, ...]] = [(rows,), (1,)]
@@ -84,12 +86,17 @@ class Quantized:
         return float(torch.where(error == 0, error, error / norm))
 
     def describe(self) -> str:
-        """Format for reports: `ternary x3 g128`, `ternary x1 row`, `ternary x1 tensor`."""
+        """Format for reports: `ternary x3 g128`, `ternary x1 row`, `int8 row`."""
         if self.group_size:
             unit = f"g{self.group_size}"
         else:
             unit = "tensor" if self.scale.shape == (1,) and self.shape[0] != 1 else "row"
-        return f"ternary x{self.planes} {unit}"
+        return f"{kind(self.planes)} {unit}"
+
+
+def kind(planes: int) -> str:
+    """What a weight is made of: `ternary x3`, `int8`."""
+    return "int8" if planes == INT8 else f"ternary x{planes}"
 
 
 def group_count(columns: int, group_size: int) -> int:
@@ -112,7 +119,7 @@ def check_multiplier(quantized: Quantized) -> None:
     """Raise WeightShapeError where multiplier * max|codes| could leave int8. Reads the data."""
     if quantized.multiplier is None or not quantized.multiplier.numel():
         return
-    bound = MAX_MULTIPLIED_CODE // CODE_MAX[quantized.planes]
+    bound = MAX_MULTIPLIED_CODE // LARGEST_CODE[quantized.planes]
     _require(
         int(quantized.multiplier.max()) <= bound,
         f"multiplier {int(quantized.multiplier.max())} is over {bound}, the largest whose product "

@@ -1,6 +1,6 @@
 """Packed weight <-> tensors of a state_dict: base-3 trits, scales, multipliers, on any device.
 
-    trits           uint8 [P, N, ceil(K/5)]
+    trits           uint8 [P, N, ceil(K/5)]; or codes, int8 [N, K], of an int8 weight
     scale           fp16 [N] or [1] with scale_exponent int32 [] (scale = stored * 2**exponent);
                     fp32 [N], [1] or [N, G] without exponent where fp16 would lose bits
     multiplier      uint8 [N, G], only where groups share a scale
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from ternc.config import CODE_MAX
+from ternc.config import CODE_MAX, INT8, LARGEST_CODE
 from ternc.errors import CheckpointError, WeightShapeError
 from ternc.formats import layouts, trits
 from ternc.formats.packed import Packed, to_layout
@@ -23,7 +23,7 @@ from ternc.formats.quantized import Quantized, check_multiplier, group_count
 from ternc.formats.rotation import MAX_BLOCK, Rotation
 from ternc.formats.scales import scale_from_storage, scale_to_storage
 
-NAMES = ("trits", "scale", "scale_exponent", "multiplier", "rotation")
+NAMES = ("trits", "codes", "scale", "scale_exponent", "multiplier", "rotation")
 """Every key of a packed weight, without the prefix of its module."""
 
 _EXPONENTS = range(-256, 129)
@@ -39,6 +39,8 @@ def to_state(packed: Packed, rotation: Rotation | None = None) -> dict[str, torc
     rest = to_layout(packed, layouts.at_rest_layout(packed.planes))
     scale, exponent = (rest.scale, 0) if rest.scale.is_meta else scale_to_storage(rest.scale)
     state = {"trits": rest.weight, "scale": scale}
+    if packed.planes == INT8:
+        state = {"codes": rest.weight.view(torch.int8), "scale": scale}
     if scale.dtype == torch.float16:
         state["scale_exponent"] = torch.tensor(exponent, dtype=torch.int32)
     if rest.multiplier is not None:
@@ -66,11 +68,11 @@ def from_state(
         CheckpointError: a tensor is missing, has a wrong shape or dtype, or holds impossible bytes.
     """
     try:
-        planes = _check_trits(_get(tensors, "trits", prefix), prefix, shape)
+        codes, planes = _codes(tensors, prefix, shape)
         scale = _scale(tensors, prefix)
         multiplier = tensors.get("multiplier")
         quantized = Quantized(
-            codes=trits.unpack(tensors["trits"], shape[1]),
+            codes=codes,
             scale=scale,
             multiplier=multiplier,
             group_size=_group_size(scale, multiplier, shape[1], group_sizes, prefix),
@@ -78,7 +80,7 @@ def from_state(
         )
         check_multiplier(quantized)
     except WeightShapeError as error:
-        raise CheckpointError(f"{prefix}trits: {error}") from error
+        raise CheckpointError(f"{prefix}trits or codes: {error}") from error
     return quantized
 
 
@@ -110,6 +112,26 @@ def _get(tensors: Mapping[str, torch.Tensor], name: str, prefix: str) -> torch.T
     if name not in tensors:
         raise CheckpointError(f"{prefix}{name} is missing beside {sorted(tensors)}")
     return tensors[name]
+
+
+def _codes(
+    tensors: Mapping[str, torch.Tensor], prefix: str, shape: tuple[int, int]
+) -> tuple[torch.Tensor, int]:
+    """Codes int8 [N, K] and the number of planes, or INT8."""
+    if "codes" not in tensors:
+        stored = _get(tensors, "trits", prefix)
+        planes = _check_trits(stored, prefix, shape)
+        return trits.unpack(stored, shape[1]), planes
+    codes = tensors["codes"]
+    if "trits" in tensors:
+        raise CheckpointError(f"{prefix}codes stand beside trits: a weight is one of them")
+    if codes.dtype != torch.int8 or tuple(codes.shape) != shape:
+        raise CheckpointError(
+            f"{prefix}codes is {codes.dtype} {list(codes.shape)}; int8 {list(shape)} is wanted"
+        )
+    if codes.numel() and int(codes.min()) < -LARGEST_CODE[INT8]:
+        raise CheckpointError(f"{prefix}codes holds -128; int8 weights end at -127")
+    return codes, INT8
 
 
 def _check_trits(packed: torch.Tensor, prefix: str, shape: tuple[int, int]) -> int:

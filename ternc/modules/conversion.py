@@ -1,6 +1,7 @@
 """One float module -> the packed module that takes its place, and a report row for each weight.
 
     nn.Linear, transposed linear -> TernaryLinear
+    nn.Embedding, on request     -> TernaryEmbedding
     nn.MultiheadAttention        -> TernaryMultiheadAttention
 
 A weight stays floating point where its row says why.
@@ -17,13 +18,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ternc.config import Config
-from ternc.decision import decide
+from ternc.decision import decide, decide_int8
 from ternc.formats.rotation import Rotation
 from ternc.modules.attention import (
     TernaryMultiheadAttention,
     separate_float_projections,
     split_projections,
 )
+from ternc.modules.embedding import TernaryEmbedding
 from ternc.modules.linear import TernaryLinear, describe
 from ternc.policy import excluded, refine_rounds
 from ternc.reporting import Row
@@ -83,6 +85,10 @@ SPELLINGS = (
 )
 
 
+EMBEDDING = Spelling("embedding", False, lambda module: isinstance(module, nn.Embedding))
+"""Rows of a weight: no product, but the same weight where it is tied to one."""
+
+
 def spelling_of(module: nn.Module) -> Spelling | None:
     """How `module` writes a linear map, or None where it is none."""
     return next((spelling for spelling in SPELLINGS if spelling.matches(module)), None)
@@ -114,6 +120,11 @@ def why_not(module: Any) -> str | None:
             return f"subclass {cls.__name__} overrides forward; compile it with backend='ternc'"
         weights = [module.in_proj_weight, module.q_proj_weight, module.out_proj.weight]
         return next((reason for weight in weights if (reason := _why_not_weight(weight))), None)
+    if isinstance(module, nn.Embedding):
+        if cls.forward is not nn.Embedding.forward:
+            return f"subclass {cls.__name__} overrides forward; compile it with backend='ternc'"
+        if module.max_norm is not None:
+            return "max_norm rewrites rows of the weight as they are looked up"
     if isinstance(module, nn.Linear) and cls.forward not in _KNOWN_FORWARDS:
         return f"subclass {cls.__name__} overrides forward; compile it with backend='ternc'"
     if "weight" in vars(module):
@@ -151,10 +162,12 @@ def convert_linear(
     spelling: Spelling,
     reason: str | None,
     calibrated: Callable[[str], Decision | None] | None = None,
+    int8: bool = False,
 ) -> Converted:
-    """A linear module -> TernaryLinear. `reason` keeps it in floating point.
+    """A linear or embedding module -> its packed one. `reason` keeps it in floating point.
 
     `calibrated` decides by what the layer is given; where it has no answer the weight alone does.
+    `int8`: the weight is held as int8 codes, whatever it is given.
     """
     reason = reason or why_not(module)
     weight = None if reason else float_weight(module)
@@ -162,14 +175,19 @@ def convert_linear(
         if isinstance(module, QATLinear):
             config = module.config
         matrix = weight.t() if spelling.transposed else weight
-        decision = _decide(module, name, matrix, config, calibrated)
+        if int8:
+            decision = decide_int8(matrix)
+        elif spelling is EMBEDDING:
+            decision = decide(matrix, None, config, refine_rounds(config))
+        else:
+            decision = _decide(module, name, matrix, config, calibrated)
         reason = decision.reason
     if weight is None or decision.quantized is None:
         row = skipped_row(name, spelling.pattern, str(reason), module)
         row.shape = row.shape[::-1] if spelling.transposed else row.shape
         row.output_error = None if weight is None else decision.output_error
         return Converted(None, [row])
-    layer = TernaryLinear.from_quantized(
+    layer = _packed_class(spelling).from_quantized(
         decision.quantized,
         _bias(module) if decision.bias is None else _corrected(_bias(module), decision.bias),
         config=config,
@@ -179,6 +197,10 @@ def convert_linear(
     )
     carry_over(module, layer)
     return Converted(layer, [_rewritten_row(name, spelling.pattern, weight, decision, layer)])
+
+
+def _packed_class(spelling: Spelling) -> type[TernaryLinear]:
+    return TernaryEmbedding if spelling is EMBEDDING else TernaryLinear
 
 
 def _decide(
@@ -212,8 +234,8 @@ def _decide_by_weight(w: torch.Tensor, config: Config) -> Decision:
 
 
 def convert_tied(module: nn.Module, layer: TernaryLinear, spelling: Spelling) -> TernaryLinear:
-    """A linear module whose weight `layer` has packed already: the same buffers, its own bias."""
-    tied = TernaryLinear(
+    """A module whose weight `layer` has packed already: the same buffers, its own bias."""
+    tied = _packed_class(spelling)(
         layer.packed,
         _bias(module),
         config=layer.config,
@@ -290,7 +312,7 @@ def packed_row(name: str, layer: TernaryLinear) -> Row:
     count = layer.out_features * layer.in_features
     return Row(
         name=name,
-        pattern="linear",
+        pattern="embedding" if isinstance(layer, TernaryEmbedding) else "linear",
         action="rewritten",
         reason="packed before",
         format=describe(layer),
@@ -317,6 +339,8 @@ def _rewritten_row(
 
 def _bias(module: Any) -> nn.Parameter | None:
     """The Parameter itself, so that it stays tied; a computed bias becomes one."""
+    if isinstance(module, nn.Embedding):
+        return None
     bias = module.packed_bias() if isinstance(module, QATLinear) else module.bias
     if bias is None or isinstance(bias, nn.Parameter):
         return bias

@@ -1,5 +1,7 @@
 """`TernaryLinear`: y = ternc::linear(x, packed W, b), in the place of a Linear.
 
+Also what `TernaryEmbedding` holds its weight by.
+
 The resident buffers are the weight: one copy, in the byte order that the device's kernels read.
 """
 
@@ -11,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ternc.config import Config
-from ternc.decision import decide
+from ternc.config import INT8, Config
+from ternc.decision import decide, decide_int8
 from ternc.errors import CheckpointError, InputError, NotTernaryError
 from ternc.formats import Refusal, detect_ternary, layouts
 from ternc.formats.packed import Packed, pack
-from ternc.formats.quantized import Quantized
+from ternc.formats.quantized import Quantized, kind
 from ternc.formats.rotation import Rotation
 from ternc.modules import at_rest
 from ternc.modules.relocation import moved, to_device, uncast
@@ -25,7 +27,7 @@ from ternc.runtime import ops
 
 
 class TernaryLinear(nn.Module):
-    """Linear layer whose weight [out_features, in_features] is one to three trit planes.
+    """Linear layer whose weight [out_features, in_features] is one to three trit planes, or int8.
 
     Input [..., in_features] in fp32, bf16 or fp16, output [..., out_features] in the same dtype
     (or autocast's). It differentiates with respect to input, bias and, on request, scales.
@@ -41,6 +43,9 @@ class TernaryLinear(nn.Module):
         signs: int8 [in_features] of the rotation, one tensor for all layers rotated alike; or None.
         config: how a float weight is quantised when one is loaded into this layer.
     """
+
+    multiplies = True
+    """Activations meet the weight in a product, and are quantised for it."""
 
     packed_weight: torch.Tensor
     scale: torch.Tensor
@@ -128,13 +133,15 @@ class TernaryLinear(nn.Module):
         *,
         config: Config,
         group_size: int,
+        planes: int,
         weight_dtype: torch.dtype,
         transposed: bool,
         device: torch.device,
     ) -> TernaryLinear:
         """A layer without a weight yet, on `device`: `load_state_dict` brings it."""
         nothing = torch.empty(0, dtype=torch.uint8, device=device)
-        packed = Packed(nothing, nothing.float(), None, shape, group_size, layout=1)
+        layout = layouts.at_rest_layout(planes)
+        packed = Packed(nothing, nothing.float(), None, shape, group_size, layout)
         return cls(packed, bias, config=config, weight_dtype=weight_dtype, transposed=transposed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,7 +189,7 @@ class TernaryLinear(nn.Module):
 
     @property
     def planes(self) -> int:
-        """Trit planes: 1, 2 or 3."""
+        """Trit planes: 1, 2 or 3; or INT8."""
         return layouts.get(self.layout).planes
 
     @property
@@ -311,7 +318,7 @@ class TernaryLinear(nn.Module):
             missing_keys.remove(prefix + "scale")
         if not own:
             if strict:
-                missing_keys.append(prefix + "trits")
+                missing_keys.append(prefix + ("codes" if self.planes == INT8 else "trits"))
             return
         try:
             packed, rotation = self._packed_from(own, prefix)
@@ -346,7 +353,10 @@ class TernaryLinear(nn.Module):
             # What is ternary by value is held exactly, which a rotated weight never is.
             exact = not isinstance(detect_ternary(weight), Refusal)
             weight, rotation = (weight, None) if exact else (rotation.rotate(weight), rotation)
-        decision = decide(weight, None, self.config, refine_rounds(self.config))
+        if self.planes == INT8:
+            decision = decide_int8(weight)
+        else:
+            decision = decide(weight, None, self.config, refine_rounds(self.config))
         if decision.quantized is None:
             raise CheckpointError(
                 f"{prefix}weight cannot be held in this packed layer: {decision.reason}; "
@@ -356,15 +366,15 @@ class TernaryLinear(nn.Module):
 
 
 def describe(layer: TernaryLinear) -> str:
-    """Format for reports: `ternary x3 g128 a8`, `ternary x1 g128 a8 rotated`."""
+    """Format for reports: `ternary x3 g128 a8`, `ternary x1 g128 a8 rotated`, `int8 row a8`."""
     if layer.group_size:
         unit = f"g{layer.group_size}"
     else:
         unit = "row" if layer.scale.shape[0] == layer.out_features else "tensor"
     bits = layer.activation_bits
     rotated = " rotated" if layer.rotation is not None else ""
-    activations = f"a{bits}" if bits else "float activations"
-    return f"ternary x{layer.planes} {unit} {activations}{rotated}"
+    activations = f" a{bits}" if bits else " float activations"
+    return f"{kind(layer.planes)} {unit}{activations if layer.multiplies else ''}{rotated}"
 
 
 def _same_place(old: torch.Tensor | None, new: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from ternc.modules.attention import (
     split_projections,
 )
 from ternc.modules.conversion import carry_over, is_attention
+from ternc.modules.embedding import TernaryEmbedding
 from ternc.modules.linear import TernaryLinear
 
 
@@ -95,7 +96,8 @@ def _empty(module: nn.Module, path: str, packed: PackedModule, source: Path) -> 
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
             raise CheckpointError(
-                f"{source}: module {path!r} is a {type(module).__name__}, not a linear"
+                f"{source}: module {path!r} is a {type(module).__name__}, neither a linear nor an "
+                "embedding"
             )
         rows, columns = weight.shape
         shape = (columns, rows) if packed.transposed else (rows, columns)
@@ -108,11 +110,13 @@ def _empty(module: nn.Module, path: str, packed: PackedModule, source: Path) -> 
         )
     if bias is None and packed.bias:  # calibration or training gave the layer one
         bias = torch.empty(packed.shape[0], dtype=packed.dtype, device=device)
-    layer = TernaryLinear.empty(
+    embeds = isinstance(module, nn.Embedding | TernaryEmbedding)
+    layer = (TernaryEmbedding if embeds else TernaryLinear).empty(
         packed.shape,
         bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach()),
         config=packed.config,
         group_size=packed.group_size,
+        planes=packed.planes,
         weight_dtype=packed.dtype,
         transposed=packed.transposed,
         device=torch.device("cpu") if device.type == "meta" else device,

@@ -24,6 +24,7 @@ from ternc.modules.attention import (
     split_projections,
 )
 from ternc.modules.conversion import (
+    EMBEDDING,
     SPELLINGS,
     Spelling,
     carry_over,
@@ -158,8 +159,10 @@ def _prepare_site(
     reason = excluded(name, config.weights) or ties.why_not(name)
     if is_attention(module):
         return _prepare_attention(module, name, config, reason, made)
-    if site.spelling is None:
-        return None, [skipped_row(name, "embedding", reason or "packed before", module)]
+    if site.int8:
+        reason = "asked for as int8: it is trained in floating point, and quantize packs it"
+    if site.spelling is None or site.spelling is EMBEDDING:
+        return None, [skipped_row(name, "embedding", reason or "packed by quantize", module)]
     new, row = _prepare_linear(module, name, config, site.spelling, reason, made)
     return new, [row]
 

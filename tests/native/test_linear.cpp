@@ -90,7 +90,7 @@ void check_i8(const Kernels& kernels, const TernaryWeight& weight, int64_t count
       wanted.push_back(
           epilogue.finish(integer_product(weight, x.tokens, token, row), token, row, w.rows));
   const auto prefetch = Prefetch(variant % 2);
-  const auto kernel = kernels.linear_i8[weight.planes() - 1];
+  const auto kernel = kernels.linear_i8[kind_index(weight.planes())];
   const Values y(epilogue.dtype, count * w.rows), again(epilogue.dtype, count * w.rows);
   kernel({w, x.tokens, epilogue.into(y), prefetch}, {0, weight.blocks(), 0, count});
   expect_values(y, wanted, "linear_i8");
@@ -112,7 +112,8 @@ void check_largest_sums(const Kernels& kernels, int planes, int64_t group_size) 
     x.finish(kernels, w);
     const Values y(Dtype::f32, count);
     const Output out{y.data(), Dtype::f32, nullptr, Dtype::f32, nullptr};
-    kernels.linear_i8[planes - 1]({w, x.tokens, out, Prefetch::l2}, {0, weight.blocks(), 0, count});
+    kernels.linear_i8[kind_index(planes)]({w, x.tokens, out, Prefetch::l2},
+                                          {0, weight.blocks(), 0, count});
     const int most = code_max(planes) * (group_size > 0 ? multiplier_max(planes) : 1);
     expect_values(y, std::vector<float>(size_t(count), float(-127 * MAX_COLUMNS * most)),
                   "the largest sums");
@@ -161,7 +162,7 @@ void check_f32(const Kernels& kernels, const TernaryWeight& weight, int64_t coun
   kernels.widen(x.data(), dtype, w.columns, wide.data(), stride, 0, count);
   const Epilogue epilogue(random, dtype, count, w.rows, variant);
   const auto prefetch = Prefetch(variant % 2);
-  const auto kernel = kernels.linear_f32[weight.planes() - 1];
+  const auto kernel = kernels.linear_f32[kind_index(weight.planes())];
   const Values y(dtype, count * w.rows), again(dtype, count * w.rows);
   kernel({w, wide.data(), stride, epilogue.into(y), prefetch}, {0, weight.blocks(), 0, count});
   check_close(y, weight, wide, stride, epilogue, "linear_f32");
@@ -176,7 +177,7 @@ void each_product(const Body& body) {
   Random random(2);
   int64_t variant = 0;
   for (const Form& form : FORMS)
-    for (int planes = 1; planes <= MAX_PLANES; ++planes) {
+    for (const int planes : KINDS) {
       const TernaryWeight weight(form, planes, random);
       for (const int64_t count : TOKENS) body(weight, count, variant++, random);
     }
@@ -216,7 +217,7 @@ void test_linear_i8(const Kernels& kernels) {
   each_product([&](const TernaryWeight& weight, int64_t count, int64_t variant, Random& random) {
     check_i8(kernels, weight, count, variant, random);
   });
-  for (int planes = 1; planes <= MAX_PLANES; ++planes)
+  for (const int planes : KINDS)
     for (const int64_t group_size : {0, 128}) check_largest_sums(kernels, planes, group_size);
 }
 
@@ -229,7 +230,7 @@ void test_linear_f32(const Kernels& kernels) {
 void test_dequantize(const Kernels& kernels) {
   Random random(3);
   for (const Form& form : FORMS)
-    for (int planes = 1; planes <= MAX_PLANES; ++planes) {
+    for (const int planes : KINDS) {
       const TernaryWeight weight(form, planes, random);
       for (const Dtype dtype : DTYPES)
         for (const bool at_rest : {false, true}) check_dequantize(kernels, weight, at_rest, dtype);

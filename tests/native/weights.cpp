@@ -53,6 +53,7 @@ void TernaryWeight::pack_lanes() {
       const int64_t r = row % rows, field = r / FIELD_ROWS, lane = r % FIELD_ROWS;
       const int64_t at = lane * STEP_COLUMNS + column % STEP_COLUMNS;
       uint8_t* step = lane_bytes_.data() + (row / rows * steps + column / STEP_COLUMNS) * bytes;
+      if (planes_ == INT8) step[field * 64 + at] = uint8_t(inside ? code(row, column) : 0);
       if (planes_ == 1) step[at] |= uint8_t(biased << (2 * field));
       if (planes_ == 2) step[at] |= uint8_t(biased << (4 * field));
       if (planes_ == 3) {
@@ -78,8 +79,14 @@ void TernaryWeight::pack_lane_multipliers() {
   at_rest_.multiplier = row_multipliers_.data();
 }
 
-// Base 3, five trits a byte, plane p of P worth 3^(P - 1 - p).
+// Base 3, five trits a byte, plane p of P worth 3^(P - 1 - p); bytes as they are.
 void TernaryWeight::pack_rows() {
+  if (planes_ == INT8) {
+    row_bytes_ = Buffer<uint8_t>(lanes_.rows * lanes_.columns);
+    std::copy(codes_.begin(), codes_.end(), row_bytes_.data());
+    at_rest_.bytes = row_bytes_.data();
+    return;
+  }
   const int64_t width = ceil_div(lanes_.columns, 5);
   row_bytes_ = Buffer<uint8_t>(planes_ * lanes_.rows * width);
   for (int plane = 0; plane < planes_; ++plane)

@@ -21,14 +21,16 @@ constexpr Form FORMS[] = {
     {0, 8, 0, ScaleKind::row},       {5, 0, 0, ScaleKind::row},
 };
 
+constexpr int KINDS[] = {1, 2, 3, INT8};  // of weights: numbers of planes, or bytes
+
 class TernaryWeight {
  public:
   enum class Content { random, largest };
 
   TernaryWeight(const Form& form, int planes, Random& random, Content content = Content::random);
 
-  const Weight& lanes() const { return lanes_; }      // layouts 11..13
-  const Weight& at_rest() const { return at_rest_; }  // layouts 1..3
+  const Weight& lanes() const { return lanes_; }      // layouts 11..13, 18
+  const Weight& at_rest() const { return at_rest_; }  // layouts 1..3, 8
   int planes() const { return planes_; }
   int64_t blocks() const { return ceil_div(lanes_.rows, block_rows(planes_)); }
 

@@ -14,14 +14,14 @@ from reference import (
 )
 
 import ternc.csrc
-from ternc.config import CODE_MAX
+from ternc.config import INT8, LARGEST_CODE
 from ternc.formats import Quantized, pack
 from ternc.runtime import cpu, ops
 from ternc.runtime.ops import dequantize, linear, quantize_act
 
 ISAS = sorted(path.parent.name for path in Path(ternc.csrc.__path__[0]).glob("*/kernels.cpp"))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-PLANES = pytest.mark.parametrize("planes", [1, 2, 3])
+PLANES = pytest.mark.parametrize("planes", [1, 2, 3, INT8])
 TOKENS = (0, 1, 2, 3, 4, 5, 17, 33)
 WEIGHTS = [
     # rows, columns, group_size, scales
@@ -108,7 +108,7 @@ def test_rows_that_are_not_finite_or_zero(bits):
 @PLANES
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_fit(planes, sign):
-    columns, most = 131_072, CODE_MAX[planes]
+    columns, most = 131_072, LARGEST_CODE[planes]
     multiplier = torch.full((2, columns // 128), 127 // most, dtype=torch.uint8)
     for groups in (0, 128):
         weight = Quantized(

@@ -176,7 +176,7 @@ def dequantize(
     """The packed weight as floats [N, K]; foreign layouts go to the reference."""
     arguments = (weight, scale, multiplier, out_features, in_features, group_size, layout)
     dequantize_op.check_dequantize(*arguments, dtype)
-    if layout < 20:
+    if layout not in (21, 22, 23):
         return dequantize_op.reference(*arguments, dtype)
     dispatch.record(weight, "triton_dequantize")
     return dequantize_kernel.dequantize(_packed(*arguments), dtype)

@@ -23,7 +23,7 @@ BUCKETS = (8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
 
 def unsupported(weight: Weight) -> str | None:
     """Why no kernel here multiplies by this weight, None where one does."""
-    if weight.layout < 20:
+    if weight.layout not in (21, 22, 23):
         return f"layout {weight.layout} is not one of the CUDA layouts 21 to 23"
     if weight.free_scales:
         return "free scales: sums of groups in floating point, ascending"
