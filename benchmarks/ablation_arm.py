@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ablation_data import Corpus, Windows, bits_per_byte
 from ablation_plan import PTQ, Job, Settings, best, read_results, recipes
 
 import ternc
+from ternc.backend import ternc_backend
 from ternc.config import Config
 from ternc.demo.model import ByteDecoder
 from ternc.train import TrainConfig, Trainer, insert_subln
@@ -39,7 +41,7 @@ def new_model(settings: Settings) -> torch.nn.Module:
     return model.to(settings.device)
 
 
-def compile_blocks(model: torch.nn.Module, backend: str) -> None:
+def compile_blocks(model: torch.nn.Module, backend: str | Callable) -> None:
     """Compiles each block in place: one graph serves them all, and later models of the kind."""
     torch._dynamo.config.recompile_limit = 64
     # A model whose features are watched must not take the graph of one whose are not.
@@ -107,7 +109,7 @@ def _trained(
     model = ternc.train.prepare(new_model(settings), config, inplace=True)
     teacher = load_teacher(settings, out) if config.distillation else None
     if settings.compiled:
-        compile_blocks(model, "ternc" if ternc.sites(model) else "inductor")
+        compile_blocks(model, ternc_backend if ternc.sites(model) else "inductor")
         if teacher is not None:
             compile_blocks(teacher, "inductor")
     watch = Watch(deadline, out / f"{job.key}-run" / "last")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from ablation_data import Corpus, Windows
 from ablation_plan import Settings, recipes
 
 import ternc
+from ternc.backend import ternc_backend
 from ternc.train import TrainConfig, Trainer
 
 ROUNDS = 5
@@ -77,7 +79,7 @@ def measure(corpus: Corpus, settings: Settings, whole: bool, arms: tuple[str, ..
 def _trainer(config: TrainConfig, settings: Settings, whole: bool) -> Trainer:
     config = config.replace(autocast="bfloat16" if settings.device == "cuda" else None)
     model = ternc.train.prepare(new_model(settings), config, inplace=True)
-    _compile(model, "ternc" if ternc.sites(model) else "inductor", settings, whole)
+    _compile(model, ternc_backend if ternc.sites(model) else "inductor", settings, whole)
     trainer = Trainer(model, config, progress=False, log_every=1 << 30)
     trainer.total_steps = trainer._steps_per_epoch = 1 << 20
     trainer._states = (None, None)
@@ -85,7 +87,9 @@ def _trainer(config: TrainConfig, settings: Settings, whole: bool) -> Trainer:
     return trainer
 
 
-def _compile(model: torch.nn.Module, backend: str, settings: Settings, whole: bool) -> None:
+def _compile(
+    model: torch.nn.Module, backend: str | Callable, settings: Settings, whole: bool
+) -> None:
     if settings.compiled and whole:
         model.compile(backend=backend, dynamic=False)
     elif settings.compiled:

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import ternc  # noqa: E402
+from ternc.backend import ternc_backend  # noqa: E402
 from ternc.demo.model import ByteDecoder  # noqa: E402
 from ternc.train import Optimization, TrainConfig, Trainer, preset  # noqa: E402
 
@@ -117,7 +118,7 @@ def student(device: torch.device, compiled: bool) -> torch.nn.Module:
     model = ternc.train.prepare(model, CONFIG, inplace=True)
     if compiled:
         for block in model.blocks:
-            block.compile(backend="ternc", dynamic=False)
+            block.compile(backend=ternc_backend, dynamic=False)
     return model
 
 
