@@ -17,6 +17,8 @@ import torch
 from ternc.runtime.ops import (
     activate_quantize,
     dequantize,
+    fake_quantize,
+    fit,
     hadamard,
     linear,
     linears,
@@ -36,6 +38,13 @@ KERNELS: dict[str, tuple[str, str, Any]] = {
     "norm_quantize": ("fused_quantize", "norm_quantize", norm_quantize.reference),
     "activate_quantize": ("fused_quantize", "activate_quantize", activate_quantize.reference),
     "hadamard": ("rotate", "hadamard", hadamard.reference),
+    "fit": ("fit", "fit", fit.reference),
+    "fake_quantize": ("fit", "fake_quantize", fake_quantize.weight_reference),
+    "fake_quantize_act": (
+        "quantize_act",
+        "fake_quantize_act",
+        fake_quantize.activation_reference,
+    ),
 } | {op.name: ("linear", "linears", linears.reference) for op in linears.LINEARS}
 """Op -> module of ternc.runtime.kernels.triton, function in it, reference."""
 

@@ -75,10 +75,7 @@ def reference(
         scale = refine_step(units, optimal_step(units, planes), cmax, refine)
         multiplier = None
     else:
-        chunks = w.split(max(1, CHUNK // columns))
-        fitted = [_fit_rows(chunk.float(), planes, group_size, refine) for chunk in chunks]
-        scale = torch.cat([scale for scale, _ in fitted])
-        multiplier = torch.cat([multiplier for _, multiplier in fitted]) if group_size else None
+        scale, multiplier = fit_rows(w, planes, group_size, refine)
     scale = round_to_storage(scale)
     codes = w.new_empty((rows, columns), dtype=torch.int8)
     for start in range(0, rows, step_rows := max(1, CHUNK // columns)):
@@ -90,6 +87,16 @@ def reference(
     if multiplier is None:
         multiplier = w.new_empty((rows, 0), dtype=torch.uint8)
     return codes, scale, multiplier.to(torch.uint8)
+
+
+def fit_rows(
+    w: torch.Tensor, planes: int, group_size: int, refine: int = 0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """w [N, K] -> scale fp32 [N] and multiplier fp32 [N, G], None for group_size 0; in chunks."""
+    chunks = w.split(max(1, CHUNK // w.shape[1]))
+    fitted = [_fit_rows(chunk.float(), planes, group_size, refine) for chunk in chunks]
+    scale = torch.cat([scale for scale, _ in fitted])
+    return scale, torch.cat([multiplier for _, multiplier in fitted]) if group_size else None
 
 
 def _fit_rows(

@@ -7,8 +7,10 @@ import torch
 from packed_weights import assert_same, packed_on_gpu
 from reference import CASES, dequantize_arguments
 
+from ternc.errors import KernelError
+from ternc.formats.quantized import expand_groups
 from ternc.runtime import dispatch
-from ternc.runtime.ops import dequantize, quantize_act
+from ternc.runtime.ops import dequantize, fit, quantize_act
 
 pytestmark = pytest.mark.gpu
 
@@ -46,14 +48,57 @@ def test_dequantize(case, dtype):
     assert_same(w, dequantize.reference(*arguments))
 
 
-@pytest.mark.parametrize("group_size", [128, 0, -1])
+@pytest.mark.parametrize("group_size", [128, 100, 0, -1])
 @pytest.mark.parametrize("planes", [1, 2, 3])
-def test_fit_and_fake_quantize(planes, group_size):
-    """As good a fit as on the CPU; near ties, sums in another order may choose other codes."""
-    w = torch.randn(64, 300)
-    error = (torch.ops.ternc.fake_quantize(w, planes, group_size) - w).norm()
-    error_gpu = (torch.ops.ternc.fake_quantize(w.cuda(), planes, group_size).cpu() - w).norm()
-    torch.testing.assert_close(error_gpu, error, rtol=1e-3, atol=0)
-    w = w.cuda().requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fit_and_fake_quantize(planes, group_size, dtype):
+    """As good a fit as the reference's; near ties, sums in another order choose other codes."""
+    w = torch.randn(64, 1000, device="cuda").to(dtype)
+    codes, scale, multiplier = torch.ops.ternc.fit(w, planes, group_size, 0)
+    expected = fit.reference(w, planes, group_size, 0)
+    values = torch.ops.ternc.fake_quantize(w, planes, group_size)
+
+    def dequantized(codes, scale, multiplier):
+        m = expand_groups(multiplier, group_size, 1000) if group_size > 0 else 1.0
+        return (scale[:, None] if len(scale) > 1 else scale) * (m * codes)
+
+    assert_same(values, dequantized(codes, scale, multiplier).to(dtype))
+    error = (dequantized(codes, scale, multiplier) - w).norm()
+    torch.testing.assert_close(error, (dequantized(*expected) - w).norm(), rtol=1e-3, atol=0)
+    w.requires_grad_()
     torch.ops.ternc.fake_quantize(w, planes, group_size).sum().backward()
     assert torch.equal(w.grad, torch.ones_like(w))
+
+
+def test_fit_refuses_what_is_not_finite():
+    w = torch.randn(8, 256, device="cuda")
+    w[3, 5] = torch.nan
+    with pytest.raises(KernelError, match="NaN"):
+        torch.ops.ternc.fit(w, 1, 128, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("columns", [3, 4096, 20000])
+def test_fake_quantize_act(dtype, bits, columns):
+    x = torch.randn(30, columns, device="cuda").to(dtype)
+    x[1, 0], x[2] = torch.nan, 0
+    q, scale = quantize_act.reference(x, bits)
+    assert_same(torch.ops.ternc.fake_quantize_act(x, bits), (q * scale).to(dtype))
+
+
+@pytest.mark.parametrize("group_size", [128, 0])
+def test_training_ops_do_not_wait_for_the_host(group_size):
+    w = torch.randn(256, 512, device="cuda", requires_grad=True)
+    x = torch.randn(30, 512, device="cuda", requires_grad=True)
+
+    def step():
+        values = torch.ops.ternc.fake_quantize(w, 1, group_size)
+        (torch.ops.ternc.fake_quantize_act(x, 8) @ values.T).sum().backward()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

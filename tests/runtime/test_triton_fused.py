@@ -16,8 +16,10 @@ from packed_weights import assert_same
 from reference import random_quantized
 
 from ternc.formats import pack
+from ternc.formats.quantized import expand_groups
 from ternc.runtime.ops import (
     activate_quantize,
+    fit,
     hadamard,
     linears,
     linears1,
@@ -191,3 +193,36 @@ def test_linears_with_a_residual(tokens, bits, bias):
     for given in inputs_of(tokens, 260, bits):
         y = kernels.linears1(*given, *rest, *numbers)
         compare(y, linears1.reference(*given, *rest, *numbers), bits)
+
+
+@inside
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("group_size", [0, 32, 100, -1])
+def test_fit(planes, group_size):
+    """Scales nearly the reference's, codes too; values are those of the codes."""
+    from ternc.runtime.kernels.triton import fit as kernels
+
+    w = torch.randn(6, 250)
+    w[2] = 0
+    codes, scale, multiplier = kernels.fit(w, planes, group_size, 0)
+    expected = fit.reference(w, planes, group_size, 0)
+    torch.testing.assert_close(scale, expected[1], rtol=2e-2, atol=0)
+    assert (codes != expected[0]).float().mean() < 0.02
+    assert multiplier.shape == expected[2].shape
+    m = expand_groups(multiplier, group_size, 250) if group_size > 0 else 1.0
+    values = (scale[:, None] if len(scale) > 1 else scale) * (m * codes)
+    assert_same(kernels.fake_quantize(w, planes, group_size), values.float())
+    w[1, 3] = torch.nan
+    assert kernels.fake_quantize(w, planes, group_size)[1].isnan().any()
+
+
+@inside
+@pytest.mark.parametrize("columns", [127, 17000])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_fake_quantize_act(columns, bits):
+    from ternc.runtime.kernels.triton import quantize_act as kernels
+
+    x = torch.randn(4, columns)
+    x[1], x[2, 0] = 0, torch.nan
+    q, scale = quantize_act.reference(x, bits)
+    assert_same(kernels.fake_quantize_act(x, bits), q * scale)

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.runtime.kernels.triton import launch
-from ternc.runtime.ops.quantize_act import LEVELS
+from ternc.runtime.ops.quantize_act import LEVELS, check_quantize_act
 
 WHOLE_ROW = 16384
 """Columns that one program keeps in registers; longer rows are read twice."""
@@ -57,6 +57,12 @@ def round_to_byte(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr):
 
 
 @triton.jit
+def written(q, scale, VALUES: tl.constexpr):
+    """q int32, or with VALUES q * scale in fp32."""
+    return q.to(tl.float32) * scale if VALUES else q
+
+
+@triton.jit
 def quantize_rows(
     x_ptr,
     q_ptr,
@@ -71,10 +77,14 @@ def quantize_rows(
     MOST: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
+    VALUES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program a row: x [M, K] -> q int8 [M, padded], scale fp32 [M]; zeros at count_ptr."""
+    """One program a row: x [M, K] -> q int8 [M, padded], scale fp32 [M]; zeros at count_ptr.
+
+    With VALUES q * scale is written in place of q, and no scale.
+    """
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     x_row, q_row = x_ptr + row * K, q_ptr + row * padded
@@ -92,7 +102,8 @@ def quantize_rows(
         else:
             t = (tl.sum(tl.abs(x).to(tl.float64), axis=0) / K).to(tl.float32)
         inverse, scale = row_scale(t, TOP)
-        tl.store(q_row + k, round_to_byte(x, inverse, LEAST, MOST).to(tl.int8), mask=k < padded)
+        q = written(round_to_byte(x, inverse, LEAST, MOST), scale, VALUES)
+        tl.store(q_row + k, q.to(q_ptr.dtype.element_ty), mask=k < padded)
     else:
         largest = tl.zeros([BLOCK], tl.int32)
         total = tl.zeros([BLOCK], tl.float64)
@@ -109,19 +120,23 @@ def quantize_rows(
         inverse, scale = row_scale(t, TOP)
         for start in range(0, padded, BLOCK):
             x = tl.load(x_row + start + k, mask=start + k < K, other=0.0).to(tl.float32)
-            q = round_to_byte(x, inverse, LEAST, MOST).to(tl.int8)
-            tl.store(q_row + start + k, q, mask=start + k < padded)
-    tl.store(scale_ptr + row, scale)
+            q = written(round_to_byte(x, inverse, LEAST, MOST), scale, VALUES)
+            tl.store(q_row + start + k, q.to(q_ptr.dtype.element_ty), mask=start + k < padded)
+    if not VALUES:
+        tl.store(scale_ptr + row, scale)
 
 
 def launch_rows(
     x: torch.Tensor,
     q: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None,
     bits: int,
     counts: torch.Tensor | None = None,
 ) -> None:
-    """x [M, K], contiguous -> q int8 [M, >= K] (the rest zeros), scale fp32 [M]; zeros `counts`."""
+    """x [M, K], contiguous -> q int8 [M, >= K] (the rest zeros), scale fp32 [M]; zeros `counts`.
+
+    Without a scale, q [M, K] takes the values q * scale in its floating-point dtype.
+    """
     rows, columns = x.shape
     top, least, most = LEVELS[bits]
     block = min(launch.power_of_two(q.shape[1]), WHOLE_ROW)
@@ -129,8 +144,8 @@ def launch_rows(
     quantize_rows[(rows,)](
         x,
         q,
-        scale,
-        scale if counts is None else counts,
+        q if scale is None else scale,
+        q if counts is None else counts,
         0 if counts is None else counts.numel(),
         columns,
         q.shape[1],
@@ -140,6 +155,7 @@ def launch_rows(
         MOST=most,
         BLOCK=block,
         WHOLE=block >= q.shape[1],
+        VALUES=scale is None,
         DEPENDENT=dependent,
         EARLY=rows <= FEW_ROWS,
         # Few rows: the latency of one counts; many: their number keeps the processors busy.
@@ -157,3 +173,13 @@ def quantize_act(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
         rows = x.contiguous().view(-1, x.shape[-1])
         launch_rows(rows, q.view(rows.shape), scale.view(-1), bits)
     return q, scale
+
+
+def fake_quantize_act(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x [..., K] -> q * scale in x.dtype; the signature of the op, one launch."""
+    check_quantize_act(x, bits)
+    values = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if values.numel():
+        rows = x.contiguous().view(-1, x.shape[-1])
+        launch_rows(rows, values.view(rows.shape), None, bits)
+    return values
