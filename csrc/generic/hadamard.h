@@ -36,22 +36,48 @@ TERNC_INLINE void vector_stages(f32 (&v)[R]) {
 
 // A row of values on its way through the passes.
 struct HadamardRow {
-  const float* in;
   const int8_t* signs;
   int64_t columns;
-  float factor;  // of the last pass, 1 before
-  float* out;    // may be `in`
+  float factor;  // 1 / sqrt(block)
+  bool last;     // this pass is the last one: it applies the factor, and finds the largest
+  float* out;
+  uint32_t largest;  // |value| as the bits of a float
 };
+
+// The values that the first pass starts from: as they lie, or computed on the way.
+struct PlainValues {
+  const float* in;  // may be the row's `out`
+  TERNC_INLINE f32 operator()(int64_t k) const { return load_f32(in + k); }
+};
+
+// Results of one pass at k, k + distance, ...; those of the last are scaled.
+template <int R>
+TERNC_INLINE void store_pass(const HadamardRow& row, const f32 (&v)[R], int64_t k, int64_t distance,
+                             i32& largest) {
+  float* out = row.out + k;
+  if (!row.last) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) store_f32(out + i * distance, v[i]);
+    return;
+  }
+  const f32 factor = splat_f32(row.factor);
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) {
+    const f32 value = mul_f32(v[i], factor);
+    store_f32(out + i * distance, value);
+    largest = max_i32(largest, magnitude_bits(value));
+  }
+}
 
 // Sub-blocks of WIDTH * R columns (WIDTH < LANES: of WIDTH, several in a vector). Reads and writes
 // whole vectors: past a row of odd length, up to padded(columns).
-template <int WIDTH, int R>
-TERNC_NOINLINE void first_pass(const HadamardRow& row) {
-  const f32 factor = splat_f32(row.factor);
+template <int WIDTH, int R, class Values>
+TERNC_NOINLINE void first_pass(HadamardRow& row, const Values& values) {
+  i32 largest = splat_i32(0);
   for (int64_t k = 0; k < row.columns; k += R * LANES) {
     f32 v[R];
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) v[i] = load_f32(row.in + k + i * LANES);
+    for (int i = 0; i < R; ++i) v[i] = values(k + i * LANES);
     if (row.signs != nullptr) {
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) v[i] = with_sign(v[i], row.signs + k + i * LANES);
@@ -59,61 +85,69 @@ TERNC_NOINLINE void first_pass(const HadamardRow& row) {
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) v[i] = lane_stages<WIDTH>(v[i]);
     vector_stages<R>(v);
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) store_f32(row.out + k + i * LANES, mul_f32(v[i], factor));
+    store_pass<R>(row, v, k, LANES, largest);
   }
+  row.largest = uint32_t(max_lanes(largest));
 }
 
 // Stages at distances `distance`, ... below R * distance, in place.
 template <int R>
-TERNC_NOINLINE void later_pass(const HadamardRow& row, int64_t distance) {
-  const f32 factor = splat_f32(row.factor);
+TERNC_NOINLINE void later_pass(HadamardRow& row, int64_t distance) {
+  i32 largest = splat_i32(0);
   for (int64_t block = 0; block < row.columns; block += R * distance)
     for (int64_t k = block; k < block + distance; k += LANES) {
       f32 v[R];
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) v[i] = load_f32(row.out + k + i * distance);
       vector_stages<R>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) store_f32(row.out + k + i * distance, mul_f32(v[i], factor));
+      store_pass<R>(row, v, k, distance, largest);
     }
+  row.largest = uint32_t(max_lanes(largest));
 }
 
 // Calls first_pass<width, 1>, the width below a whole vector.
-template <int WIDTH>
-TERNC_INLINE void narrow_pass(const HadamardRow& row, int64_t width) {
+template <int WIDTH, class Values>
+TERNC_INLINE void narrow_pass(HadamardRow& row, int64_t width, const Values& values) {
   if constexpr (WIDTH < LANES) {
-    if (width > WIDTH) return narrow_pass<2 * WIDTH>(row, width);
+    if (width > WIDTH) return narrow_pass<2 * WIDTH>(row, width, values);
   }
-  first_pass<WIDTH, 1>(row);
+  first_pass<WIDTH, 1>(row, values);
 }
 
 // Calls the pass of `radix` vectors; distance 0: the first.
-template <int R>
-TERNC_INLINE void wide_pass(const HadamardRow& row, int64_t radix, int64_t distance) {
+template <int R, class Values>
+TERNC_INLINE void wide_pass(HadamardRow& row, int64_t radix, int64_t distance,
+                            const Values& values) {
   if constexpr (R < RADIX) {
-    if (radix > R) return wide_pass<2 * R>(row, radix, distance);
+    if (radix > R) return wide_pass<2 * R>(row, radix, distance, values);
   }
   if (distance == 0)
-    first_pass<LANES, R>(row);
+    first_pass<LANES, R>(row, values);
   else
     later_pass<R>(row, distance);
 }
 
-// in [padded(columns)] -> out [padded(columns)]; what is past `columns` has no meaning.
-inline void rotate_row(const float* in, const Rotation& rotation, int64_t columns, float* out) {
+// values [padded(columns)] -> out [padded(columns)]; what is past `columns` has no meaning. Returns
+// the largest |value| of out, as bits that order like integers.
+template <class Values>
+inline uint32_t rotate_row(const Values& values, const Rotation& rotation, int64_t columns,
+                           float* out) {
   const int64_t block = rotation.block;
   const float factor = float(1.0 / __builtin_sqrt(double(block)));
-  HadamardRow row = {in, rotation.signs, columns, factor, out};
-  if (block <= LANES) return narrow_pass<1>(row, block);
+  HadamardRow row = {rotation.signs, columns, factor, true, out, 0};
+  if (block <= LANES) {
+    narrow_pass<1>(row, block, values);
+    return row.largest;
+  }
   for (int64_t distance = 0; distance < block;) {
     const int64_t left = block / (distance == 0 ? LANES : distance);
     const int64_t radix = left < RADIX ? left : RADIX;
     const int64_t reached = (distance == 0 ? LANES : distance) * radix;
-    row.factor = reached == block ? factor : 1.0f;
-    wide_pass<2>(row, radix, distance);
+    row.last = reached == block;
+    wide_pass<2>(row, radix, distance, values);
     distance = reached;
   }
+  return row.largest;
 }
 
 // A token as fp32: where it lies if whole vectors can be read there, else in scratch
@@ -150,7 +184,7 @@ inline void hadamard(const HadamardArgs& args, int64_t token_begin, int64_t toke
     const int64_t begin = token * args.columns;
     const float* x = float_row(args.x, token, args.columns, scratch);
     float* out = direct ? static_cast<float*>(args.y) + begin : scratch;
-    rotate_row(x, args.rotation, args.columns, out);
+    rotate_row(PlainValues{x}, args.rotation, args.columns, out);
     if (!direct) store_values(out, args.columns, args.x.dtype, args.y, begin);
   }
 }

@@ -66,6 +66,21 @@ TERNC_NOINLINE void affine_row(const float* row, int64_t columns, float factor, 
   }
 }
 
+// The same, computed where the rotation's first pass reads it.
+template <bool BIAS>
+struct AffineValues {
+  const float *row, *gain, *bias;
+  f32 times;
+  const NextRow* next;
+
+  TERNC_INLINE f32 operator()(int64_t k) const {
+    next->prefetch(k);
+    f32 n = mul_f32(mul_f32(load_f32(row + k), times), load_f32(gain + k));
+    if constexpr (BIAS) n = add_f32(n, load_f32(bias + k));
+    return n;
+  }
+};
+
 // Gain and bias as the vector loops read them: [padded(K)] or null.
 struct Affine {
   const float *gain, *bias;
@@ -91,18 +106,31 @@ inline const float* float_columns(const ColumnVector& vector, int64_t columns, f
   return scratch;
 }
 
+// x [K] as float_row() gives it, centered in y [padded(K)] by a layer norm; and its factor.
+struct Normed {
+  const float* x;
+  float factor;
+
+  Normed(const NormArgs& args, const float* row, float* y) : x(row) {
+    const int64_t columns = args.columns;
+    if (args.kind == Norm::layer) {
+      const float mean = float(row_sum<false>(x, columns) / double(columns));
+      center_row(x, columns, mean, y);
+      x = y;
+    }
+    const float variance = float(row_sum<true>(x, columns) / double(columns));
+    factor = 1.0f / __builtin_sqrtf(variance + args.eps);
+  }
+};
+
 // x [K] as float_row() gives it -> y [padded(K)] in fp32, rounded to the dtype of x.
-inline void norm_row(const NormArgs& args, const Affine& affine, const float* x,
+inline void norm_row(const NormArgs& args, const Affine& affine, const float* row,
                      const NextRow& next, float* y) {
   const int64_t columns = args.columns;
   const bool halves = args.x.dtype != Dtype::f32;
-  if (args.kind == Norm::layer) {
-    const float mean = float(row_sum<false>(x, columns) / double(columns));
-    center_row(x, columns, mean, y);
-    x = y;
-  }
-  const float variance = float(row_sum<true>(x, columns) / double(columns));
-  const float factor = 1.0f / __builtin_sqrtf(variance + args.eps);
+  const Normed normed(args, row, y);
+  const float* x = normed.x;
+  const float factor = normed.factor;
   if (halves && args.round_first) {
     affine_row<false, false>(x, columns, factor, nullptr, nullptr, next, y);
     round_values(y, columns, args.x.dtype);
@@ -113,14 +141,45 @@ inline void norm_row(const NormArgs& args, const Affine& affine, const float* x,
   if (halves) round_values(y, columns, args.x.dtype);
 }
 
+// row -> q, sx of a token whose largest |value| is known.
+inline void quantize_known(const float* row, int64_t columns, uint32_t top,
+                           const QuantizedRows& out, int64_t token) {
+  out.scale[token] =
+      quantize_row<Dtype::f32>(row, 0, columns, out.bits, top, out.q + token * columns);
+}
+
 // row -> rotation, rounded to `dtype` -> q, sx of a token. The row is overwritten.
 inline void quantize_rotated(float* row, int64_t columns, const Rotation& rotation, Dtype dtype,
                              const QuantizedRows& out, int64_t token) {
   if (rotation.block > 0) {
-    rotate_row(row, rotation, columns, row);
+    const uint32_t top = rotate_row(PlainValues{row}, rotation, columns, row);
+    if (dtype == Dtype::f32 && columns % LANES == 0)
+      return quantize_known(row, columns, top, out, token);
     round_values(row, columns, dtype);
   }
   out.scale[token] = quantize_row<Dtype::f32>(row, 0, columns, out.bits, out.q + token * columns);
+}
+
+// Whether the gain can be applied where the rotation reads: nobody wants y, and nothing is rounded.
+inline bool rotates_at_once(const NormArgs& args, const Affine& affine) {
+  return args.y == nullptr && args.x.dtype == Dtype::f32 && affine.gain != nullptr &&
+         args.rotation.block >= LANES;
+}
+
+// x [K] -> norm -> rotation -> q, sx of a token, y never stored. row: padded(K) floats.
+inline void norm_at_once(const NormArgs& args, const Affine& affine, const float* x, int64_t token,
+                         float* row) {
+  const NextRow next(args.x, token);
+  const Normed normed(args, x, row);
+  const f32 times = splat_f32(normed.factor);
+  const auto rotate = [&](const auto& values) {
+    return rotate_row(values, args.rotation, args.columns, row);
+  };
+  const uint32_t top =
+      affine.bias == nullptr
+          ? rotate(AffineValues<false>{normed.x, affine.gain, nullptr, times, &next})
+          : rotate(AffineValues<true>{normed.x, affine.gain, affine.bias, times, &next});
+  quantize_known(row, args.columns, top, args.out, token);
 }
 
 inline void norm(const NormArgs& args, int64_t token_begin, int64_t token_end, float* scratch) {
@@ -128,8 +187,12 @@ inline void norm(const NormArgs& args, int64_t token_begin, int64_t token_end, f
   const Affine affine = {float_columns(args.gain, columns, scratch + padded(columns)),
                          float_columns(args.bias, columns, scratch + 2 * padded(columns))};
   for (int64_t token = token_begin; token < token_end; ++token) {
-    norm_row(args, affine, float_row(args.x, token, columns, scratch), NextRow(args.x, token),
-             scratch);
+    const float* x = float_row(args.x, token, columns, scratch);
+    if (rotates_at_once(args, affine)) {
+      norm_at_once(args, affine, x, token, scratch);
+      continue;
+    }
+    norm_row(args, affine, x, NextRow(args.x, token), scratch);
     if (args.y != nullptr) store_values(scratch, columns, args.x.dtype, args.y, token * columns);
     quantize_rotated(scratch, columns, args.rotation, args.x.dtype, args.out, token);
   }

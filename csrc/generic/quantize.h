@@ -34,9 +34,9 @@ inline double absolute_sum(const void* x, int64_t begin, int64_t columns) {
          ((partial[1] + partial[5]) + (partial[3] + partial[7]));
 }
 
+// top: the largest |x| as bits.
 template <Dtype D>
-inline Grid token_grid(const void* x, int64_t begin, int64_t columns, int bits) {
-  const uint32_t top = largest_as<D>(x, begin, columns);
+inline Grid token_grid(const void* x, int64_t begin, int64_t columns, int bits, uint32_t top) {
   if (top >= INFINITE) return NOT_FINITE;
   const bool wide = bits == 8;
   const float size =
@@ -69,10 +69,11 @@ TERNC_NOINLINE void round_row(const void* x, int64_t begin, int64_t columns, con
         int8_t(round_even(clamp(load_value<D>(x, begin + k) * grid.multiply, grid.low, grid.high)));
 }
 
-// x[begin, begin + columns) -> q, and its scale.
+// x[begin, begin + columns) -> q, and its scale. top: the largest |x| as bits.
 template <Dtype D>
-inline float quantize_row(const void* x, int64_t begin, int64_t columns, int bits, int8_t* q) {
-  const Grid grid = token_grid<D>(x, begin, columns, bits);
+inline float quantize_row(const void* x, int64_t begin, int64_t columns, int bits, uint32_t top,
+                          int8_t* q) {
+  const Grid grid = token_grid<D>(x, begin, columns, bits, top);
   if (grid.multiply == 0.0f) {
     for (int64_t k = 0; k < columns; ++k) q[k] = 0;  // no memset: q is null where columns is 0
     return grid.scale;
@@ -102,6 +103,11 @@ inline void sum_groups(const Tokens& tokens, int64_t columns, int64_t group_size
       tokens.sums[token * groups + g] = sum_bytes(tokens.q + token * tokens.stride + first,
                                                   left < group_size ? left : group_size);
     }
+}
+
+template <Dtype D>
+inline float quantize_row(const void* x, int64_t begin, int64_t columns, int bits, int8_t* q) {
+  return quantize_row<D>(x, begin, columns, bits, largest_as<D>(x, begin, columns), q);
 }
 
 // Tokens [token_begin, token_end) of x.
