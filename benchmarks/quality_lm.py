@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -85,9 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = Settings.smoke() if options.smoke else Settings()
     if options.seconds is not None:
         settings = dataclasses.replace(settings, seconds=options.seconds)
-    result = run_all(options, settings)
+    result, failed = run_all(options, settings)
     print(table(result))
-    return 0
+    return 1 if failed else 0
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -107,9 +108,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run_all(options: argparse.Namespace, settings: Settings) -> dict:
-    """Trains or loads the model, then makes every row that is not there yet."""
-    start = time.monotonic()
+def run_all(options: argparse.Namespace, settings: Settings) -> tuple[dict, list[str]]:
+    """Trains or loads the model, then makes every row that is not there yet; those that failed."""
+    start, failed = time.monotonic(), []
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = join(options.data / "train")
     model, result = float_model(options, settings, corpus)
@@ -127,10 +128,17 @@ def run_all(options: argparse.Namespace, settings: Settings) -> dict:
                 say(f"no time left for {key}")
                 continue
             say(key)
-            result["rows"][key] = row(run, name, planes, make) | {"commit": options.commit}
+            try:
+                result["rows"][key] = row(run, name, planes, make) | {"commit": options.commit}
+            except (
+                Exception
+            ):  # the rows after it may still be made: the device is not held for long
+                say(f"{key} failed:\n{traceback.format_exc()}")
+                failed.append(key)
+                continue
             say(json.dumps(result["rows"][key]))
             write(options.out, result)
-    return result
+    return result, failed
 
 
 def float_model(

@@ -120,6 +120,7 @@ def quantize(
             model = copy_model(model)
         folding = fold(model, example_inputs, config)
         if session is not None:
+            session.refuse_folded(folding.rotated)
             model = session.enter(model)
         model, rows = _convert(model, config, progress, session, folding)
         if session is not None:

@@ -64,6 +64,19 @@ class Session:
             raise ConfigError(f"{asked[0]} needs calibration data: give calibration=batches")
         return None
 
+    def refuse_folded(self, rotated: Mapping[str, str]) -> None:
+        """Raises ConfigError where blocks were rotated offline that would be compared with others.
+
+        Args:
+            rotated: layers whose inputs arrive rotated.
+        """
+        if rotated and self.reconstruction is not None and self.reconstruction.window is not None:
+            raise ConfigError(
+                f"reconstruction with window={self.reconstruction.window} compares blocks with the "
+                "float model's, and rotations were folded into these; give window=None, or no "
+                "example_inputs"
+            )
+
     def enter(self, model: nn.Module) -> nn.Module:
         """The model with its attention modules split into projections; in place."""
         model, self.expanded = expand_attention(model, self.config)

@@ -125,3 +125,9 @@ def test_reconstruction_in_place_or_without_data_is_refused():
 def test_values_are_checked(values):
     with pytest.raises(ConfigError):
         Reconstruction(**values)
+
+
+def test_windows_of_blocks_that_were_rotated_are_refused():
+    options = {"example_inputs": (torch.zeros(1, 4, dtype=torch.long),), "reconstruction": BLOCKS}
+    with pytest.raises(ConfigError, match="window=None"):
+        setup(Config(planes=1, group_size=16, rotation="hadamard"), **options)
