@@ -14,12 +14,14 @@ import torch
 from torch import fx
 
 from ternc.config import Config
-from ternc.decision import decide, decide_int8
+from ternc.decision import decide_int8, decide_rotated
 from ternc.formats import layouts
 from ternc.formats.layouts import at_rest_layout, resident_layout
 from ternc.formats.quantized import group_count
+from ternc.formats.rotation import Rotation, SharedSigns
 from ternc.passes.context import Context
-from ternc.passes.inline import carry_provenance
+from ternc.passes.graph import example_value
+from ternc.passes.inline import carry_provenance, inline
 from ternc.passes.rule import Skip
 from ternc.passes.weight_expression import WeightExpression
 from ternc.reporting import Row
@@ -36,9 +38,17 @@ def requires_grad(expression: WeightExpression, context: Context) -> bool:
 
 
 def decide_now(
-    evaluate: Evaluate, positions: Sequence[int], context: Context, int8: bool = False
+    evaluate: Evaluate,
+    positions: Sequence[int],
+    context: Context,
+    int8: bool = False,
+    rotation: Rotation | None = None,
 ) -> Decision | Skip:
-    """The decision from the real weight; from the configuration alone where there are no values."""
+    """The decision from the real weight; from the configuration alone where there are no values.
+
+    Args:
+        rotation: of the inputs, where the configuration asks for one and the product can have it.
+    """
     if context.abstract and int8:
         return Skip("int8 is not decided on while the graph is split: the values are not known")
     if context.abstract:
@@ -46,7 +56,9 @@ def decide_now(
     weight = evaluate([context.inputs[position] for position in positions])
     if weight.is_meta:
         return Skip("the weight is on the meta device, without values")
-    decision = decide_int8(weight) if int8 else decide(weight, None, context.config)
+    decision = (
+        decide_int8(weight) if int8 else decide_rotated(weight, None, context.config, rotation)
+    )
     return Skip(decision.reason) if decision.quantized is None else decision
 
 
@@ -73,19 +85,21 @@ def add_site(
         weight: example value whose shape, dtype and device are those of the weight.
         evaluate: tensors at `expression.positions` -> weight [N, K].
     """
-    planes = planes_of(decision, context)
+    planes, config = planes_of(decision, context), context.config
     row = describe_row(name, pattern, weight, decision, context)
+    again = partial(decide_rotated, config=config, rotation=decision.rotation)
     site = WeightSite(
         name=name,
         inputs=expression.positions,
-        key=f"{expression.key}|{'int8' if int8 else _policy(context.config)}",
+        key=f"{expression.key}|{'int8' if int8 else _policy(config, decision)}",
         evaluate=evaluate,
-        decide=decide_int8 if int8 else partial(decide, config=context.config),
+        decide=decide_int8 if int8 else again,
         planes=planes,
         variant=_variant(decision, weight, planes, context),
         device=weight.device.type,
         shape=(int(weight.shape[0]), int(weight.shape[1])),
         row=row,
+        rotation=decision.rotation,
         first=decision if decision.quantized is not None else None,
     )
     row.shared_with = next((s.name for s in context.sites if _same_weight(s, site)), None)
@@ -94,9 +108,9 @@ def add_site(
     return site
 
 
-def _policy(config: Config) -> str:
+def _policy(config: Config, decision: Decision) -> str:
     """The settings that decide what a weight becomes: packed under others it is another weight."""
-    return f"{config.planes},{config.error_budget},{config.group_size}"
+    return f"{config.planes},{config.error_budget},{config.group_size},{decision.rotation}"
 
 
 def packed_inputs(
@@ -109,6 +123,20 @@ def packed_inputs(
         field: _packed_input(graph, context, site, field, getattr(example, field))
         for field in fields
     }
+
+
+def rotated(at: fx.Node, x: fx.Node, rotation: Rotation) -> fx.Node:
+    """hadamard(x, signs, b) before a node, its signs an input of the graph, one for all."""
+    value = example_value(x)
+    source = (SharedSigns(rotation, int(value.shape[-1]), str(value.device)), "signs")
+    found = at.graph.find_nodes(op="placeholder")
+    signs = next((node for node in found if node.meta.get("ternc_packed") == source), None)
+    if signs is None:
+        with at.graph.inserting_after(found[-1]):
+            signs = at.graph.placeholder(f"ternc_signs_{len(found)}")
+        signs.meta["ternc_packed"] = source
+        signs.meta["example_value"] = value.new_empty((value.shape[-1],), dtype=torch.int8)
+    return inline(at, torch.ops.ternc.hadamard.default, x, signs, rotation.block)
 
 
 def replace(node: fx.Node, new: fx.Node, rule: str) -> None:
@@ -134,12 +162,13 @@ def describe_row(
     variant = _variant(decision, weight, planes, context)
     nbytes = packed_bytes(rows, columns, variant)
     label = quantized.describe() if quantized is not None else f"ternary x{planes}"
+    turned = " rotated" if decision.rotation is not None else ""
     return Row(
         name=name,
         pattern=pattern,
         action="rewritten",
-        reason=decision.reason,
-        format=f"{label} a{bits}" if bits else f"{label} float activations",
+        reason=decision.reason + ("; input rotated online" if turned else ""),
+        format=(f"{label} a{bits}" if bits else f"{label} float activations") + turned,
         shape=(rows, columns),
         bytes_before=weight.numel() * weight.element_size(),
         bytes_after=nbytes,
@@ -170,6 +199,7 @@ def _variant(decision: Decision, weight: torch.Tensor, planes: int, context: Con
             quantized.group_size,
             tuple(quantized.scale.shape),
             quantized.multiplier is not None,
+            decision.rotation is not None,
         )
     group = fit_group(context.config, weight)
     return Variant(layout, max(group, 0), (1 if group < 0 else int(weight.shape[0]),), group > 0)

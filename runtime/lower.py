@@ -20,6 +20,7 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
+from ternc.formats.rotation import SharedSigns
 from ternc.reporting import GraphNode, Row
 from ternc.runtime.inductor import keep_static
 from ternc.runtime.ops.linears import given
@@ -33,13 +34,15 @@ _ORDER = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """Where one input of the rewritten graph comes from: an original input, or a field of a
-    site.
+    """Where one input of the rewritten graph comes from: an original input, a field of a site, or
+    neither.
     """
 
     position: int = -1
     site: int = -1
     field: str = ""
+    constant: torch.Tensor | None = None
+    """Signs of a rotation, the same at every call."""
 
 
 class CompiledGraph:
@@ -87,7 +90,7 @@ class CompiledGraph:
         if not abstract:
             self._remember(inputs)
         gathered = self._gather(inputs, entries)
-        keep_static([v for v, a in zip(gathered, self._arguments, strict=True) if a.site >= 0])
+        keep_static([v for v, a in zip(gathered, self._arguments, strict=True) if a.position < 0])
         self._inner = inner(gm, gathered)
         self.order = next(_ORDER)
         GRAPHS.add(self)
@@ -139,9 +142,11 @@ class CompiledGraph:
         self._instances = [*alive, {p: weakref.ref(tensor) for p, tensor in static.items()}]
 
     def _gather(self, args: Sequence[Any], entries: Sequence[PackedWeight]) -> list[Any]:
-        gathered = []
+        gathered: list[Any] = []
         for argument in self._arguments:
-            if argument.site < 0:
+            if argument.constant is not None:
+                gathered.append(argument.constant)
+            elif argument.site < 0:
                 gathered.append(args[argument.position])
             else:
                 gathered.append(getattr(entries[argument.site].packed, argument.field, None))
@@ -256,6 +261,10 @@ class _OpByOp(fx.Interpreter):
         """One product with the weight that `site` has now; `packed` is what the graph was given."""
         if site is not None:
             site, entry = self.entries[id(site)]
+            if site.rotation is not None and not (entry.variant and entry.variant.rotated):
+                if sx is not None:  # integers once already
+                    x, sx, bits = (x * sx).to(dtype), None, 0
+                x = site.rotation.restore(x)
             if entry.packed is None:
                 return self._float_product(x, sx, bias, bits, dtype, site)
             now = entry.packed
@@ -290,8 +299,11 @@ def _plan(gm: fx.GraphModule, sites: list[WeightSite]) -> list[Argument]:
     plan = []
     for node in gm.graph.find_nodes(op="placeholder"):
         if "ternc_packed" in node.meta:
-            site, field = node.meta["ternc_packed"]
-            plan.append(Argument(site=order[id(site)], field=field))
+            source, field = node.meta["ternc_packed"]
+            if isinstance(source, SharedSigns):
+                plan.append(Argument(constant=source.tensor()))
+            else:
+                plan.append(Argument(site=order[id(source)], field=field))
         elif node.meta["ternc_static"] and not node.users:
             gm.graph.erase_node(node)
         else:

@@ -108,7 +108,10 @@ class PackCache:
             self._watch(key, sources)
         elif packed is not None and old.packed is not None:
             packed = _write_in_place(old.packed, packed)
-        variant = None if packed is None else variant_of(packed)
+        variant = None
+        if packed is not None:
+            turned = decision.rotation is not None
+            variant = dataclasses.replace(variant_of(packed), rotated=turned)
         entry = PackedWeight(
             _stamp(sources),
             decision.reason,

@@ -14,6 +14,7 @@ from ternc.formats.detect import detect_ternary
 from ternc.formats.fit import choose, refuse
 from ternc.formats.int8 import fit_int8
 from ternc.formats.quantized import Quantized, Refusal
+from ternc.formats.rotation import Rotation
 from ternc.site import Decision
 
 
@@ -54,6 +55,31 @@ def decide_int8(weight: torch.Tensor, planes: int | None = None) -> Decision:
     return Decision(
         quantized, "int8 with a scale a row, as configured", quantized.relative_error(weight)
     )
+
+
+def decide_rotated(
+    weight: torch.Tensor,
+    planes: int | None,
+    config: Config,
+    rotation: Rotation | None,
+    refine: int = 0,
+) -> Decision:
+    """`decide` for W R where there is a rotation; a weight that is ternary by value stays as it is.
+
+    Args: as for `decide`.
+    """
+    group = config.group_size if isinstance(config.group_size, int) else None
+    if rotation is None or not isinstance(found := detect_ternary(weight, group), Refusal):
+        return decide(weight, planes, config, refine)
+    decision = decide(rotation.rotate(weight), planes, config, refine)
+    near = f"; not exactly ternary: {found.reason}" if found.near_ternary else ""
+    return dataclasses.replace(decision, rotation=rotation, reason=decision.reason + near)
+
+
+def rotation_asked(config: Config, columns: int) -> Rotation | None:
+    """The rotation of the inputs of a weight of `columns`, where no calibration data choose it."""
+    rotation = Rotation.of(columns, config.seed)
+    return rotation if config.rotation == "hadamard" and rotation.block > 1 else None
 
 
 def _grown(quantized: Quantized, weight: torch.Tensor) -> str | None:

@@ -68,7 +68,6 @@ def refuse_offline(config: Config, calibrated: bool) -> None:
 
 
 _OFFLINE_ONLY = {
-    "rotation": (lambda value: value != "hadamard", "rotation='none'"),
     "method": (lambda value: value != "gptq", "method='als'"),
     "bits_budget": (lambda value: value is None, "error_budget, or a fixed number of planes"),
     "tie_scales": (lambda value: value, "tie_scales=True"),

@@ -40,6 +40,8 @@ class Variant:
     group_size: int
     scale_shape: tuple[int, ...]
     has_multiplier: bool
+    rotated: bool = False
+    """The packed weight is that of rotated inputs."""
 
 
 @dataclasses.dataclass
@@ -66,6 +68,8 @@ class WeightSite:
     shape: tuple[int, int]
     """(N, K) of the weight that is packed, padding included."""
     row: Row
+    rotation: Rotation | None = None
+    """Rotation of the inputs in the compiled graph."""
     own_quantizer: bool = False
     """The model quantised the activations itself; that code was removed from the graph."""
     first: Decision | None = None

@@ -47,7 +47,6 @@ def test_method_decides_the_rounds():
 
 
 OFFLINE = [
-    ("rotation", "hadamard", "rotation='none'"),
     ("method", "gptq", "method='als'"),
     ("bits_budget", 2.0, "error_budget"),
     ("tie_scales", False, "tie_scales=True"),

@@ -71,14 +71,14 @@ def test_inplace_lets_go_of_every_float_weight_as_it_goes(monkeypatch):
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
     weights = [weakref.ref(layer.weight) for layer in model]
     alive = []
-    decide = conversion.decide
+    decide = conversion.decide_rotated
 
     def counting(*args):
         gc.collect()
         alive.append(sum(weight() is not None for weight in weights))
         return decide(*args)
 
-    monkeypatch.setattr(conversion, "decide", counting)
+    monkeypatch.setattr(conversion, "decide_rotated", counting)
     quantize(model, inplace=True)
     assert alive == [4, 3, 2, 1]
     gc.collect()

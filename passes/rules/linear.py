@@ -9,6 +9,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from ternc.config import MAX_IN_FEATURES
+from ternc.decision import rotation_asked
 from ternc.passes.activation_quantizer import unquantized_source
 from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import argument, example_value
@@ -24,6 +25,7 @@ from ternc.passes.weight_site import (
     planes_of,
     replace,
     requires_grad,
+    rotated,
 )
 from ternc.policy import excluded, marked_int8
 from ternc.site import Decision
@@ -84,7 +86,9 @@ class LinearRule:
         expression: WeightExpression = match.parts["expression"]
         name = context.unique_name(_name(match))
         int8 = marked_int8(_name(match), context.config)
-        decision = decide_now(expression.evaluate, expression.positions, context, int8)
+        columns = int(example_value(match.parts["weight"]).shape[1])
+        asked = None if int8 else rotation_asked(context.config, columns)
+        decision = decide_now(expression.evaluate, expression.positions, context, int8, asked)
         if isinstance(decision, Skip):
             return decision
         if context.grad_enabled and requires_grad(expression, context):
@@ -99,8 +103,13 @@ def _name(match: Match) -> str:
 
 
 def _rewrite_training(match: Match, context: Context, name: str, decision: Decision) -> None:
-    """linear(x, W, b) -> linear(fake_quantize_act(x), fake_quantize(W), b), straight-through."""
+    """linear(x, W, b) -> linear(fake_quantize_act(x), fake_quantize(W), b), straight-through; of
+    x R and W R where the input is rotated.
+    """
     config, node = context.config, match.root
+    x, w = match.parts["x"], match.parts["weight"]
+    if decision.rotation is not None:
+        x, w = (rotated(node, tensor, decision.rotation) for tensor in (x, w))
     planes = planes_of(decision, context)
     ops, group = torch.ops.ternc, fit_group(config, example_value(match.parts["weight"]))
 
@@ -111,7 +120,7 @@ def _rewrite_training(match: Match, context: Context, name: str, decision: Decis
             x = ops.fake_quantize_act.default(x, config.op_activation_bits)
         return F.linear(x, ops.fake_quantize.default(weight, planes, group), bias)
 
-    new = inline(node, fake_quantised, match.parts["x"], match.parts["weight"], match.parts["bias"])
+    new = inline(node, fake_quantised, x, w, match.parts["bias"])
     replace(node, new, LinearRule.name)
     weight = example_value(match.parts["weight"])
     row = describe_row(name, "linear (training)", weight, decision, context)
@@ -139,6 +148,8 @@ def _rewrite_packed(
         site.row.pattern = "activation quantiser + linear"
     if example_value(x).dtype != out.dtype:  # autocast chose another dtype for this linear
         x = inline(node, lambda value: value.to(out.dtype), x)
+    if site.rotation is not None:
+        x = rotated(node, x, site.rotation)
     with node.graph.inserting_before(node):
         new = node.graph.call_function(
             torch.ops.ternc.linear.default,

@@ -70,6 +70,19 @@ class Rotation:
         return turned * self.signs(x.shape[-1], x.device).to(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class SharedSigns:
+    """Which signs an input of a compiled graph is."""
+
+    rotation: Rotation
+    columns: int
+    device: str
+
+    def tensor(self) -> torch.Tensor:
+        """int8 [columns]."""
+        return self.rotation.shared_signs(self.columns, torch.device(self.device))
+
+
 def _mix(z: torch.Tensor) -> torch.Tensor:
     """SplitMix64 of int64 elements, wrapping; shifts are logical."""
     z = z + _signed(0x9E3779B97F4A7C15)

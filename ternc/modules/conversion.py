@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ternc.config import Config
-from ternc.decision import decide, decide_int8
-from ternc.formats.rotation import Rotation
+from ternc.decision import decide, decide_int8, decide_rotated, rotation_asked
 from ternc.modules.attention import (
     TernaryMultiheadAttention,
     separate_float_projections,
@@ -224,13 +223,8 @@ def _decide(
 
 def _decide_by_weight(w: torch.Tensor, config: Config) -> Decision:
     """The decision for a weight [N, K] whose inputs are not known, rotated if `config` says so."""
-    refine = refine_rounds(config)
-    decision = decide(w, None, config, refine)
-    rotation = Rotation.of(w.shape[1], config.seed)
-    exact = decision.quantized is not None and decision.quantized.exact
-    if config.rotation != "hadamard" or exact or rotation.block == 1:
-        return decision
-    return dataclasses.replace(decide(rotation.rotate(w), None, config, refine), rotation=rotation)
+    rotation = rotation_asked(config, w.shape[1])
+    return decide_rotated(w, None, config, rotation, refine_rounds(config))
 
 
 def convert_tied(module: nn.Module, layer: TernaryLinear, spelling: Spelling) -> TernaryLinear:

@@ -211,3 +211,75 @@ def test_one_group_one_rotation_after_loading_and_moving(tmp_path):
         assert other.q.signs is other.k.signs is other.v.signs
         _, names, _ = compiled(other.float(), torch.randn(2, 5, 64))
         assert count(names, "hadamard") == 0 and count(names, "linears") == 4
+
+
+LIVE = {"planes": 3, "rotation": "hadamard"}
+
+
+@pytest.mark.parametrize("style", BLOCKS)
+def test_live_weights_are_rotated_if_asked(style):
+    torch.manual_seed(0)
+    block = BLOCKS[style]().eval()
+    x = torch.randn(2, 5, 64)
+    y, names, report = compiled(block, x, **LIVE)
+    assert count(names, "hadamard") == 0
+    assert count(names, "linears") == 4 and count(names, "linear") == 0
+    rows = [row for row in report.rows if row.shape]
+    assert all(row.format.endswith(" rotated") for row in rows)
+    assert all("input rotated online" in row.reason for row in rows)
+    assert sum("hadamard + " in row.pattern for row in rows) == len(rows)
+    with torch.no_grad():
+        assert relative(y, ternc.quantize(block, ROTATED)(x)) < 1e-3
+
+
+def test_auto_rotates_no_live_weight():
+    _, names, report = compiled(Decoder().eval(), torch.randn(2, 5, 64), planes=3, rotation="auto")
+    assert not any("rotated" in row.format for row in report.rows)
+    assert not any("signs" in name for name in names)
+
+
+def test_signs_pass_through_inductor():
+    model = Readers("").eval()
+    fast = torch.compile(model, backend="ternc", options=LIVE)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert relative(fast(x), ternc.quantize(model, ROTATED)(x)) < 1e-3
+
+
+def test_training_and_inference_give_the_same_codes():
+    block = Decoder().eval()
+    options = {"inner": "aot_eager", "activation_bits": None, **LIVE}
+    fast = torch.compile(block, backend="ternc", options=options)
+    x = torch.randn(2, 5, 64)
+    trained = fast(x)
+    trained.square().sum().backward()
+    gradient = block.down.weight.grad.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), trained, rtol=1e-4, atol=1e-4)
+    block.zero_grad()
+    block(x).square().sum().backward()
+    assert relative(gradient, block.down.weight.grad) < 0.2
+
+
+def test_a_live_weight_that_becomes_ternary_is_held_exactly():
+    model, x = Readers("").eval(), torch.randn(3, 64)
+    fast = torch.compile(model, backend="ternc", options={"inner": "eager", **LIVE})
+    with torch.no_grad():
+        fast(x)
+        model.a.weight.copy_(torch.randint(-1, 2, (64, 64)))
+        with pytest.warns(RuntimeWarning, match="op by op"):
+            y = fast(x)
+        # The integers are those of the rotated input: another rounding, 8 bits as well.
+        assert relative(y, ternc.quantize(model, ROTATED)(x)) < 2e-2
+        model.a.weight.copy_(torch.randn(64, 64))
+        assert relative(fast(x), ternc.quantize(model, ROTATED)(x)) < 1e-3
+
+
+def test_a_live_ternary_weight_is_never_rotated():
+    model, x = Readers("").eval(), torch.randn(3, 64)
+    model.a.weight.data = torch.randint(-1, 2, (64, 64)).float()
+    y, _, report = compiled(model, x, **LIVE)
+    formats = {row.name: row.format for row in report.rows}
+    assert "rotated" not in formats["a"] and "rotated" in formats["b"]
+    with torch.no_grad():
+        assert relative(y, ternc.quantize(model, ROTATED)(x)) < 1e-3
