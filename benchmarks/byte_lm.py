@@ -36,9 +36,9 @@ class Settings:
     hidden: int = 1408
     context: int = 1024
     batch: int = 64
-    seconds: float = 200.0
+    seconds: float = 130.0
     rate: float = 2e-3
-    sequences: int = 512
+    sequences: int = 256
     """Windows to calibrate on."""
     calibration_batch: int = 16
     scored_batch: int = 64

@@ -130,9 +130,7 @@ def run_all(options: argparse.Namespace, settings: Settings) -> tuple[dict, list
             say(key)
             try:
                 result["rows"][key] = row(run, name, planes, make) | {"commit": options.commit}
-            except (
-                Exception
-            ):  # the rows after it may still be made: the device is not held for long
+            except Exception:  # the rows after it can still be made
                 say(f"{key} failed:\n{traceback.format_exc()}")
                 failed.append(key)
                 continue
@@ -184,24 +182,31 @@ def windows(
 def variants(run: Run) -> Iterator[tuple[str, int | str, Callable[[], Made]]]:
     """(method, planes or bits, function that makes the model); what matters most comes first."""
     yield "float", "", lambda: (run.model, 16.0)
-    for planes in (2, 3, 1):
+    for planes in (2, 1, 3):
         yield "ternc", planes, lambda k=planes: ours(run, k)
         yield "ternc + tuning", planes, lambda k=planes: ours(run, k, tuned=True)
-    yield "ternc + reconstruction + tuning", 1, lambda: ours(run, 1, reconstructed=True)
+        if planes == 1:
+            name = "ternc + reconstruction + tuning"
+            yield name, planes, lambda k=planes: ours(run, k, reconstructed=True)
     for bits in (3, 4):
         stored = bits + (16 + bits) / GROUP
-        yield "int gptq", bits, lambda b=bits, s=stored: (
-            gptq(copy.deepcopy(run.model), run.batches, b), s,
-        )  # fmt: skip
+        yield "int gptq", bits, in_place(run, gptq, bits, stored)
         yield "int rounding", bits, plain(run, lambda w, b=bits: integer(w, b), stored)
-    for planes in (1, 2, 3):
-        yield "reference stack", planes, lambda k=planes: (
-            reference_stack(copy.deepcopy(run.model), run.batches, k), k * (1.6 + 16 / GROUP),
-        )  # fmt: skip
     for planes in (1, 2, 3):
         yield "ternc rtn, no data", planes, lambda k=planes: without_data(run, k)
         yield "greedy", planes, plain(run, lambda w, k=planes: greedy(w, k), 1.6 * planes)
     yield "absmean", 1, plain(run, lambda w: absmean(w, 1), 1.6 + 16 / GROUP)
+    for planes in (1, 2, 3):
+        yield (
+            "reference stack",
+            planes,
+            in_place(run, reference_stack, planes, planes * (1.6 + 16 / GROUP)),
+        )
+
+
+def in_place(run: Run, method: Callable[..., nn.Module], number: int, bits: float):
+    """A copy of the model, changed by a method that is calibrated."""
+    return lambda: (method(copy.deepcopy(run.model), run.batches, number), bits)
 
 
 def plain(run: Run, rule: Callable[[torch.Tensor], torch.Tensor], bits: float):
