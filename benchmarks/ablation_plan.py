@@ -79,8 +79,8 @@ class Settings:
     def smoke(cls) -> Settings:
         """Seconds an arm: guards the order of float, BitNet and ternc."""
         return cls(
-            width=64, layers=2, heads=2, hidden=128, context=64, batch=8, steps=250,
-            rates=(3e-3, 1e-2), seeds=(0, 1, 2), windows=64,
+            width=64, layers=2, heads=2, hidden=128, context=64, batch=8, steps=120,
+            rates=(6e-3, 1e-2), seeds=(0, 1, 2), windows=64,
         )  # fmt: skip
 
 

@@ -115,9 +115,9 @@ def _settled(key: str, out: Path) -> bool:
 
 
 def _ready(job: Job, out: Path) -> bool:
-    """Everything it needs has ended, and something of it well."""
-    done = [(out / f"{key}.json").is_file() for key in job.needs]
-    return all(_settled(key, out) for key in job.needs) and (any(done) or not done)
+    """Everything it needs has ended, and one job at least of every arm that it needs well."""
+    done = {key.split("@")[0] for key in job.needs if (out / f"{key}.json").is_file()}
+    return all(_settled(key, out) and key.split("@")[0] in done for key in job.needs)
 
 
 def _claim(job: Job, out: Path) -> bool:

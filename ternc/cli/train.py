@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Train, pack, write; print the losses and the report."""
     import ternc
+    from ternc.backend import ternc_backend
     from ternc.cli.huggingface import copy_side_files, load_model
 
     say(f"loading {namespace.model}")
@@ -55,7 +56,7 @@ def run(namespace: argparse.Namespace) -> int:
     config = _config(namespace)
     teacher = copy.deepcopy(model) if config.distillation is not None else None
     student = ternc.train.prepare(model, config, inplace=True)
-    handed = torch.compile(student, backend="ternc") if namespace.compile else student
+    handed = torch.compile(student, backend=ternc_backend) if namespace.compile else student
     run_folder = namespace.output / "run"
     trainer = ternc.train.Trainer(handed, config, teacher, folder=run_folder)  # type: ignore[arg-type]
     last = _last(run_folder) if namespace.resume else None

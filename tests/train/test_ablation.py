@@ -100,10 +100,11 @@ def test_teacher_in_pieces(monkeypatch, tmp_path):
 def test_queue(tmp_path):
     """Needs come first, a claimed job is left to others, a failure stops nothing but its users."""
     jobs = [
-        ablation_plan.Job("c-s0", "c", 0, None, needs=("a-s0", "b-s0")),
-        ablation_plan.Job("d-s0", "d", 0, None, needs=("b-s0",)),
-        ablation_plan.Job("a-s0", "a", 0, 1.0),
-        ablation_plan.Job("b-s0", "b", 0, 1.0),
+        ablation_plan.Job("c-s0", "c", 0, None, needs=("a@1-s0", "a@2-s0")),
+        ablation_plan.Job("d-s0", "d", 0, None, needs=("a@1-s0", "b@1-s0")),
+        ablation_plan.Job("a@1-s0", "a", 0, 1.0),
+        ablation_plan.Job("a@2-s0", "a", 0, 2.0),
+        ablation_plan.Job("b@1-s0", "b", 0, 1.0),
         ablation_plan.Job("e-s0", "e", 0, 1.0),
     ]
     (tmp_path / "e-s0.claim").touch()
@@ -111,15 +112,15 @@ def test_queue(tmp_path):
 
     def run(job):
         order.append(job.key)
-        if job.key == "b-s0":
+        if job.key in ("a@2-s0", "b@1-s0"):
             raise ValueError("no such thing")
         (tmp_path / f"{job.key}.json").write_text("{}")
         if job.key == "c-s0":  # the other process ends as well
             (tmp_path / "e-s0.json").write_text("{}")
 
     assert ablation_queue.work(jobs, tmp_path, run)
-    assert order == ["a-s0", "b-s0", "c-s0"]
-    assert "no such thing" in (tmp_path / "b-s0.error").read_text()
+    assert order == ["a@1-s0", "a@2-s0", "c-s0", "b@1-s0"]
+    assert "no such thing" in (tmp_path / "b@1-s0.error").read_text()
     assert [path.name for path in tmp_path.glob("*.claim")] == ["e-s0.claim"]
     assert ablation_queue.work(jobs, tmp_path, run, deadline=-math.inf) is True
 
