@@ -1,4 +1,5 @@
-"""Small random-weight models of many architectures, and inputs for them: name -> (model, inputs).
+"""Small random-weight models of many architectures, and inputs for them: name -> layers -> (model,
+inputs).
 
 Sizes are the least that exercise a block twice. transformers builds its models from configurations
 alone; nothing is downloaded.
@@ -44,11 +45,22 @@ def _ids() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, VOCABULARY, (2, TOKENS))}
 
 
+_LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layers",
+    "n_layer",
+    "encoder_layers",
+    "decoder_layers",
+)
+
+
 def _from(config: str, model: str, inputs: Callable[[], dict[str, torch.Tensor]], **sizes: Any):
-    def build() -> Built:
+    def build(layers: int = LAYERS) -> Built:
         import transformers
 
-        built = getattr(transformers, model)(getattr(transformers, config)(**sizes))
+        given = {k: layers if k in _LAYER_COUNTS else v for k, v in sizes.items()}
+        built = getattr(transformers, model)(getattr(transformers, config)(**given))
         return built, inputs()
 
     return build
@@ -84,20 +96,20 @@ class NanoAttention(nn.Module):
 class Nano(nn.Module):
     """Hand-written decoder: learned positions, pre-norm, GELU, tied head."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
         self.positions = nn.Embedding(64, WIDTH)
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * LAYERS + 1))
-        self.attention = nn.ModuleList(NanoAttention() for _ in range(LAYERS))
-        self.fc = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(LAYERS))
-        self.out = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(LAYERS))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2 * layers + 1))
+        self.attention = nn.ModuleList(NanoAttention() for _ in range(layers))
+        self.fc = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(layers))
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.lm_head.weight = self.tokens.weight
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
-        for i in range(LAYERS):
+        for i in range(len(self.fc)):
             x = x + self.attention[i](self.norms[2 * i](x))
             x = x + self.out[i](F.gelu(self.fc[i](self.norms[2 * i + 1](x))))
         return self.lm_head(self.norms[-1](x))
@@ -106,11 +118,11 @@ class Nano(nn.Module):
 class TorchTransformer(nn.Module):
     """torch.nn's own encoder-decoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
         self.transformer = nn.Transformer(
-            WIDTH, HEADS, LAYERS, LAYERS, 96, dropout=0.0, batch_first=True
+            WIDTH, HEADS, layers, layers, 96, dropout=0.0, batch_first=True
         )
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -118,8 +130,8 @@ class TorchTransformer(nn.Module):
         return self.transformer(x, x)
 
 
-def _module(model: Callable[[], nn.Module]) -> Callable[[], Built]:
-    return lambda: (model(), _ids())
+def _module(model: Callable[[int], nn.Module]) -> Callable[..., Built]:
+    return lambda layers=LAYERS: (model(layers), _ids())
 
 
 _VISION = {
@@ -151,7 +163,7 @@ def _pairs() -> dict[str, torch.Tensor]:
     return {**_ids(), "decoder_input_ids": torch.randint(3, VOCABULARY, (2, TOKENS))}
 
 
-ZOO: dict[str, Callable[[], Built]] = {
+ZOO: dict[str, Callable[..., Built]] = {
     "llama": _decoder("Llama"),
     "mistral (sliding window)": _decoder("Mistral", sliding_window=6),
     "qwen2": _decoder("Qwen2"),
@@ -216,6 +228,17 @@ ZOO: dict[str, Callable[[], Built]] = {
         moe_intermediate_size=64,
         shared_expert_intermediate_size=64,
     ),
+    "llama4 (experts, bmm)": _from(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        _ids,
+        **_DECODER,
+        intermediate_size_mlp=96,
+        num_local_experts=4,
+        interleave_moe_layer_step=1,
+        head_dim=16,
+    ),
+    "gpt_oss (experts, sinks)": _decoder("GptOss", num_local_experts=4, head_dim=16),
     "bert": _from("BertConfig", "BertModel", _ids, **_ENCODER),
     "roberta": _from("RobertaConfig", "RobertaModel", _ids, **_ENCODER),
     "distilbert": _from(

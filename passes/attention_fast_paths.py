@@ -40,6 +40,8 @@ def decompose_attention(gm: fx.GraphModule) -> list[Skip]:
         if reason := _why_not(node, bound):
             skipped.append(Skip(reason, node))
             continue
+        if isinstance(example_value(node), tuple) and not _reads_weights(node):
+            bound["need_weights"] = False
         _replace(node, inline(node, function, **bound))
     return skipped
 
@@ -55,6 +57,11 @@ def _why_not(node: fx.Node, bound: dict[str, Any]) -> str | None:
     ):
         return "the outputs of attention are used as a whole tuple"
     return None
+
+
+def _reads_weights(node: fx.Node) -> bool:
+    """Whether something reads the second output, the attention weights."""
+    return any(user.args[1] == 1 and user.users for user in node.users)
 
 
 def _replace(node: fx.Node, result: Any) -> None:

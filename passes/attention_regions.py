@@ -74,7 +74,8 @@ def _projections_of(start: object) -> list[str]:
         if node.op not in ("call_function", "call_method"):
             continue
         source = node.args[0] if node.args else None
-        if isinstance(source, fx.Node) and read(source) and "getitem" in str(node.target):
+        several = read(source) if isinstance(source, fx.Node) else None
+        if several is not None and len(several.weights) > 1:
             names.append(_name(source, node.args[1]))
         elif read(node):
             names.append(_name(node, 0))

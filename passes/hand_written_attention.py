@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ternc.passes.graph import argument, arguments, example_value, is_call, is_tensor
 from ternc.passes.inline import inline
 from ternc.passes.mutation import drop_unused, name_of
-from ternc.passes.region import steps, written_outside
+from ternc.passes.region import ancestors, steps, written_outside
 from ternc.passes.rule import Skip
 from ternc.passes.trace import trace
 
@@ -27,6 +27,8 @@ _TRANSPOSE = {"transpose", torch.transpose, "swapaxes", torch.swapaxes}
 _MASKED_FILL = {"masked_fill", torch.masked_fill}
 _BADDBMM = {"baddbmm", torch.baddbmm}
 _VIEWS = {"view", "reshape", torch.reshape}
+_HIDING_STEPS = 6
+"""Calls between a softmax and a product within which the two are still told to be attention."""
 _HIDDEN = -1e8
 """Scores at or below this count as masked: finfo.min, -inf, -1e9. Above it, a row whose every score
 is masked would keep the differences of its scores.
@@ -59,9 +61,9 @@ def fuse_attention(gm: fx.GraphModule) -> list[Skip]:
         if node.target not in _MATMUL or len(arguments(node)) != 2:
             continue
         softmax, dropout = _softmax_of(arguments(node)[0])
-        if softmax is None:
+        found = _why_not_read(node) if softmax is None else _parse(node, softmax)
+        if found is None:
             continue
-        found = _parse(node, softmax)
         skip = found if isinstance(found, Skip) else None
         trace("softmax(q k^T) v -> scaled dot product attention", node, skip)
         if isinstance(found, Skip):
@@ -135,6 +137,21 @@ def _softmax_of(probabilities: Any) -> tuple[fx.Node | None, float]:
             return None, 0.0
         node = _through_casts(arguments(node)[0])
     return node if node is not None and _is_softmax(node) else None, float(dropout)
+
+
+def _why_not_read(product: fx.Node) -> Skip | None:
+    """The step that hides the softmax of an attention from its product; None: no attention."""
+    node, hiding = arguments(product)[0], ""
+    for _ in range(_HIDING_STEPS):
+        if not is_tensor(node) or not arguments(node):
+            return None
+        if _is_softmax(node):
+            scores = any(found.target in (*_MATMUL, *_BADDBMM) for found in ancestors(node)[1:])
+            reason = f"the attention weights pass {hiding!r} before they meet the values"
+            return Skip(reason, product) if scores and hiding else None
+        hiding = hiding if is_call(node, "cast") else name_of(node)
+        node = arguments(node)[0]
+    return None
 
 
 def _folds_heads(node: fx.Node) -> bool:

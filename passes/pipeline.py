@@ -33,6 +33,7 @@ from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.activation import ActivationRule
 from ternc.passes.rules.embedding import EmbeddingRule
 from ternc.passes.rules.experts import ExpertsRule
+from ternc.passes.rules.gather import GatherRule
 from ternc.passes.rules.linear import LinearRule
 from ternc.passes.rules.norm import NormRule
 from ternc.passes.rules.residual import ResidualRule
@@ -52,6 +53,7 @@ RULES: tuple[Rule, ...] = (
     ExpertsRule(),
     SharedRotationRule(),
     SharedInputRule(),
+    GatherRule(),
     NormRule(),
     ActivationRule(),
     RotationRule(),

@@ -21,7 +21,9 @@ FUSED_DEVICES = ("cpu", "cuda")
 
 @dataclasses.dataclass
 class TernaryCall:
-    """Arguments of `ternc::linears1..4`; `x` holds integers where `sx` is there."""
+    """Arguments of `ternc::linears1..4` or `grouped_linear`; `x` holds integers where `sx` is
+    there.
+    """
 
     x: fx.Node
     sx: fx.Node | None
@@ -36,6 +38,10 @@ class TernaryCall:
     layouts: list[int]
     dtype: torch.dtype
     sites: list[WeightSite | None]
+    experts: int = 0
+    """Number of experts where the one weight is a stack of them, as `ternc::grouped_linear` has."""
+    offsets: fx.Node | None = None
+    """Ends of the experts' rows; None = as many rows each."""
 
     @property
     def fusable(self) -> bool:
@@ -59,6 +65,11 @@ def is_linears(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in _overloads()
 
 
+def is_quantizer(node: Any) -> bool:
+    """Whether a node quantises activations and does nothing else."""
+    return isinstance(node, fx.Node) and node.target is torch.ops.ternc.quantize_act.default
+
+
 def read(node: fx.Node) -> TernaryCall | None:
     """The call that `node` is, or None."""
     if is_linear(node):
@@ -79,11 +90,40 @@ def read(node: fx.Node) -> TernaryCall | None:
             dtype=example_value(x).dtype,
             sites=[node.meta.get("ternc_site")],
         )
+    if isinstance(node, fx.Node) and node.target is torch.ops.ternc.grouped_linear.default:
+        return _read_grouped(node)
     return node.meta["ternc_call"] if is_linears(node) else None
 
 
+def _read_grouped(node: fx.Node) -> TernaryCall:
+    x, sx, offsets, weight, scale, multiplier, experts, rows, group, bits, layout, dtype = (
+        arguments(node)
+    )
+    return TernaryCall(
+        x=x,
+        sx=sx,
+        weights=[weight],
+        scales=[scale],
+        multipliers=[multiplier],
+        biases=[None],
+        residual=None,
+        out_features=[rows],
+        group_sizes=[group],
+        bits=bits,
+        layouts=[layout],
+        dtype=dtype,
+        sites=[node.meta["ternc_stack"]],
+        experts=experts,
+        offsets=offsets,
+    )
+
+
 def write(call: TernaryCall, before: fx.Node, like: fx.Node, rule: str) -> list[fx.Node]:
-    """Emits one of `ternc::linears1..4` before a node; returns its outputs, one per weight."""
+    """Emits one of `ternc::linears1..4`, or `grouped_linear`, before a node; returns its outputs,
+    one per weight.
+    """
+    if call.experts:
+        return [_write_grouped(call, before, like, rule)]
     target = _overloads()[len(call.weights) - 1]
 
     def emit(*args: Any) -> Any:
@@ -97,6 +137,29 @@ def write(call: TernaryCall, before: fx.Node, like: fx.Node, rule: str) -> list[
     if len(call.weights) == 1:
         return [node]
     return [inline(before, lambda all_, i=i: all_[i], node) for i in range(len(call.weights))]
+
+
+def _write_grouped(call: TernaryCall, before: fx.Node, like: fx.Node, rule: str) -> fx.Node:
+    node = inline(
+        before,
+        torch.ops.ternc.grouped_linear.default,
+        call.x,
+        call.sx,
+        call.offsets,
+        call.weights[0],
+        call.scales[0],
+        call.multipliers[0],
+        call.experts,
+        call.out_features[0],
+        call.group_sizes[0],
+        call.bits,
+        call.layouts[0],
+        call.dtype,
+    )
+    node.meta["ternc_stack"] = call.sites[0]
+    node.meta["ternc_rule"] = rule
+    carry_provenance(like, node)
+    return node
 
 
 def _overloads() -> list[Any]:
@@ -185,7 +248,7 @@ def retarget(node: fx.Node, q: fx.Node, sx: fx.Node, rule: str) -> None:
 
 
 def replace_outputs(node: fx.Node, outputs: list[fx.Node]) -> None:
-    """Uses of a linear(s) node -> the outputs that replace it; erases the node."""
+    """Uses of a node, or of the items of one with several outputs -> `outputs`; erases it."""
     if len(outputs) == 1:
         node.replace_all_uses_with(outputs[0])
     else:

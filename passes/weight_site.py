@@ -180,6 +180,19 @@ def describe_row(
     )
 
 
+def describe_training_row(
+    name: str, pattern: str, weight: torch.Tensor, decision: Decision, context: Context
+) -> Row:
+    """Report row of a weight that is trained: it is rewritten, and stays in floating point."""
+    row = describe_row(name, pattern, weight, decision, context)
+    row.reason = (
+        "gradients are enabled and the weight requires grad: fake-quantised, straight-through"
+    )
+    row.bytes_after = row.bytes_at_rest = row.bytes_before
+    row.bits_per_weight = 8.0 * weight.element_size()
+    return row
+
+
 def packed_bytes(rows: int, columns: int, variant: Variant) -> int:
     """Bytes of the tensors of a packed weight; a scale takes 2 bytes at rest where it was
     fitted.

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from ternc.formats.rotation import SharedSigns
 from ternc.reporting import GraphNode, Row
 from ternc.runtime.inductor import keep_static
+from ternc.runtime.ops.grouped_linear import ends_of
 from ternc.runtime.ops.linears import given
 from ternc.runtime.pack import PackCache, PackedWeight
 from ternc.site import WeightSite
@@ -211,21 +212,25 @@ class _OpByOp(fx.Interpreter):
 
     def _experts(self, n: fx.Node) -> torch.Tensor:
         """`ternc::grouped_linear` with the stack that the site has now."""
-        x, offsets, _, _, _, experts, rows, _, bits, _ = self.fetch_args_kwargs_from_env(n)[0]
+        x, sx, offsets, _, _, _, experts, rows, _, bits, _, dtype = self.fetch_args_kwargs_from_env(
+            n
+        )[0]
         site, entry = self.entries[id(n.meta["ternc_stack"])]
         now = entry.packed
         if now is not None:
             packed = (now.weight, now.scale, now.multiplier)
             return torch.ops.ternc.grouped_linear.default(
-                x, offsets, *packed, experts, rows, now.group_size, bits, now.layout
+                x, sx, offsets, *packed, experts, rows, now.group_size, bits, now.layout, dtype
             )
         stack = site.evaluate([self.originals[position] for position in site.inputs])
-        weights = stack.unflatten(0, (experts, -1))[:, :rows].to(x.dtype)
-        y, begin = x.new_zeros((x.shape[0], rows)), 0
-        for weight, end in zip(weights, offsets.tolist(), strict=True):
-            y[begin:end] = F.linear(x[begin:end], weight)
+        weights = stack.unflatten(0, (experts, -1))[:, :rows].to(dtype)
+        flat = (x if sx is None else x * sx).to(dtype).flatten(0, -2)
+        y, begin = flat.new_zeros((flat.shape[0], rows)), 0
+        ends = ends_of(offsets, flat.shape[0], experts)
+        for weight, end in zip(weights, ends, strict=True):
+            y[begin:end] = F.linear(flat[begin:end], weight)
             begin = max(begin, end)
-        return y
+        return y.view(*x.shape[:-1], rows)
 
     def _products(self, n: fx.Node) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """`ternc::linears1..4`, one weight after another."""

@@ -1,4 +1,5 @@
-"""grouped_mm(x, W [E, K, N], offsets) -> ternc::grouped_linear(x, offsets, pack(W)).
+"""grouped_mm(x, W [E, K, N], offsets) -> ternc::grouped_linear(x, offsets, pack(W)), and the same
+for bmm(x [E, M, K], W), whose experts have M rows each.
 
 Experts whose weights are stacked in one parameter. Experts kept as separate linears need no rule of
 their own: `LinearRule` meets each of them. The router is no stack and stays what it is.
@@ -7,6 +8,7 @@ their own: `LinearRule` meets each of them. The router is no stack and stays wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,16 +16,22 @@ from torch.nn import functional as F
 
 from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import arguments, example_value, is_tensor
+from ternc.passes.inline import inline
 from ternc.passes.rule import Match, Skip
+from ternc.passes.ternary_call import TernaryCall, write
 from ternc.passes.weight_expression import WeightExpression, weight_expression
 from ternc.passes.weight_site import (
     add_site,
     decide_now,
+    describe_training_row,
+    fit_group,
     packed_inputs,
+    planes_of,
     replace,
     requires_grad,
 )
 from ternc.policy import excluded
+from ternc.site import Decision
 
 _GROUPED_PRODUCTS = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
 """torch.nn.functional.grouped_mm, torch._grouped_mm, and custom ops that stand in for them."""
@@ -38,75 +46,111 @@ class ExpertsRule:
     name = "grouped_mm(x, W, offsets) -> ternc::grouped_linear(x, offsets, pack(W))"
 
     def match(self, node: fx.Node) -> Match | None:
-        if (
-            node.op != "call_function"
-            or len(arguments(node)) < 2
-            or not is_tensor(arguments(node)[1])
-        ):
-            return None
-        if getattr(node.target, "__name__", "").partition(".")[0] not in _GROUPED_PRODUCTS:
+        if node.op not in ("call_function", "call_method") or len(arguments(node)) < 2:
             return None
         x, weight = arguments(node)[:2]
-        offsets = node.kwargs.get("offs", arguments(node)[2] if len(arguments(node)) > 2 else None)
-        parts = {
-            "x": x,
-            "weight": weight,
-            "offsets": offsets,
-            "expression": weight_expression(weight),
-        }
-        return Match(node, parts)
+        if not (is_tensor(x) and is_tensor(weight)):
+            return None
+        grouped = _name_of(node) in _GROUPED_PRODUCTS
+        if not grouped and (node.target not in (torch.bmm, "bmm") or node.kwargs):
+            return None
+        expression = weight_expression(weight)
+        if not grouped and isinstance(expression, Skip):
+            return None  # a product of two activations
+        offsets = None
+        if grouped:
+            offsets = node.kwargs.get("offs", (*arguments(node), None)[2])
+        parts = {"x": x, "weight": weight, "offsets": offsets, "grouped": grouped}
+        return Match(node, {**parts, "expression": expression})
 
     def check(self, match: Match, context: Context) -> Skip | None:
-        expression = match.parts["expression"]
+        expression, grouped = match.parts["expression"], match.parts["grouped"]
         if isinstance(expression, Skip):
             return expression
         x, weight = example_value(match.parts["x"]), example_value(match.parts["weight"])
-        if weight.dim() != 3 or x.dim() != 2 or match.parts["offsets"] is None:
+        wrong = grouped and (x.dim() != 2 or match.parts["offsets"] is None)
+        if weight.dim() != 3 or wrong:
             return Skip("a grouped product that is not rows of x against a stack of experts")
         if context.why_not_move(*expression.inputs):
             return Skip("the model writes to the weight in place")
         if reason := excluded(_name(match), context.config):
             return Skip(reason)
-        if context.grad_enabled and requires_grad(expression, context):
-            return Skip("in training stacked experts stay floating point")
+        trained = context.grad_enabled and requires_grad(expression, context)
+        if trained and not isinstance(example_value(match.root), torch.Tensor):
+            return Skip("a grouped product that returns no tensor")
         return None
 
     def rewrite(self, match: Match, context: Context) -> Skip | None:
         expression: WeightExpression = match.parts["expression"]
-        node, stack = match.root, example_value(match.parts["weight"])
-        experts, columns, rows = (int(size) for size in stack.shape)
-        evaluate = _stacked(expression)
-        decision = decide_now(evaluate, expression.positions, context)
+        decision = decide_now(_stacked(expression), expression.positions, context)
         if isinstance(decision, Skip):
             return decision
-        padded = -(-rows // PADDED_ROWS) * PADDED_ROWS
-        like = stack.new_empty((experts * padded, columns))
         name = context.unique_name(_name(match))
-        site = add_site(name, "stacked experts", like, expression, evaluate, decision, context)
-        site.row.shape = (experts * rows, columns)
-        site.row.bytes_before = stack.numel() * stack.element_size()
-        site.row.bits_per_weight = 8.0 * site.row.bytes_after / max(1, stack.numel())
-        packed = packed_inputs(node.graph, context, site, like)
-        with node.graph.inserting_before(node):
-            new = node.graph.call_function(
-                torch.ops.ternc.grouped_linear.default,
-                (
-                    match.parts["x"],
-                    match.parts["offsets"],
-                    packed["weight"],
-                    packed["scale"],
-                    packed.get("multiplier"),
-                    experts,
-                    rows,
-                    site.variant.group_size,
-                    context.config.op_activation_bits,
-                    site.variant.layout,
-                ),
-            )
-        new.meta["example_value"] = example_value(node)
-        new.meta["ternc_stack"] = site
-        replace(node, new, self.name)
+        if context.grad_enabled and requires_grad(expression, context):
+            _rewrite_training(match, context, name, decision)
+        else:
+            _rewrite_packed(match, context, name, decision)
         return None
+
+
+def _rewrite_training(match: Match, context: Context, name: str, decision: Decision) -> None:
+    """grouped_mm(x, W) -> grouped_mm(fake_quantize_act(x), fake_quantize(W)), straight-through."""
+    node, config, ops = match.root, context.config, torch.ops.ternc
+    stack = example_value(match.parts["weight"])
+    rows = stack.new_empty((stack.shape[0] * stack.shape[2], stack.shape[1]))
+    planes, group = planes_of(decision, context), fit_group(config, rows)
+
+    def fake_quantised(x: Any, weight: Any) -> tuple[Any, Any]:
+        if config.op_activation_bits:
+            x = ops.fake_quantize_act.default(x, config.op_activation_bits)
+        turned = weight.transpose(-2, -1)
+        flat = ops.fake_quantize.default(turned.flatten(0, 1), planes, group)
+        return x, flat.view(*turned.shape).transpose(-2, -1)
+
+    x, weight = inline(node, fake_quantised, match.parts["x"], match.parts["weight"])
+    node.args = (x, weight, *arguments(node)[2:])
+    context.rows.append(
+        describe_training_row(name, "stacked experts (training)", rows, decision, context)
+    )
+
+
+def _rewrite_packed(match: Match, context: Context, name: str, decision: Decision) -> None:
+    node, stack = match.root, example_value(match.parts["weight"])
+    expression: WeightExpression = match.parts["expression"]
+    experts, columns, rows = (int(size) for size in stack.shape)
+    like = stack.new_empty((experts * -(-rows // PADDED_ROWS) * PADDED_ROWS, columns))
+    evaluate = _stacked(expression)
+    site = add_site(name, "stacked experts", like, expression, evaluate, decision, context)
+    site.row.shape = (experts * rows, columns)
+    site.row.bytes_before = stack.numel() * stack.element_size()
+    site.row.bits_per_weight = 8.0 * site.row.bytes_after / max(1, stack.numel())
+    packed = packed_inputs(node.graph, context, site, like)
+    x, dtype = match.parts["x"], example_value(node).dtype
+    if example_value(x).dtype != dtype:  # autocast chose another dtype for this product
+        x = inline(node, lambda value: value.to(dtype), x)
+    call = TernaryCall(
+        x=x,
+        sx=None,
+        weights=[packed["weight"]],
+        scales=[packed["scale"]],
+        multipliers=[packed.get("multiplier")],
+        biases=[None],
+        residual=None,
+        out_features=[rows],
+        group_sizes=[site.variant.group_size],
+        bits=context.config.op_activation_bits,
+        layouts=[site.variant.layout],
+        dtype=dtype,
+        sites=[site],
+        experts=experts,
+        offsets=match.parts["offsets"],
+    )
+    (new,) = write(call, node, node, ExpertsRule.name)
+    replace(node, new, ExpertsRule.name)
+
+
+def _name_of(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "").partition(".")[0]
 
 
 def _name(match: Match) -> str:

@@ -19,7 +19,7 @@ from ternc.passes.weight_expression import WeightExpression, weight_expression
 from ternc.passes.weight_site import (
     add_site,
     decide_now,
-    describe_row,
+    describe_training_row,
     fit_group,
     packed_inputs,
     planes_of,
@@ -123,13 +123,7 @@ def _rewrite_training(match: Match, context: Context, name: str, decision: Decis
     new = inline(node, fake_quantised, x, w, match.parts["bias"])
     replace(node, new, LinearRule.name)
     weight = example_value(match.parts["weight"])
-    row = describe_row(name, "linear (training)", weight, decision, context)
-    row.reason = (
-        "gradients are enabled and the weight requires grad: fake-quantised, straight-through"
-    )
-    row.bytes_after = row.bytes_at_rest = row.bytes_before
-    row.bits_per_weight = 8.0 * weight.element_size()
-    context.rows.append(row)
+    context.rows.append(describe_training_row(name, "linear (training)", weight, decision, context))
 
 
 def _rewrite_packed(

@@ -10,12 +10,21 @@ import torch
 from torch import fx
 
 from ternc.passes.context import Context
+from ternc.passes.graph import arguments
 from ternc.passes.inline import inline
 from ternc.passes.norm_pattern import read_norm
 from ternc.passes.region import steps, written_outside
 from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import label_sites, read, read_known, retarget, ternary_users
+from ternc.passes.ternary_call import (
+    is_quantizer,
+    label_sites,
+    read,
+    read_known,
+    replace_outputs,
+    retarget,
+    ternary_users,
+)
 
 
 class NormRule:
@@ -25,13 +34,17 @@ class NormRule:
 
     def match(self, node: fx.Node) -> Match | None:
         call = read(node)
-        if call is None or not call.pristine:
+        if is_quantizer(node):
+            x, bits = arguments(node)
+        elif call is not None and call.pristine:
+            x, bits = call.x, call.bits
+        else:
             return None
-        rotated = read_rotation(call.x)
+        rotated = read_rotation(x)
         norm = read_norm(rotated.y)
         if norm is None:
             return None
-        return Match(rotated.y, {"norm": norm, "rotated": rotated, "bits": call.bits})
+        return Match(rotated.y, {"norm": norm, "rotated": rotated, "bits": bits})
 
     def check(self, match: Match, context: Context) -> Skip | None:
         if context.grad_enabled:
@@ -47,7 +60,9 @@ class NormRule:
         y, norm, bits = match.root, match.parts["norm"], match.parts["bits"]
         rotated = match.parts["rotated"]
         readers = [user for user in ternary_users(rotated.x) if read_known(user).bits == bits]
-        keep = len(readers) < len(rotated.x.users) or (rotated.x is not y and len(y.users) > 1)
+        quantizers = [u for u in rotated.x.users if is_quantizer(u) and arguments(u)[1] == bits]
+        taken = len(readers) + len(quantizers)
+        keep = taken < len(rotated.x.users) or (rotated.x is not y and len(y.users) > 1)
         outputs = inline(
             y,
             torch.ops.ternc.norm_quantize.default,
@@ -68,6 +83,8 @@ class NormRule:
         for reader in readers:
             label_sites(reader, f"{norm.kind} norm{rotated.label}")
             retarget(reader, q, sx, self.name)
+        for quantizer in quantizers:
+            replace_outputs(quantizer, [q, sx])
         if rotated.x is not y and not rotated.x.users:
             y.graph.erase_node(rotated.x)
         if keep:

@@ -53,6 +53,6 @@ def _product(output: object) -> fx.Node | None:
     if not isinstance(output, fx.Node):
         return None
     call = read(output)
-    if call is None or len(call.weights) != 1 or call.residual is not None:
+    if call is None or len(call.weights) != 1 or call.residual is not None or call.experts:
         return None
     return output if call.fusable else None

@@ -1,7 +1,7 @@
 """grouped_linear(x, offsets, W) -> rows of x times the weight of their expert.
 
 Rows offsets[e - 1] .. offsets[e] of x (sorted by expert) meet expert e of a stack of packed
-weights: what a mixture of experts computes.
+weights: what a mixture of experts computes. The input may already be integers (q, sx).
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import torch
 from ternc.errors import KernelError
 from ternc.formats import layouts
 from ternc.runtime import dispatch
-from ternc.runtime.ops import dequantize
+from ternc.runtime.ops import dequantize, linears
 from ternc.runtime.ops.definition import (
-    FLOAT_TYPES,
     OpDefinition,
     refuse_gradient,
     unreachable_backward,
@@ -25,7 +24,8 @@ PADDED_ROWS = 128
 
 def check_grouped_linear(
     x: torch.Tensor,
-    offsets: torch.Tensor,
+    sx: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     weight: torch.Tensor,
     scale: torch.Tensor,
     multiplier: torch.Tensor | None,
@@ -34,13 +34,13 @@ def check_grouped_linear(
     group_size: int,
     activation_bits: int,
     layout: int,
+    dtype: torch.dtype,
 ) -> None:
     """Raise KernelError for what no kernel takes."""
-    if x.dtype not in FLOAT_TYPES or x.dim() != 2:
-        raise KernelError(
-            f"ternc::grouped_linear: x is {x.dtype} {list(x.shape)}, not float [M, K]"
-        )
-    if offsets.dtype != torch.int32 or tuple(offsets.shape) != (experts,):
+    linears.check_input("grouped_linear", x, sx, activation_bits, dtype)
+    if x.dim() < 2:
+        raise KernelError(f"ternc::grouped_linear: x is {list(x.shape)}, not [..., K]")
+    if offsets is not None and (offsets.dtype != torch.int32 or tuple(offsets.shape) != (experts,)):
         raise KernelError(
             f"ternc::grouped_linear: offsets are {offsets.dtype} {list(offsets.shape)}, not int32 "
             f"[{experts}]"
@@ -64,7 +64,8 @@ def padded_rows(out_features: int) -> int:
 
 def grouped_linear(
     x: torch.Tensor,
-    offsets: torch.Tensor,
+    sx: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     weight: torch.Tensor,
     scale: torch.Tensor,
     multiplier: torch.Tensor | None,
@@ -73,38 +74,48 @@ def grouped_linear(
     group_size: int,
     activation_bits: int,
     layout: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x [M, K] sorted by expert, offsets int32 [E] (ends of the experts' rows) -> [M, N] in
-    x.dtype.
+    """x [..., K], its M rows sorted by expert, offsets int32 [E] (ends of the experts' rows; None:
+    M / E rows each) -> [..., N] in `dtype`.
 
-    One `ternc::linear` an expert that has rows, on its slice of the stack; rows past the last
-    offset give 0. Runs on any device through the kernels of `ternc::linear`.
+    One product an expert that has rows, on its slice of the stack; rows past the last offset are
+    zero.
+
+    sx: None, and x is floating point; or fp32 [..., 1], and x holds the integers q.
     """
-    check_grouped_linear(
-        x,
-        offsets,
-        weight,
-        scale,
-        multiplier,
-        experts,
-        out_features,
-        group_size,
-        activation_bits,
-        layout,
-    )
-    y = x.new_zeros((x.shape[0], out_features))
+    numbers = (experts, out_features, group_size, activation_bits, layout, dtype)
+    check_grouped_linear(x, sx, offsets, weight, scale, multiplier, *numbers)
+    flat, steps = x.flatten(0, -2), None if sx is None else sx.flatten(0, -2)
+    y = x.new_zeros((flat.shape[0], out_features), dtype=dtype)
     rows = padded_rows(out_features)
     begin = 0
-    for expert, end in enumerate(offsets.tolist()):
+    for expert, end in enumerate(ends_of(offsets, flat.shape[0], experts)):
         if end > begin:
             part = _expert(weight, scale, multiplier, expert, experts, rows, layout)
-            product = torch.ops.ternc.linear(
-                x[begin:end], *part, None, rows, group_size, activation_bits, layout
+            product = torch.ops.ternc.linears1(
+                flat[begin:end],
+                None if steps is None else steps[begin:end],
+                *part,
+                None,
+                None,
+                rows,
+                group_size,
+                activation_bits,
+                layout,
+                dtype,
             )
             y[begin:end] = product[:, :out_features]
             dispatch.record(weight, dispatch.last_kernel(part[0]) or "reference")
         begin = max(begin, end)
-    return y
+    return y.view(*x.shape[:-1], out_features)
+
+
+def ends_of(offsets: torch.Tensor | None, rows: int, experts: int) -> list[int]:
+    """Where the rows of every expert end."""
+    if offsets is not None:
+        return offsets.tolist()
+    return [rows // experts * (expert + 1) for expert in range(experts)]
 
 
 def _expert(
@@ -131,7 +142,8 @@ def _expert(
 
 def fake(
     x: torch.Tensor,
-    offsets: torch.Tensor,
+    sx: torch.Tensor | None,
+    offsets: torch.Tensor | None,
     weight: torch.Tensor,
     scale: torch.Tensor,
     multiplier: torch.Tensor | None,
@@ -140,26 +152,18 @@ def fake(
     group_size: int,
     activation_bits: int,
     layout: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    check_grouped_linear(
-        x,
-        offsets,
-        weight,
-        scale,
-        multiplier,
-        experts,
-        out_features,
-        group_size,
-        activation_bits,
-        layout,
-    )
-    return x.new_empty((x.shape[0], out_features))
+    numbers = (experts, out_features, group_size, activation_bits, layout, dtype)
+    check_grouped_linear(x, sx, offsets, weight, scale, multiplier, *numbers)
+    return x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
 
 
 GROUPED_LINEAR = OpDefinition(
     name="grouped_linear",
-    schema="(Tensor x, Tensor offsets, Tensor weight, Tensor scale, Tensor? multiplier, "
-    "int experts, int out_features, int group_size, int activation_bits, int layout) -> Tensor",
+    schema="(Tensor x, Tensor? sx, Tensor? offsets, Tensor weight, Tensor scale, "
+    "Tensor? multiplier, int experts, int out_features, int group_size, int activation_bits, "
+    "int layout, ScalarType dtype) -> Tensor",
     reference=grouped_linear,
     fake=fake,
     setup_context=refuse_gradient("grouped_linear", "train the experts in floating point"),

@@ -72,6 +72,9 @@ SPELLINGS = {
 }
 
 NEAR_MISSES = {
+    "sinks": lambda q, k, v: (
+        F.softmax(torch.cat([q @ k.mT, MASK[:, :, :, :1].expand(2, 4, 7, 1)], -1), -1)[..., :-1] @ v
+    ),
     "scaled by a tensor": lambda q, k, v: F.softmax(q @ k.mT * MASK, -1) @ v,
     "through tanh": lambda q, k, v: F.softmax(torch.tanh(q @ k.mT), -1) @ v,
     "key not transposed": lambda q, k, v: F.softmax(q @ k.reshape(2, 4, 16, 7), -1) @ v,
