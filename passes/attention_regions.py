@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -73,7 +74,7 @@ def _projections_of(start: object) -> list[str]:
         seen.add(node)
         if node.op not in ("call_function", "call_method"):
             continue
-        source = node.args[0] if node.args else None
+        source: Any = node.args[0] if node.args else None
         several = read(source) if isinstance(source, fx.Node) else None
         if several is not None and len(several.weights) > 1:
             names.append(_name(source, node.args[1]))

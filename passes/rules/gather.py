@@ -77,7 +77,7 @@ def _gather(x: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
 
 def _unviewed(source: fx.Node) -> fx.Node:
     """The tensor of the same rows under a view to two dimensions."""
-    inner = arguments(source)[0] if source.target in _VIEWS else None
+    inner: Any = arguments(source)[0] if source.target in _VIEWS else None
     if not is_tensor(inner):
         return source
     same = str(example_value(inner).shape[-1]) == str(example_value(source).shape[-1])
