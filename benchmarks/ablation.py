@@ -34,6 +34,12 @@ from ablation_queue import RESTART, clear_claims, run_all, spawn, work  # noqa: 
 from ablation_teacher import export_teacher, import_teacher  # noqa: E402
 
 
+TIMED = ("bitnet", "modern", "full")
+
+LAST_START = 40.0
+"""Seconds before the end of a call in which no job starts: it would compile and hardly train."""
+
+
 def main() -> int:
     """Command line."""
     arguments = _parser().parse_args()
@@ -88,10 +94,7 @@ def _run(arguments: argparse.Namespace, settings: Settings, deadline: float) -> 
     def run(job):
         return run_job(job, corpus, settings, arguments.out, stop)
 
-    return 0 if work(jobs, arguments.out, run, stop, isolate=True) else RESTART
-
-
-TIMED = ("bitnet", "modern", "full")
+    return 0 if work(jobs, arguments.out, run, stop - LAST_START, isolate=True) else RESTART
 
 
 def export(out: Path, folder: Path, settings: Settings) -> None:
