@@ -33,7 +33,6 @@ from ablation_plan import Settings, best, plan, read_results  # noqa: E402
 from ablation_queue import RESTART, clear_claims, run_all, spawn, work  # noqa: E402
 from ablation_teacher import export_teacher, import_teacher  # noqa: E402
 
-
 TIMED = ("bitnet", "modern", "full")
 
 LAST_START = 40.0
