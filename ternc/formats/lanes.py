@@ -41,7 +41,7 @@ class Lanes(Layout):
         blocks, steps, step_bytes = self.weight_shape(rows, columns)
         padded = F.pad(codes, (0, steps * STEP - columns, 0, blocks * self.block - rows))
         # The four columns of a k-step are one int32: fields are assembled four bytes at a time.
-        fields = (padded + CODE_MAX[self.planes]).view(torch.int32)
+        fields = (padded + CODE_MAX[self.planes]).contiguous().view(torch.int32)
         fields = fields.view(blocks, FIELDS[self.planes], LANES, steps)
         vectors = _PACK[self.planes](fields)
         packed = torch.stack(vectors, dim=1).permute(0, 3, 1, 2).contiguous()

@@ -34,9 +34,10 @@ def test_multiplier_round_trip(layout, rows, groups):
 
 
 @ALL
-def test_non_contiguous_codes(layout):
-    codes = random_codes(20, 70, layout.planes).T
-    assert torch.equal(layout.unpack(layout.pack(codes), 70, 20), codes)
+@pytest.mark.parametrize(("rows", "columns"), [(70, 20), (256, 512)])
+def test_non_contiguous_codes(layout, rows, columns):
+    codes = random_codes(columns, rows, layout.planes).T
+    assert torch.equal(layout.unpack(layout.pack(codes), rows, columns), codes)
 
 
 def test_lanes_one_plane_bytes():
