@@ -151,8 +151,10 @@ class TrainConfig:
 
     weights: Config = dataclasses.field(default_factory=lambda: Config(planes=1))
     """What each weight is at the end: planes, groups, activation bits, names left out."""
-    scale: Literal["fit", "absmean"] = "fit"
-    """Scales of least squares, or the mean magnitude of BitNet b1.58 (one plane)."""
+    scale: Literal["fit", "learnt", "absmean"] = "fit"
+    """Scales of least squares, refitted in every step; those of the start, learnt from there on
+    (LSQ; without a schedule); or the mean magnitude of BitNet b1.58 (one plane).
+    """
     schedule: Schedule | None = None
     """Bits of the weights; None = the final quantiser from the first step on."""
     activation_schedule: Schedule | None = None
@@ -172,12 +174,17 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("scale", self.scale, ("fit", "absmean"))
+        _choice("scale", self.scale, ("fit", "learnt", "absmean"))
         _choice("autocast", self.autocast, ("bfloat16", None))
         if self.scale == "absmean" and self.weights.planes != 1:
             raise ConfigError(
                 f"scale='absmean' has one plane, not planes={self.weights.planes!r}; "
                 "use planes=1 or scale='fit'"
+            )
+        if self.scale == "learnt" and self.schedule is not None:
+            raise ConfigError(
+                "scale='learnt' starts at the scales of the trained weight and has no schedule; "
+                "leave schedule out or use scale='fit'"
             )
         _not_negative("dead_zone", self.dead_zone)
         if not isinstance(self.accumulate, int) or self.accumulate < 1:

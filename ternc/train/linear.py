@@ -24,6 +24,7 @@ from ternc.runtime import ops
 from ternc.runtime.ops.linear import integer_linear
 from ternc.site import Decision
 from ternc.train.quantizers import blended, ternary, values_by_bits
+from ternc.train.scale import LearntScale
 from ternc.train.schedule import FLOAT, TERNARY, BlendState
 from ternc.train.sharding import full
 
@@ -60,6 +61,7 @@ class QATLinear(nn.Linear):
     Attributes:
         weight_state: fp32 [3]: bits the blend comes from, bits it goes to, blend in [0, 1].
         activation_state: fp32 [3], the same for the input; None without a schedule.
+        learnt_scale: `LearntScale` or None.
         hadamard_scale: Parameter [in_features] or None.
         hadamard_shift: Parameter [in_features] or None.
         offset: added to the quantised weight, [out_features, in_features] or None.
@@ -107,6 +109,13 @@ class QATLinear(nn.Linear):
         bits = float(settings.activation_bits or FLOAT)
         acts = torch.tensor([bits, bits, 1.0], device=device)
         self.register_buffer("activation_state", acts if settings.activation_formats else None)
+        self.learnt_scale: LearntScale | None = None
+        self.fit_scale()
+
+    def fit_scale(self) -> None:
+        """Starts learnt scales at those of least squares; nothing where scales are not learnt."""
+        if self.settings.scale == "learnt":
+            self.learnt_scale = LearntScale(self._fitted("fit"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] -> [..., out_features].
@@ -136,6 +145,8 @@ class QATLinear(nn.Linear):
     def effective_weight(self) -> torch.Tensor:
         """What the product uses now, [out_features, in_features]; its gradient is `matrix`'s."""
         weight, settings = self.matrix(), self.settings
+        if self.learnt_scale is not None:
+            return self.learnt_scale(weight)
         if settings.formats == (TERNARY,) and settings.scale == "fit":
             return torch.ops.ternc.fake_quantize(weight, settings.planes, settings.group_size)
         values = self.values(weight.detach())
@@ -153,9 +164,9 @@ class QATLinear(nn.Linear):
 
     def quantized(self) -> Quantized:
         """Codes and scales of the final quantiser."""
-        settings = self.settings
-        group = 0 if settings.group_size >= self.in_features else settings.group_size
-        return ternary(self.matrix().detach(), settings.planes, group, settings.scale)
+        if self.learnt_scale is not None:
+            return self.learnt_scale.quantized(self.matrix().detach())
+        return self._fitted(self.settings.scale)
 
     def set_schedule(self, weights: BlendState, activations: BlendState | None = None) -> None:
         """Writes the state of the schedule into the buffers, in place."""
@@ -209,6 +220,10 @@ class QATLinear(nn.Linear):
             f"activation_bits={settings.activation_bits}{turned}"
         )
 
+    def _fitted(self, scale: str) -> Quantized:
+        group = 0 if self.settings.group_size >= self.in_features else self.settings.group_size
+        return ternary(self.matrix().detach(), self.settings.planes, group, scale)
+
     def _states(self) -> Iterator[tuple[str, torch.Tensor, float]]:
         """What follows a schedule, its state, and the bits at the schedule's end."""
         if self.settings.formats != (TERNARY,):
@@ -232,6 +247,8 @@ class QATLinear(nn.Linear):
     def _final(self, weight: torch.Tensor) -> torch.Tensor:
         """fp32 or the weight's dtype [N, K]: values of the final quantiser."""
         settings = self.settings
+        if self.learnt_scale is not None:
+            return self.learnt_scale.quantized(weight).dequantize().to(weight.dtype)
         if settings.scale == "fit":
             return torch.ops.ternc.fake_quantize(weight, settings.planes, settings.group_size)
         return ternary(weight, 1, settings.group_size, settings.scale).dequantize().to(weight.dtype)

@@ -224,6 +224,8 @@ def _prepare_linear(
     )
     if layer.settings.rotation is not None:
         _rotate(layer)
+    if tied is not None:
+        layer.learnt_scale = tied.learnt_scale
     made[memory_key(weight)] = layer
     carry_over(module, layer)
     row = skipped_row(name, spelling.pattern, decision.reason, module)
@@ -293,3 +295,4 @@ def _rotate(layer: QATLinear) -> None:
     assert rotation is not None
     rotated = rotation.rotate(layer.matrix().detach().contiguous())
     layer.weight.copy_(rotated.t() if layer.transposed else rotated)
+    layer.fit_scale()
