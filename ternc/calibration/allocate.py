@@ -6,17 +6,19 @@ measured loss most per bit gets it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ternc.calibration.batches import call, evaluating
 from ternc.calibration.calibrator import Layer
 from ternc.calibration.distance import Loss
-from ternc.calibration.execution import input_of
+from ternc.calibration.execution import input_of, record
 from ternc.config import CODE_MAX, Config
 from ternc.errors import ConfigError
 from ternc.formats import fit as data_free
@@ -27,6 +29,9 @@ from ternc.progress import track
 
 MEASURED_BATCHES = 4
 """Batches on which a loss is measured: differences of layers are far larger than its noise."""
+
+MEASURED_PLANES = (1, 2)
+"""Plane counts whose loss is measured."""
 
 SCALE_BITS = 16
 MULTIPLIER_BITS = 8
@@ -43,7 +48,7 @@ class Cost:
 
 
 def allocate(
-    model: torch.nn.Module,
+    model: nn.Module,
     layers: Mapping[str, Layer],
     batches: Sequence[Any],
     config: Config,
@@ -102,7 +107,7 @@ def bits_at_rest(rows: int, columns: int, planes: int, config: Config) -> float:
 
 @torch.no_grad()
 def measured_costs(
-    model: torch.nn.Module,
+    model: nn.Module,
     layers: Mapping[str, Layer],
     batches: Sequence[Any],
     config: Config,
@@ -112,30 +117,83 @@ def measured_costs(
     """Every layer at every plane count, by running the model with that layer alone quantised.
 
     The fit is the closed form, rotated where the configuration rotates: it ranks layers, and takes
-    a moment.
+    a moment. The model is run from the layer's block on; three planes are not run, but told from
+    two by the errors of the weight.
     """
     step = max(1, len(batches) // MEASURED_BATCHES)
     measured = list(batches[::step][:MEASURED_BATCHES])
     costs: dict[str, dict[int, Cost]] = {}
     with evaluating(model):
-        targets = [call(model, batch) for batch in measured]
+        prefix = _Prefix(model, layers, measured[0])
+        targets = [prefix.call(batch) for batch in measured]
+        exact = _mean(loss(target, target, b) for target, b in zip(targets, measured, strict=True))
         for name in track(layers, len(layers), "allocate", progress):
-            w = layers[name].weight().float()
-            costs[name] = {}
-            for planes in CODE_MAX:
-                handle = layers[name].module.register_forward_hook(
-                    _computing(_quantised(w, planes, config), layers[name].bias), with_kwargs=True
-                )
+            w, module = layers[name].weight().float(), layers[name].module
+            quantised = {planes: _quantised(w, planes, config) for planes in CODE_MAX}
+            losses = {}
+            for planes in MEASURED_PLANES:
+                hook = _computing(quantised[planes], layers[name].bias)
+                handle = module.register_forward_hook(hook, with_kwargs=True)
                 try:
-                    losses = [
-                        float(loss(call(model, batch), target, batch))
-                        for batch, target in zip(measured, targets, strict=True)
-                    ]
+                    with prefix.skipping(module):
+                        losses[planes] = _mean(
+                            loss(call(model, batch), target, batch)
+                            for batch, target in zip(measured, targets, strict=True)
+                        )
                 finally:
                     handle.remove()
-                bits = bits_at_rest(w.shape[0], w.shape[1], planes, config)
-                costs[name][planes] = Cost(bits, sum(losses) / len(losses))
+            # Small errors cost by their square: what is left of it at three planes.
+            left = ((w - quantised[3]).norm() / (w - quantised[2]).norm().clamp(min=1e-30)) ** 2
+            losses[3] = exact + (losses[2] - exact) * float(left)
+            costs[name] = {
+                planes: Cost(bits_at_rest(w.shape[0], w.shape[1], planes, config), losses[planes])
+                for planes in CODE_MAX
+            }
     return costs
+
+
+class _Prefix:
+    """Blocks in front of a quantised layer: they give what they gave in the float model."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], batch: Any) -> None:
+        self._model = model
+        modules = {name: layer.module for name, layer in layers.items()}
+        chains = record(model, modules, batch).chains
+        self._blocks = [[chain.block(i) for i in range(len(chain.keys))] for chain in chains]
+        self._kept: dict[nn.Module, list[Any]] = {b: [] for blocks in self._blocks for b in blocks}
+
+    def call(self, batch: Any) -> Any:
+        """The float model's output; what its blocks give is kept."""
+        handles = [
+            block.register_forward_hook(lambda block, _, output: self._kept[block].append(output))
+            for block in self._kept
+        ]
+        try:
+            return call(self._model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def skipping(self, layer: nn.Module) -> Iterator[None]:
+        """Meanwhile the model may be run on the batches of `call`, once each in their order."""
+        replaced = []
+        for blocks in self._blocks:
+            inside = [i for i, b in enumerate(blocks) if any(m is layer for m in b.modules())]
+            replaced += blocks[: inside[0]] if inside else []
+        try:
+            for block in replaced:
+                block.forward = _giving(self._kept[block])  # type: ignore[method-assign]
+            yield
+        finally:
+            for block in replaced:
+                del block.forward
+
+
+def _giving(outputs: Sequence[Any]) -> Callable[..., Any]:
+    """A forward that gives one output after the other."""
+    left = iter(outputs)
+    return lambda *args, **kwargs: next(left)
 
 
 def _quantised(w: torch.Tensor, planes: int, config: Config) -> torch.Tensor:
@@ -146,10 +204,15 @@ def _quantised(w: torch.Tensor, planes: int, config: Config) -> torch.Tensor:
     return rotation.restore(data_free.fit(rotation.rotate(w), planes, config, 0).dequantize())
 
 
+def _mean(values: Iterable[torch.Tensor]) -> float:
+    found = [float(value) for value in values]
+    return sum(found) / len(found)
+
+
 def _computing(w: torch.Tensor, bias: torch.Tensor | None) -> Any:
     """A forward hook that puts x W^T + b in the place of a layer's output."""
 
-    def compute(_: torch.nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+    def compute(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
         x = input_of(args, kwargs)
         return F.linear(x, w.to(x.dtype), bias)
 

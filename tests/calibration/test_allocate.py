@@ -37,3 +37,47 @@ def test_bits_are_those_of_the_stored_weight():
         for planes in (1, 2, 3):
             packed = pack(fit.fit(w, planes, config, 0), "cpu")
             assert bits_at_rest(24, 100, planes, config) == 8 * packed.nbytes_at_rest
+
+
+def test_costs_are_those_of_the_model_run_whole():
+    import torch
+    from torch import nn
+
+    from ternc.calibration.allocate import measured_costs
+    from ternc.calibration.calibrator import Layer
+    from ternc.calibration.distance import default_loss
+    from ternc.modules.conversion import spelling_of
+
+    ops.register()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(20, 32),
+        nn.Sequential(*(nn.Linear(32, 32) for _ in range(3))),
+        nn.Linear(32, 9),
+    )
+    batches = [torch.randint(20, (16,)) for _ in range(3)]
+    layers = {
+        name: Layer.of(module, spelling_of(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    config = Config(group_size=16, rotation="none")
+    found = measured_costs(model, layers, batches, config, default_loss, False)
+    assert list(found) == ["1.0", "1.1", "1.2", "2"]
+    with torch.no_grad():
+        targets = [model(batch) for batch in batches]
+        for name, costs_of_layer in found.items():
+            module = model.get_submodule(name)
+            w = module.weight.data.clone()
+            losses = {}
+            for planes in (1, 2, 3):
+                module.weight.data = fit.fit(w, planes, config, 0).dequantize()
+                losses[planes] = sum(
+                    float(default_loss(model(b), t, b))
+                    for b, t in zip(batches, targets, strict=True)
+                ) / len(batches)
+            module.weight.data = w
+            for planes in (1, 2):
+                torch.testing.assert_close(costs_of_layer[planes].loss, losses[planes])
+            assert 0.5 < costs_of_layer[3].loss / losses[3] < 2.0
+    assert not any("forward" in vars(module) for module in model.modules())
