@@ -37,6 +37,8 @@ class Folding:
     """Layers whose inputs arrive rotated now, and how."""
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     """Layers whose inputs could not be rotated offline, and why."""
+    scaled: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Layers whose weight took in a scale of its input, and which."""
     failed: str | None = None
     """Why nothing could be folded anywhere."""
 
@@ -48,6 +50,8 @@ class Folding:
             elif row.format.endswith("rotated"):
                 why = self.refused.get(row.name) or self.failed
                 row.reason += "; input rotated online" + (f": {why}" if why else "")
+            if row.name in self.scaled:
+                row.reason += f"; {self.scaled[row.name]}"
 
 
 def fold(model: nn.Module, example_inputs: Any, config: Config) -> Folding:
@@ -106,7 +110,8 @@ def _apply(model: nn.Module, folds: Sequence[Fold], inputs: Sequence[Any]) -> Fo
         edits += place.edits if done else []
         for node in place.readers:
             for name in names[id(tensor_of(node))] if is_static_input(node) else ():
-                (folding.rotated if done else folding.refused)[name] = note
+                notes = folding.rotated if place.rotates else folding.scaled
+                (notes if done else folding.refused)[name] = note
     with torch.no_grad():
         for edit in sorted(edits, key=lambda edit: edit.step):
             tensor = tensor_of(edit.parameter)

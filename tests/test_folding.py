@@ -153,6 +153,8 @@ STREAM = {
     "squared": "mul",
     "hidden state": "leaves the model",
 }
+UNSCALED = {"tied": {"head"}, "ternary": {"up"}, "small gain": {"head"}, "norm read": {"up"}}
+"""Layers that do not take in the gain of their norm where the stream is refused."""
 HEADS = {
     "values squashed": "changed between their projection and attention",
     "values read": "the values are also read by mean",
@@ -176,11 +178,24 @@ def test_what_folds_and_what_refuses(case):
     if case in STREAM:
         assert set(folding.rotated) == {"o"}
         assert STREAM[case] in folding.refused["qkv"]
+        assert set(folding.scaled) == stream - UNSCALED.get(case, set())
     elif case in HEADS:
-        assert set(folding.rotated) == stream
+        assert set(folding.rotated) == stream and not folding.scaled
         assert HEADS[case] in folding.refused["o"]
     else:
-        assert set(folding.rotated) == stream | {"o"} and not folding.refused
+        assert set(folding.rotated) == stream | {"o"}
+        assert not folding.refused and not folding.scaled
+
+
+def test_gains_move_to_the_layers_of_a_tied_model():
+    model, x = unsettled(Tiny("tied")), torch.randint(0, TOKENS, (2, 7))
+    q = ternc.quantize(model, ROTATED, example_inputs=(x,))
+    assert (q.norm1.weight == 1).all() and (q.norm1.bias == 0).all()
+    assert torch.equal(q.norm3.weight, model.norm3.weight) and q.head.weight is q.embed.weight
+    reason = next(row.reason for row in ternc.report(q).rows if row.name == "up")
+    assert "input rotated online" in reason and "gain of its norm folded" in reason
+    with torch.no_grad():
+        assert relative(q(x), model(x)) < 0.1
 
 
 def test_two_parameters_of_one_memory_are_left_alone():

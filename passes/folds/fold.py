@@ -41,14 +41,16 @@ class Edit:
 
 @dataclasses.dataclass
 class Fold:
-    """One place where an input may be rotated offline: the edits for it, or why there are none."""
+    """One place where an input may change offline: the edits for it, or why there are none."""
 
     readers: list[fx.Node]
-    """Weights (static inputs of the graph) of the products whose inputs are then rotated."""
+    """Weights (static inputs of the graph) of the products whose inputs it is."""
     note: str
     """For their report rows; where it is refused, the reason."""
     edits: list[Edit]
     """Empty where it is refused."""
+    rotates: bool = True
+    """The inputs are rotated then; else they are scaled."""
 
 
 class FoldFinder(Protocol):

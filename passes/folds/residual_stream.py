@@ -10,7 +10,6 @@ weight) refuses the whole of it, by name.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import torch
 from torch import fx
@@ -20,8 +19,6 @@ from ternc.formats.rotation import Rotation
 from ternc.formats.turn import StreamTurn, Turn
 from ternc.passes.context import Context
 from ternc.passes.folds.fold import (
-    BIASES,
-    NORMS,
     OUTPUTS,
     Edit,
     Fold,
@@ -33,6 +30,7 @@ from ternc.passes.folds.fold import (
     where,
     why_fixed,
 )
+from ternc.passes.folds.norm_gain import absorb
 from ternc.passes.graph import (
     argument,
     arguments,
@@ -49,8 +47,6 @@ from ternc.passes.rule import Skip
 _TOLERANCE = {torch.float32: 1e-4}
 _COARSE = 5e-2
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
-_LARGEST_QUOTIENT = 64.0
-"""Of a norm's bias by its gain, where the bias has to stay in the norm."""
 
 
 class ResidualStreamFold:
@@ -65,7 +61,7 @@ class ResidualStreamFold:
             if norm.x not in seen:
                 stream = _Stream(norms, norm.x, context)
                 seen |= stream.members
-                folds.append(stream.fold())
+                folds += stream.folds()
         return [fold for fold in folds if fold.readers]
 
 
@@ -87,6 +83,8 @@ class _Stream:
         self.writers: list[fx.Node] = []
         """Products, embeddings and parameters."""
         self.norms: dict[fx.Node, Norm] = {}
+        self.open: set[fx.Node] = set()
+        """Norms that something else than products reads."""
         self.reads: list[_Read] = []
         self.refused: str | None = None
         self.width = example_value(start).shape[-1]
@@ -96,17 +94,35 @@ class _Stream:
             self._refuse(f"its width {self.width} is odd")
         self._grow(start)
 
-    def fold(self) -> Fold:
-        """The edits of the whole stream, or the reason why there are none."""
+    def folds(self) -> list[Fold]:
+        """The edits of the whole stream; else the reason why there are none, and the gains of those
+        norms that products alone read.
+        """
         edits = [] if self.refused else self._edits()
-        weights = [weight_of(read.node)[0] for read in self.reads]
-        readers = [weight for weight in weights if isinstance(weight, fx.Node)]
         if isinstance(edits, Skip):
             self._refuse(edits.reason)
         if self.refused or isinstance(edits, Skip):
-            return Fold(readers, f"the residual stream is not rotated offline: {self.refused}", [])
+            reason = f"the residual stream is not rotated offline: {self.refused}"
+            return [Fold(self._weights(), reason, []), *self._gains()]
         label = f"block {self.rotation.block}, seed {self.rotation.seed}"
-        return Fold(readers, f"input rotated offline with the residual stream ({label})", edits)
+        note = f"input rotated offline with the residual stream ({label})"
+        return [Fold(self._weights(), note, edits)]
+
+    def _gains(self) -> list[Fold]:
+        """What is left where the stream stays: nothing is rotated, and channels are of one size."""
+        folds = []
+        for y, norm in self.norms.items():
+            edits = Skip("") if y in self.open else self._absorbed(y, norm, _as_it_is)
+            if not isinstance(edits, Skip) and edits:
+                note = "gain of its norm folded into its weight"
+                folds.append(Fold(self._weights(y), note, edits, rotates=False))
+        return folds
+
+    def _weights(self, *norms: fx.Node) -> list[fx.Node]:
+        """Weights of all products that read the stream, or these norms of it."""
+        reads = [read for read in self.reads if not norms or read.norm in norms]
+        weights = [weight_of(read.node)[0] for read in reads]
+        return [weight for weight in weights if isinstance(weight, fx.Node)]
 
     def _refuse(self, reason: str) -> None:
         self.refused = self.refused or reason
@@ -162,6 +178,7 @@ class _Stream:
         inside = steps(y, x)
         for step in inside - {y}:
             if any(user not in inside for user in step.users):
+                self.open.add(y)
                 self._refuse(f"a step of the norm in {where(y)} is read by something else")
 
     def _follow(self, y: fx.Node, node: fx.Node) -> None:
@@ -171,13 +188,11 @@ class _Stream:
                 self.reads.append(_Read(user, y))
             elif user.op != "output" and user.all_input_nodes == [node] and self._commutes(user):
                 self._follow(y, user)
-            elif user.op == "output":
-                self._refuse(f"the output of the norm in {where(y)} leaves the model")
             else:
-                sum_ = "; a sum of it is post-norm" if is_call(user, "add") else ""
-                self._refuse(
-                    f"the output of the norm in {where(y)} is read by {spoken(user)}{sum_}"
-                )
+                self.open.add(y)
+                post = "; a sum of it is post-norm" if is_call(user, "add") else ""
+                read = "leaves the model" if user.op == "output" else f"is read by {spoken(user)}"
+                self._refuse(f"the output of the norm in {where(y)} {read}{post}")
 
     def _step(self, node: fx.Node) -> list[fx.Node] | None:
         """Tensors of the stream that `node` is a column-wise step of; None where it is no such."""
@@ -225,22 +240,34 @@ class _Stream:
             if isinstance(found, Skip):
                 return found
             edits += found
-        for y, norm in [*self.norms.items(), (None, None)]:
-            products = []
-            for read in self.reads:
-                if read.norm is y:
-                    product = read_product(read.node, self._context)
-                    if isinstance(product, Skip):
-                        return product
-                    products.append(product)
-            if norm is None:
-                edits += [product.edit_inputs(self.turn) for product in products]
-                continue
-            found = _absorb(norm, products, self.turn, self._context)
+        for y, norm in self.norms.items():
+            found = self._absorbed(y, norm, self.turn)
             if isinstance(found, Skip):
-                return Skip(f"{where(y)}: {found.reason}" if y else found.reason)
+                return found
             edits += found
-        return edits
+        products = self._products(None)
+        if isinstance(products, Skip):
+            return products
+        return edits + [product.edit_inputs(self.turn) for product in products]
+
+    def _absorbed(self, y: fx.Node, norm: Norm, turn: Turn) -> list[Edit] | Skip:
+        """Edits of a norm and of the products that read it."""
+        products = self._products(y)
+        if isinstance(products, Skip):
+            return products
+        found = absorb(norm, products, turn, self._context)
+        return Skip(f"{where(y)}: {found.reason}") if isinstance(found, Skip) else found
+
+    def _products(self, norm: fx.Node | None) -> list[Product] | Skip:
+        """The products that read a norm, or the stream itself."""
+        products = []
+        for read in self.reads:
+            if read.norm is norm:
+                product = read_product(read.node, self._context)
+                if isinstance(product, Skip):
+                    return product
+                products.append(product)
+        return products
 
     def _written(self, node: fx.Node) -> list[Edit] | Skip:
         """Edits of what writes to the stream."""
@@ -255,6 +282,10 @@ class _Stream:
         return [Edit(table, OUTPUTS, self.turn)]
 
 
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 def _scales(node: fx.Node, wide: list[fx.Node]) -> bool:
     """One wide tensor times, or by, a number."""
     at = [index for index, operand in enumerate(arguments(node)) if operand in wide]
@@ -267,57 +298,3 @@ def _joins(node: fx.Node) -> bool:
         return False
     dim = argument(node, 1, "dim", 0)
     return isinstance(dim, int) and dim not in (-1, example_value(node).dim() - 1)
-
-
-def _absorb(norm: Norm, products: list[Product], turn: Turn, context: Context) -> list[Edit] | Skip:
-    """The gain of a norm goes into the products that read it; its bias too, where all have one.
-
-    (n g + b) W^T + c = n' (W g Q)^T + (c + b W^T),  n' = n Q
-    without c in one of them:  n' + (b / g) Q  in front of  (W g Q)^T
-    """
-    for parameter in (norm.gain, norm.bias):
-        if parameter is not None and (reason := why_fixed(parameter, context)):
-            return Skip(reason)
-    gain = _value(norm.gain, context)
-    edits = []
-    if norm.gain is not None and gain is not None:
-        gain = gain + norm.gain_offset
-        ones = partial(torch.full_like, fill_value=1.0 - norm.gain_offset)
-        edits.append(Edit(norm.gain, NORMS, ones))
-    edits += [product.edit_inputs(partial(_scaled, gain=gain, turn=turn)) for product in products]
-    shift = _value(norm.bias, context)
-    if norm.bias is None or shift is None:
-        return edits
-    if all(product.bias is not None for product in products):
-        edits.append(Edit(norm.bias, NORMS, torch.zeros_like))
-        return edits + [_shifted(product, shift, context) for product in products]
-    quotient = shift if gain is None else shift / gain
-    quotient = torch.where(shift == 0, 0.0, quotient)
-    if not quotient.abs().max() <= _LARGEST_QUOTIENT:
-        return Skip("its gain is too small to divide its bias by, and a reader has no bias")
-    return [*edits, Edit(norm.bias, NORMS, lambda old: turn(quotient).to(old.dtype))]
-
-
-def _scaled(rows: torch.Tensor, gain: torch.Tensor | None, turn: Turn) -> torch.Tensor:
-    """W [N, K] -> W g Q."""
-    scaled = rows.float() if gain is None else rows.float() * gain
-    return turn(scaled).to(rows.dtype)
-
-
-def _shifted(product: Product, shift: torch.Tensor, context: Context) -> Edit:
-    """c -> c + b W^T, before W changes."""
-    assert product.bias is not None
-    weight = context.inputs[product.weight.meta["ternc_position"]].detach()
-    rows = weight.t() if product.transposed else weight
-
-    def change(bias: torch.Tensor) -> torch.Tensor:
-        return (bias.float() + rows.float() @ shift).to(bias.dtype)
-
-    return Edit(product.bias, BIASES, change)
-
-
-def _value(parameter: fx.Node | None, context: Context) -> torch.Tensor | None:
-    """fp32 copy of a parameter as it is now."""
-    if parameter is None:
-        return None
-    return context.inputs[parameter.meta["ternc_position"]].detach().float().clone()
