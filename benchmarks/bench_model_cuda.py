@@ -29,6 +29,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import attention  # noqa: E402
+
 import ternc  # noqa: E402
 from ternc.backend import ternc_backend  # noqa: E402
 from ternc.modules.linear import TernaryLinear  # noqa: E402
@@ -101,29 +103,23 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, position: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        tokens = x.shape[1]
-        q = self.q_proj(x).view(1, tokens, self.heads, -1).transpose(1, 2)
-        k = self.k_proj(x).view(1, tokens, self.kv_heads, -1).transpose(1, 2)
-        v = self.v_proj(x).view(1, tokens, self.kv_heads, -1).transpose(1, 2)
-        q, k = turned(q, cos, sin), turned(k, cos, sin)
-        mixed = self.of_prompt(q, k, v) if tokens > 1 else self.of_token(q, k, v, position)
-        return self.o_proj(mixed.transpose(1, 2).reshape(x.shape))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if x.shape[1] == 1:
+            cache = (self.keys, self.values)
+            mixed = attention.token_attention(q, k, v, cos, sin, position, *cache)
+        else:
+            mixed = self.of_prompt(q, k, v, cos, sin)
+        return self.o_proj(mixed)
 
-    def of_prompt(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    def of_token(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: torch.Tensor
-    ) -> torch.Tensor:
-        """Written out: one query is a matrix-vector product, which Inductor fuses."""
-        self.keys.index_copy_(2, position, k)
-        self.values.index_copy_(2, position, v)
-        groups = q.view(1, self.kv_heads, -1, 1, q.shape[-1]).float()
-        scores = (groups * self.keys[:, :, None].float()).sum(-1) * q.shape[-1] ** -0.5
-        seen = torch.arange(CONTEXT, device=q.device) <= position
-        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
-        mixed = (weights[..., None] * self.values[:, :, None].float()).sum(-2)
-        return mixed.to(q.dtype).view(q.shape)
+    def of_prompt(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *places: torch.Tensor):
+        tokens = q.shape[1]
+        q, k, v = (
+            projected.view(1, tokens, heads, -1).transpose(1, 2)
+            for projected, heads in ((q, self.heads), (k, self.kv_heads), (v, self.kv_heads))
+        )
+        q, k = turned(q, *places), turned(k, *places)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return mixed.transpose(1, 2).reshape(1, tokens, -1)
 
 
 class Block(nn.Module):

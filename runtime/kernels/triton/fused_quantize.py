@@ -9,7 +9,7 @@ import torch
 from ternc.runtime.kernels.triton import launch
 from ternc.runtime.kernels.triton.fused_rows import activation_rows, norm_rows
 from ternc.runtime.kernels.triton.quantize_act import FEW_ROWS, quantize_act
-from ternc.runtime.kernels.triton.rotate import Tiling, hadamard
+from ternc.runtime.kernels.triton.rotate import COLUMNS, Tiling, hadamard
 from ternc.runtime.ops import activate_quantize as activate_op
 from ternc.runtime.ops import norm_quantize as norm_op
 from ternc.runtime.ops.quantize_act import LEVELS
@@ -26,19 +26,23 @@ class RowsConfig:
     stages: int
     resident: int = 0
     """Programs a multiprocessor that walk over all rows; 0: a program a row."""
+    registers: int | None = None
+    """Bound a thread."""
 
     def programs(self, rows: int, device: torch.device) -> int:
         most = self.resident * launch.processors(device.index or 0)
         return min(rows, most) if most else rows
 
 
-def choose(rows: int, tiling: Tiling) -> RowsConfig:
+def choose(rows: int, tiling: Tiling, inputs: int = 1) -> RowsConfig:
     """Few rows: the latency of one counts; many: their number keeps the processors busy."""
-    elements = tiling.rows * tiling.count * 64
+    elements = tiling.rows * tiling.count * COLUMNS
     if tiling.block:
-        return RowsConfig(4, 1) if rows <= FEW_ROWS else RowsConfig(4, 3, max(1, 5 // tiling.count))
+        return RowsConfig(4, 1, 0 if rows <= FEW_ROWS else 4)
     if rows <= FEW_ROWS:
         return RowsConfig(max(1, min(16, elements // 512)), 1)
+    if elements * inputs > 8192:  # two inputs, or a wide one: stages would not fit
+        return RowsConfig(min(16, elements // 1024), 1)
     return RowsConfig(max(1, min(16, elements // 1024)), 3, max(2, min(16, 40960 // elements)))
 
 
@@ -70,7 +74,8 @@ def norm_quantize(
         return y, q, sx.zero_()
     rows = _rows(x)
     tiling = Tiling.of(x.shape[-1], block)
-    norm_rows[_grid(rows, tiling)](
+    config = choose(rows.shape[0], tiling)
+    norm_rows[(config.programs(rows.shape[0], x.device),)](
         rows,
         rows if gain is None else gain.contiguous(),
         rows if bias is None else bias.contiguous(),
@@ -87,7 +92,7 @@ def norm_quantize(
         BIAS=bias is not None,
         ROUND_FIRST=round_first,
         KEEP=keep,
-        **_common(rows, signs, tiling, bits),
+        **_common(rows, signs, tiling, bits, config),
     )
     return y, q, sx
 
@@ -112,7 +117,8 @@ def activate_quantize(
     rows = _rows(gate)
     up_rows = rows if up is None else _rows(up)
     tiling = Tiling.of(gate.shape[-1], block)
-    activation_rows[_grid(rows, tiling)](
+    config = choose(rows.shape[0], tiling, 1 if up is None else 2)
+    activation_rows[(config.programs(rows.shape[0], gate.device),)](
         rows,
         up_rows,
         rows if signs is None else signs.contiguous(),
@@ -123,7 +129,7 @@ def activate_quantize(
         up_rows.stride(0),
         ACTIVATION=activation,
         UP=up is not None,
-        **_common(rows, signs, tiling, bits),
+        **_common(rows, signs, tiling, bits, config),
     )
     return q, sx
 
@@ -140,16 +146,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _grid(rows: torch.Tensor, tiling: Tiling) -> tuple[int]:
-    return (choose(rows.shape[0], tiling).programs(rows.shape[0], rows.device),)
-
-
 def _common(
-    rows: torch.Tensor, signs: torch.Tensor | None, tiling: Tiling, bits: int
+    rows: torch.Tensor,
+    signs: torch.Tensor | None,
+    tiling: Tiling,
+    bits: int,
+    config: RowsConfig,
 ) -> dict[str, object]:
     """Arguments of both kernels."""
     top, least, most = LEVELS[bits]
-    config = choose(rows.shape[0], tiling)
     dependent = launch.dependent_launch(rows.device)
     return {
         "K": rows.shape[1],
@@ -166,6 +171,7 @@ def _common(
         "EARLY": rows.shape[0] <= FEW_ROWS,
         "ASM": launch.INLINE_ASM,
         "num_warps": config.warps,
+        "maxnreg": config.registers,
         "launch_pdl": dependent,
         **launch.EXACT,
     }

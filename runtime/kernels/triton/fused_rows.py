@@ -11,8 +11,14 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ternc.runtime.kernels.triton.quantize_act import magnitude_bits, round_to_byte, row_scale
-from ternc.runtime.kernels.triton.rotate import factors, rotate, rounded, with_signs
+from ternc.runtime.kernels.triton.quantize_act import bytes_of, magnitude_bits, row_scale
+from ternc.runtime.kernels.triton.rotate import (
+    factors,
+    rotate,
+    rounded,
+    sign_bits,
+    with_signs,
+)
 
 
 @triton.jit
@@ -53,10 +59,22 @@ def load_tiles(row_ptr, K: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
 
 
 @triton.jit
+def load_signs(
+    signs_ptr, K: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
+):
+    """Sign bits of the columns of a row, as a tuple of tiles: for rows of few tiles."""
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        tiles = tiles + (sign_bits(load_tile(signs_ptr, tile, K, ROWS), dtype),)
+    return tiles
+
+
+@triton.jit
 def store_integers(
     h,
     left,
     right,
+    signs,
     signs_ptr,
     q_row,
     sx_ptr,
@@ -77,8 +95,11 @@ def store_integers(
         value = h[tile]
         if BLOCK > 0:
             value = value.to(dtype)
-            if SIGNS:
-                value = with_signs(value, load_tile(signs_ptr, tile, K, ROWS))
+            if SIGNS and len(signs) > 0:
+                value = with_signs(value, signs[tile], ASM)
+            elif SIGNS:
+                bits = sign_bits(load_tile(signs_ptr, tile, K, ROWS), dtype)
+                value = with_signs(value, bits, ASM)
             value = rounded(rotate(value, left, right, BLOCK), dtype, ASM)
         z = z + (value,)
     if BITS == 8:
@@ -93,8 +114,7 @@ def store_integers(
         t = (tl.sum(tl.sum(total, axis=1), axis=0) / K).to(tl.float32)
     inverse, scale = row_scale(t, TOP)
     for tile in tl.static_range(len(h)):
-        q = round_to_byte(z[tile], inverse, LEAST, MOST).to(tl.int8)
-        store_tile(q_row, q, tile, K)
+        store_tile(q_row, bytes_of(z[tile], inverse, LEAST, MOST, ASM), tile, K)
     tl.store(sx_ptr, scale)
 
 
@@ -157,6 +177,7 @@ def norm_rows(
             gdc_launch_dependents()
     gain = load_tiles(gain_ptr, K, ROWS, TILES) if GAIN else (0,) * TILES
     bias = load_tiles(bias_ptr, K, ROWS, TILES) if BIAS else (0,) * TILES
+    signs = load_signs(signs_ptr, K, dtype, ROWS, TILES) if SIGNS and TILES < 3 else ()
     first = tl.program_id(0).to(tl.int64)
     for row in tl.range(first, M, tl.num_programs(0), num_stages=STAGES):
         x = load_tiles(x_ptr + row * stride, K, ROWS, TILES)
@@ -174,7 +195,7 @@ def norm_rows(
                 value -= mean
                 if (tile + 1) * ROWS * 64 > K:
                     value = tl.where(tile_columns(tile, ROWS) < K, value, 0.0)
-            squares += value * value
+            squares = tl.fma(value, value, squares)
             centred = centred + (value,)
         rstd = tl.math.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / K + eps)
         h = ()
@@ -187,20 +208,39 @@ def norm_rows(
                 store_tile(y_ptr + row * K, y.to(dtype), tile, K)
             h = h + (y,)
         store_integers(
-            h, left, right, signs_ptr, q_ptr + row * K, sx_ptr + row, K, dtype, SIGNS, BLOCK, BITS,
-            TOP, LEAST, MOST, ASM,
+            h, left, right, signs, signs_ptr, q_ptr + row * K, sx_ptr + row, K, dtype, SIGNS,
+            BLOCK, BITS, TOP, LEAST, MOST, ASM,
         )  # fmt: skip
 
 
 @triton.jit
-def activated(x, ACTIVATION: tl.constexpr):
+def sigmoid(x, ASM: tl.constexpr):
+    """1 / (1 + exp(-x)) within a few units in the last place."""
+    if ASM:
+        # Without the scaling of tiny values, which here are far below a rounding of the result.
+        x = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; ex2.approx.ftz.f32 t, $1; add.f32 t, t, 0f3F800000;"
+            " rcp.approx.ftz.f32 $0, t; }",
+            "=f,f",
+            [x * -1.4426950408889634],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        x = 1.0 / (1.0 + tl.exp(-x))
+    return x
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr, ASM: tl.constexpr):
     """The activation function on fp32; NaN stays NaN."""
     if ACTIVATION == "silu":
-        x = x / (1.0 + tl.exp(-x))
+        x = x * sigmoid(x, ASM)
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        x = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        x = x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x), ASM)
     elif ACTIVATION == "relu":
         x = tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "relu2":
@@ -243,19 +283,20 @@ def activation_rows(
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
+    signs = load_signs(signs_ptr, K, dtype, ROWS, TILES) if SIGNS and TILES < 3 else ()
     first = tl.program_id(0).to(tl.int64)
     for row in tl.range(first, M, tl.num_programs(0), num_stages=STAGES):
         gate = load_tiles(gate_ptr + row * gate_stride, K, ROWS, TILES)
         up = load_tiles(up_ptr + row * up_stride, K, ROWS, TILES) if UP else (0,) * TILES
         h = ()
         for tile in tl.static_range(TILES):
-            value = activated(gate[tile].to(tl.float32), ACTIVATION)
+            value = activated(gate[tile].to(tl.float32), ACTIVATION, ASM)
             if ACTIVATION != "none":
                 value = rounded(value, dtype, ASM)
             if UP:
                 value = rounded(value * up[tile].to(tl.float32), dtype, ASM)
             h = h + (value,)
         store_integers(
-            h, left, right, signs_ptr, q_ptr + row * K, sx_ptr + row, K, dtype, SIGNS, BLOCK, BITS,
-            TOP, LEAST, MOST, ASM,
+            h, left, right, signs, signs_ptr, q_ptr + row * K, sx_ptr + row, K, dtype, SIGNS,
+            BLOCK, BITS, TOP, LEAST, MOST, ASM,
         )  # fmt: skip

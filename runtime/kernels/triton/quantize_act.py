@@ -57,6 +57,27 @@ def round_to_byte(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr):
 
 
 @triton.jit
+def bytes_of(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr, ASM: tl.constexpr):
+    """`round_to_byte` as int8; with ASM four at a time."""
+    if LEAST == -127 and ASM:
+        # The low bytes of the sums are q; of NaN they are not, and the row's mask clears them.
+        sums = (x * inverse + ROUND_TO_EVEN).to(tl.int32, bitcast=True)
+        mask = tl.where(inverse == 0.0, 0, -1)
+        q = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; prmt.b32 a, $1, $2, 0x0040; prmt.b32 b, $3, $4, 0x0040;"
+            " prmt.b32 a, a, b, 0x5410; and.b32 $0, a, $5; }",
+            "=r,r,r,r,r,r,r,r,r",
+            [sums, mask],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        q = round_to_byte(x, inverse, LEAST, MOST).to(tl.int8)
+    return q
+
+
+@triton.jit
 def written(q, scale, VALUES: tl.constexpr):
     """q int32, or with VALUES q * scale in fp32."""
     return q.to(tl.float32) * scale if VALUES else q

@@ -28,6 +28,13 @@ PART: tl.constexpr = tl.constexpr(tl.float32 if launch.INTERPRETED else tl.bfloa
 """What sums of 16-bit values are cut into; Triton's interpreter multiplies no bf16."""
 
 
+_POWERS = {2**k: 2.0 ** -(k // 2) for k in range(13)}
+POWERS_OF_TWO: tl.constexpr = tl.constexpr(_POWERS)
+"""By block: the exact part of 1 / sqrt(block), which `right` takes."""
+REST: tl.constexpr = tl.constexpr({b: b**-0.5 / power for b, power in _POWERS.items()})
+"""By block: what is left of it, 1 or 1 / sqrt(2)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """How a row of K columns is cut: `count` tiles [rows, 64], zeros beyond K."""
@@ -47,39 +54,57 @@ class Tiling:
 
 
 @triton.jit
-def factor(SIZE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr):
-    """blockdiag(H_BLOCK) [SIZE, SIZE]; H is -1 where the bits of i & j are odd in number."""
-    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+def entries(i, j, BLOCK: tl.constexpr):
+    """blockdiag(H_BLOCK) at rows i and columns j: -1 where the bits of i & j are odd in number."""
     odd = i & j & (BLOCK - 1)
     odd ^= odd >> 4
     odd ^= odd >> 2
     odd ^= odd >> 1
-    value = 1.0 - 2.0 * (odd & 1).to(tl.float32)
-    if BLOCK < SIZE:
-        value = tl.where((i ^ j) < BLOCK, value, 0.0)
-    return value.to(dtype)
+    return tl.where((i ^ j) < BLOCK, 1.0 - 2.0 * (odd & 1).to(tl.float32), 0.0)
 
 
 @triton.jit
 def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(left [ROWS, ROWS], right [64, 64]) of `rotate`; left is not used where BLOCK <= 64."""
+    """(left [ROWS, ROWS], right [64, 64]) of `rotate`; left is not used where BLOCK <= 64.
+
+    The tensor cores leave columns 8 n + 2 t + e (t < 4, e < 2) with thread t of a row: `right`
+    has its columns in such an order that these are the adjacent 16 t + 2 n + e.
+    """
+    i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    j = j % 8 // 2 * 16 + j // 8 * 2 + j % 2
     if BLOCK > 64:
-        left = factor(ROWS, BLOCK // 64, dtype)
-        right = factor(64, 64, tl.float32 if dtype == tl.float32 else PART)
+        right = entries(i, j, 64) * POWERS_OF_TWO[BLOCK]
+        right = right.to(tl.float32 if dtype == tl.float32 else PART)
+        row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+        left = entries(row, column, BLOCK // 64).to(dtype)
     else:
-        right = factor(64, BLOCK, dtype)
+        right = (entries(i, j, BLOCK) * POWERS_OF_TWO[BLOCK]).to(dtype)
         left = right
     return left, right
 
 
 @triton.jit
-def with_signs(x, signs):
-    """x times signs int8 of +1 and -1, by their sign bits."""
-    if x.dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True) ^ ((signs.to(tl.int32) >> 7) << 31)
+def sign_bits(signs, dtype: tl.constexpr):
+    """int8 +1 and -1 -> 0 and the sign bit of a dtype, as integers of its width."""
+    word: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
+    return (signs.to(word) >> 7) << (word.primitive_bitwidth - 1)
+
+
+@triton.jit
+def with_signs(x, bits, ASM: tl.constexpr):
+    """x with its signs flipped where `bits` has the sign bit."""
+    if x.dtype == tl.float32 or not ASM:
+        values = x.to(bits.dtype, bitcast=True) ^ bits
     else:
-        bits = x.to(tl.int16, bitcast=True) ^ ((signs.to(tl.int16) >> 7) << 15)
-    return bits.to(x.dtype, bitcast=True)
+        values = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, $2;",
+            "=r,r,r",
+            [x.to(tl.int16, bitcast=True), bits],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        )
+    return values.to(x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -117,7 +142,12 @@ def rotate(x, left, right, BLOCK: tl.constexpr):
         z = tl.dot(low, right, acc=tl.dot(high.to(PART), right))
     else:
         z = tl.dot(x, right)
-    return z * (BLOCK**-0.5)
+    if REST[BLOCK] != 1.0:
+        z = z * REST[BLOCK]
+    # Back to the order of `factors`: nothing leaves its thread.
+    ROWS: tl.constexpr = x.shape[0]
+    z = tl.permute(tl.reshape(z, [ROWS, 8, 4, 2]), (0, 2, 1, 3))
+    return tl.reshape(z, [ROWS, 64])
 
 
 @triton.jit
@@ -130,6 +160,7 @@ def hadamard_tiles(
     SIGNS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Programs walk over tiles of 4096 of all `total` elements; blocks lie within tiles."""
     left, right = factors(x_ptr.dtype.element_ty, 64, BLOCK)
@@ -142,7 +173,7 @@ def hadamard_tiles(
         x = tl.load(x_ptr + place, mask=place < total, other=0.0)
         if SIGNS:
             signs = tl.load(signs_ptr + place % K, mask=place < total, other=1)
-            x = with_signs(x, signs)
+            x = with_signs(x, sign_bits(signs, x.dtype), ASM)
         z = rotate(x, left, right, BLOCK)
         tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=place < total)
     if DEPENDENT:
@@ -172,6 +203,7 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.T
         SIGNS=signs is not None,
         BLOCK=block,
         DEPENDENT=dependent,
+        ASM=launch.INLINE_ASM,
         num_warps=4,
         num_stages=3,
         launch_pdl=dependent,
