@@ -19,8 +19,7 @@ def _turned(pointer, cos, sin, HALF: tl.constexpr):
     """Rotary embedding of heads [n, 2 HALF] at pointer [n, HALF]: both halves, rounded."""
     dtype: tl.constexpr = pointer.dtype.element_ty
     first, second = tl.load(pointer).to(tl.float32), tl.load(pointer + HALF).to(tl.float32)
-    turned = (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
-    return turned
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 python benchmarks/bench_model_cuda.py --device cuda --models 2b --ways ternc bf16
 
-ternc: `ternc.quantize`, then `torch.compile(model, backend="ternc", mode="reduce-overhead")`.
+ternc: `ternc.quantize` (the head stays bf16, or is int8), then
+`torch.compile(model, backend="ternc", mode="reduce-overhead")`.
 bf16: the same model under Inductor in the same mode, and eager. Batch 1, static KV cache, greedy.
 A token's floor is one read of all weights and of the filled cache; that of a prompt is its
 products at the tensor cores' peak.
@@ -231,7 +232,7 @@ def weight_bytes(model: nn.Module) -> int:
 def measure(model: nn.Module, way: str, args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     compiled: Step = model
     start = time.perf_counter()
-    if way == "ternc":
+    if way.startswith("ternc"):
         compiled = torch.compile(
             model, backend=ternc_backend, mode="reduce-overhead", dynamic=False
         )
@@ -251,7 +252,7 @@ def measure(model: nn.Module, way: str, args: argparse.Namespace, shape: Shape) 
         narrow = shape.kv_heads * shape.head_width
         weights = shape.width * (2 * shape.width + 2 * narrow + 3 * shape.hidden)
         work = 2 * weights * shape.layers * args.prompt
-        peak = PEAK_OPS_US["ternc" if way == "ternc" else "bf16"]
+        peak = PEAK_OPS_US[way.split()[0].strip(",")]
         row |= {"prefill ms": seconds * 1e3, "prefill floor ms": work / peak / 1e3}
     row["compile and run s"] = time.perf_counter() - start
     torch.compiler.reset()
@@ -262,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    ways = ["bf16 eager", "bf16 inductor", "ternc"]
+    ways = ["bf16 eager", "bf16 inductor", "ternc", "ternc, int8 head"]
     parser.add_argument("--ways", nargs="+", default=ways, choices=ways)
     parser.add_argument("--tokens", type=int, default=128, help="decoded and timed")
     parser.add_argument("--prompt", type=int, default=2048, help="0: no prefill")
@@ -282,9 +283,10 @@ def main() -> None:
         with torch.no_grad():
             model = Decoder(shape).eval()
             for way in args.ways:
-                if way == "ternc":
+                if way.startswith("ternc"):
                     start = time.perf_counter()
-                    model = ternc.quantize(model, inplace=True)
+                    heads = ("lm_head",) if "head" in way else ()
+                    model = ternc.quantize(model, ternc.Config(int8=heads), inplace=True)
                     torch.cuda.synchronize()
                     print(f"quantize {time.perf_counter() - start:.1f} s", flush=True)
                 row = {"model": name} | measure(model, way, args, shape)

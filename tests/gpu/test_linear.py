@@ -7,6 +7,8 @@ import torch
 from packed_weights import assert_same, packed_on_gpu
 from reference import linear_arguments
 
+from ternc.formats import pack
+from ternc.formats.int8 import fit_int8
 from ternc.runtime import dispatch
 from ternc.runtime.ops import linear as linear_op
 
@@ -101,6 +103,18 @@ def test_large(shape, planes, group_size):
             assert_same(torch.ops.ternc.linear(*arguments), expected)
         kernel = "triton_gemv" if tokens == 1 else "triton_gemm"
         assert dispatch.last_kernel(packed.weight) == kernel
+
+
+@pytest.mark.parametrize("shape", [(129, 300), (65, 7), (1000, 4096)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_weights(shape, dtype):
+    packed = pack(fit_int8(torch.randn(shape, device="cuda")), "cuda")
+    bias = torch.randn(shape[0], device="cuda")
+    for tokens in (1, 5, 16, 60, 300):
+        x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
+        arguments = linear_arguments(x, packed, bias)
+        assert_same(torch.ops.ternc.linear(*arguments), linear_op.reference(*arguments))
+        assert dispatch.last_kernel(packed.weight) == "triton_int8"
 
 
 def test_shapes_of_x():

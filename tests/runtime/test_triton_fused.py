@@ -16,6 +16,7 @@ from packed_weights import assert_same
 from reference import random_quantized
 
 from ternc.formats import pack
+from ternc.formats.int8 import fit_int8
 from ternc.formats.quantized import expand_groups
 from ternc.runtime.ops import (
     activate_quantize,
@@ -226,3 +227,17 @@ def test_fake_quantize_act(columns, bits):
     x[1], x[2, 0] = 0, torch.nan
     q, scale = quantize_act.reference(x, bits)
     assert_same(kernels.fake_quantize_act(x, bits), q * scale)
+
+
+@inside
+@pytest.mark.parametrize("shape", [(129, 300), (65, 7), (3, 256)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_int8_weights(shape, tokens):
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    packed = pack(fit_int8(torch.randn(shape)), "cuda")
+    numbers = (shape[0], 0, 8, packed.layout, torch.float32)
+    rest = (packed.weight, packed.scale, None, torch.randn(shape[0]), torch.randn(tokens, shape[0]))
+    for given in inputs_of(tokens, shape[1], 8):
+        y = kernels.linears1(*given, *rest, *numbers)
+        assert_same(y, linears1.reference(*given, *rest, *numbers))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ternc.runtime import dispatch
 from ternc.runtime.kernels.triton import dequantize as dequantize_kernel
-from ternc.runtime.kernels.triton import launch, linear_gemm, select
+from ternc.runtime.kernels.triton import launch, linear_gemm, linear_int8, select
 from ternc.runtime.kernels.triton.linear_float import linear_float
 from ternc.runtime.kernels.triton.linear_gemm import Integers
 from ternc.runtime.kernels.triton.linear_gemv import linear_gemv
@@ -41,7 +41,7 @@ def linear(
     linear_op.check_linear(*arguments, activation_bits, layout)
     columns = x.shape[-1]
     packed = _packed(weight, scale, multiplier, out_features, columns, group_size, layout)
-    if select.unsupported(packed) or not (columns and out_features):
+    if select.unsupported(packed, activation_bits) or not (columns and out_features):
         return linear_op.reference(*arguments, activation_bits, layout)
     y = x.new_empty((*x.shape[:-1], out_features))
     if y.numel():
@@ -70,7 +70,7 @@ def linears1(
     linears1_op.check_linears1(*arguments, activation_bits, layout, dtype)
     columns = x.shape[-1]
     packed = _packed(weight, scale, multiplier, out_features, columns, group_size, layout)
-    if select.unsupported(packed) or not (columns and out_features):
+    if select.unsupported(packed, activation_bits) or not (columns and out_features):
         return linears1_op.reference(*arguments, activation_bits, layout, dtype)
     y = x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
     if y.numel():
@@ -107,7 +107,9 @@ def linears(
             weights, scales, multipliers, out_features, group_sizes, layouts, strict=True
         )
     ]
-    if any(map(select.unsupported, packed)) or not (columns and all(out_features)):
+    if any(select.unsupported(each, activation_bits) for each in packed) or not (
+        columns and all(out_features)
+    ):
         return linears_op.reference(*arguments, activation_bits, layouts, dtype)
     outputs = [x.new_empty((*x.shape[:-1], rows), dtype=dtype) for rows in out_features]
     if outputs[0].numel():
@@ -136,13 +138,19 @@ def _multiply(
 ) -> None:
     """x [M, K] floating point, or int8 with scales sx [M] -> product.outputs."""
     weight, tokens, device = product.joint, x.shape[0], x.device
-    if not activation_bits:
+    if weight.layout == linear_int8.LAYOUT:
+        kernel = "triton_int8"
+        given = (
+            linear_int8.quantize(x, activation_bits) if sx is None else Integers(_aligned(x), sx)
+        )
+        linear_int8.linear_int8(given, product)
+    elif not activation_bits:
         kernel = "triton_float"
         linear_float(x, product)
     elif tokens == 1 and not select.gemv_unsupported(weight, activation_bits, sx is not None):
         kernel = "triton_gemv"
         x = x if sx is None else _aligned(x)
-        linear_gemv(x, sx, product, select.gemv_config(weight, device))
+        linear_gemv(x, sx, product, select.gemv_config(weight, device, sx is not None))
     else:
         kernel = "triton_gemm"
         config = select.gemm_config(weight, tokens, device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ternc.runtime.kernels.triton import launch
+from ternc.runtime.kernels.triton import launch, linear_int8
 from ternc.runtime.kernels.triton.linear_gemm import GemmConfig
 from ternc.runtime.kernels.triton.linear_gemv import MAX_CHUNKS, GemvConfig
 from ternc.runtime.kernels.triton.weight import Weight
@@ -21,12 +21,20 @@ BUCKETS = (8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
 """Largest M of every row of the table; the last row serves every larger M."""
 
 
-def unsupported(weight: Weight) -> str | None:
+INTEGERS = "gemv integers"
+"""Kernel of the table's rows for one token whose input is integers."""
+
+
+def unsupported(weight: Weight, activation_bits: int) -> str | None:
     """Why no kernel here multiplies by this weight, None where one does."""
-    if weight.layout not in (21, 22, 23):
-        return f"layout {weight.layout} is not one of the CUDA layouts 21 to 23"
+    if weight.layout == linear_int8.LAYOUT and not activation_bits:
+        return "int8 times floating-point activations"
     if weight.free_scales:
         return "free scales: sums of groups in floating point, ascending"
+    if weight.layout == linear_int8.LAYOUT:
+        return "int8 with groups" if weight.multiplier is not None else None
+    if weight.layout not in (21, 22, 23):
+        return f"layout {weight.layout} is not one of the CUDA layouts"
     return None
 
 
@@ -41,9 +49,11 @@ def gemv_unsupported(weight: Weight, activation_bits: int, integers: bool = Fals
     return None
 
 
-def gemv_config(weight: Weight, device: torch.device) -> GemvConfig:
-    """Tile of the one-token kernel."""
-    tuned = _tuned(device).get(table_key("gemv", weight))
+def gemv_config(weight: Weight, device: torch.device, integers: bool = False) -> GemvConfig:
+    """Tile of the one-token kernel; an input of integers may have one of its own."""
+    table = _tuned(device)
+    tuned = table.get(table_key(INTEGERS, weight)) if integers else None
+    tuned = tuned or table.get(table_key("gemv", weight))
     return GemvConfig(*tuned) if tuned else default_gemv(weight, device)
 
 
@@ -86,7 +96,7 @@ def default_gemm(weight: Weight, tokens: int, device: torch.device) -> GemmConfi
         split = _split(tiles(64, 32), weight.chunks, processors)
         return GemmConfig(64, 32, split, 4, 3, None, 2, 2)
     # A token tile that is mostly empty costs as much as a full one.
-    wide = -(-tokens // 128) * 128 <= 1.25 * tokens or tokens > 512
+    wide = -(-tokens // 128) * 128 <= 1.3 * tokens or tokens > 512
     if wide and tiles(128, 128) >= 1.5 * processors:
         return GemmConfig(128, 128, 1, 8, 3, 128)
     if tokens > 64 and tiles(128, 64) >= 1.5 * processors:

@@ -42,6 +42,8 @@ class Problem:
     rows: int
     planes: int
     group_size: int
+    integers: bool = False
+    """One token's input comes as integers."""
 
 
 def random_weight(problem: Problem, copies: int = 1) -> list[Weight]:
@@ -97,24 +99,39 @@ def configurations(problem: Problem, tokens: int) -> list[GemmConfig | GemvConfi
     return [config for config in linear_gemm.SPACE if worth(config)]
 
 
-def run(weight: Weight, x: torch.Tensor, config: GemmConfig | GemvConfig) -> torch.Tensor:
-    """One call with 8-bit activations."""
-    y = x.new_empty((x.shape[0], weight.rows))
+def run(
+    weight: Weight, x: torch.Tensor, config: GemmConfig | GemvConfig, sx: torch.Tensor | None
+) -> torch.Tensor:
+    """One call with 8-bit activations; with sx, x holds integers."""
+    y = torch.empty((x.shape[0], weight.rows), dtype=torch.bfloat16, device=x.device)
     product = Product((weight,), None, (y,))
     if isinstance(config, GemvConfig):
-        linear_gemv.linear_gemv(x, None, product, config)
+        linear_gemv.linear_gemv(x, sx, product, config)
     else:
         linear_gemm.linear_gemm(linear_gemm.quantize(x, product, 8, config), product, config)
     return y
 
 
+def random_input(problem: Problem, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x [M, K] bf16, or for one token's integers q int8 and its scale."""
+    shape = (tokens, problem.columns)
+    if not problem.integers:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16), None
+    q = torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8)
+    return q, torch.rand(tokens, device="cuda")
+
+
 def measure(
-    weights: list[Weight], x: torch.Tensor, config: GemmConfig | GemvConfig, budget_ms: float
+    weights: list[Weight],
+    given: tuple[torch.Tensor, torch.Tensor | None],
+    config: GemmConfig | GemvConfig,
+    budget_ms: float,
 ) -> float | None:
     """Microseconds a call; None where the configuration needs more than the GPU has."""
     from triton.runtime.errors import OutOfResources
 
-    calls = [lambda w=w: run(w, x, config) for w in weights]
+    x, sx = given
+    calls = [lambda w=w: run(w, x, config, sx) for w in weights]
     try:
         return timing.graph_time(calls, budget_ms)
     except OutOfResources:
@@ -124,8 +141,8 @@ def measure(
 def compile_one(problem: Problem, tokens: int, config: GemmConfig | GemvConfig) -> str | None:
     """Run once, in a process of its own: fills Triton's cache. Returns the error, if any."""
     try:
-        x = torch.randn(tokens, problem.columns, device="cuda", dtype=torch.bfloat16)
-        run(random_weight(problem)[0], x, config)
+        x, sx = random_input(problem, tokens)
+        run(random_weight(problem)[0], x, config, sx)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -138,7 +155,7 @@ def compile_all(problems: list[Problem], token_counts: list[int], processes: int
     for problem in problems:
         for tokens in token_counts:
             for config in configurations(problem, tokens):
-                kind = (problem.planes, problem.group_size)
+                kind = (problem.planes, problem.group_size, problem.integers)
                 # The one-token kernel is compiled for a K; the other for any.
                 key = (config, kind, problem.columns if tokens == 1 else 0)
                 small = dataclasses.replace(problem, rows=1024)
@@ -157,10 +174,10 @@ def tune(problem: Problem, token_counts: list[int]) -> dict[str, tuple]:
     for tokens in token_counts:
         copies = timing.rotation(ROTATED_BYTES, weight_bytes)
         weights = random_weight(problem, copies if tokens <= 512 else min(copies, 4))
-        x = torch.randn(tokens, problem.columns, device="cuda", dtype=torch.bfloat16)
+        given = random_input(problem, tokens)
         times = {}
         for config in configurations(problem, tokens):
-            us = measure(weights, x, config, 8.0)
+            us = measure(weights, given, config, 8.0)
             if us is not None:
                 times[config] = us
         order = sorted(times, key=times.__getitem__)
@@ -169,11 +186,12 @@ def tune(problem: Problem, token_counts: list[int]) -> dict[str, tuple]:
               f"M={tokens}: {line}", flush=True)  # fmt: skip
         rule: GemmConfig | GemvConfig
         if tokens == 1:
-            kernel, rule = "gemv", select.default_gemv(weights[0], x.device)
+            kernel = select.INTEGERS if problem.integers else "gemv"
+            rule = select.default_gemv(weights[0], weights[0].bytes.device)
         else:
             kernel = f"gemm {tokens}"
-            rule = select.default_gemm(weights[0], tokens, x.device)
-        by_rule = times.get(rule) or measure(weights, x, rule, 8.0) or float("inf")
+            rule = select.default_gemm(weights[0], tokens, weights[0].bytes.device)
+        by_rule = times.get(rule) or measure(weights, given, rule, 8.0) or float("inf")
         if by_rule > MARGIN * times[order[0]]:
             found[select.table_key(kernel, weights[0])] = dataclasses.astuple(order[0])
         print(f"    rule {dataclasses.astuple(rule)} {by_rule:.2f}", flush=True)
@@ -187,12 +205,16 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, *select.BUCKETS])
     parser.add_argument("--planes", type=int, default=1)
     parser.add_argument("--group-size", type=int, default=0)
+    parser.add_argument("--integers", action="store_true", help="one token, already quantised")
     parser.add_argument("--out", type=Path, help="default: the table that this GPU reads")
     args = parser.parse_args()
     problems = []
     for shape in args.shapes:
         columns, rows = map(int, shape.split("x"))
-        problems.append(Problem(columns, rows, args.planes, args.group_size))
+        problem = Problem(columns, rows, args.planes, args.group_size, args.integers)
+        problems.append(problem)
+    if args.integers:
+        args.tokens = [1]
     compile_all(problems, args.tokens, os.cpu_count() or 1)
     name = torch.cuda.get_device_name()
     path = args.out or select.table_path(name)
