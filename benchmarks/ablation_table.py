@@ -99,13 +99,13 @@ def plot(results: dict[str, dict], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.32 * len(arms) + 1.8))
     shown = [arm for arm in arms if arm not in PTQ]
     scores = [arms[arm]["bits_per_byte"][SCORED] for arm in shown]
-    colours = ["#0072b2" if arm in RATED else "#999999" for arm in shown]
-    left.barh(shown, scores, color=colours)
+    deviation = seed_deviation(results)
+    for arm, value in zip(shown, scores, strict=True):
+        colour = "#0072b2" if arm in RATED else "#777777"
+        left.errorbar(value, arm, xerr=2 * deviation if deviation else None, fmt="o", color=colour)
     left.invert_yaxis()
-    left.set_xlim(min(scores) - 0.01, max(scores) + 0.01)
-    left.set_xlabel("bits per byte on held-out books (axis cut)")
-    if deviation := seed_deviation(results):
-        left.errorbar(scores, shown, xerr=2 * deviation, fmt="none", ecolor="black", lw=0.8)
+    left.grid(axis="y", color="#dddddd", lw=0.6)
+    left.set_xlabel("bits per byte, held-out books (bars: 2 deviations of seeds)")
     for arm, colour in zip(RATED, ("#0072b2", "#d55e00", "#009e73"), strict=True):
         if arm in arms:
             steps, losses = zip(*arms[arm]["losses"], strict=True)
