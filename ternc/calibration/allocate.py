@@ -183,7 +183,7 @@ class _Prefix:
             replaced += blocks[: inside[0]] if inside else []
         try:
             for block in replaced:
-                block.forward = _giving(self._kept[block])  # type: ignore[method-assign]
+                block.forward = _giving(self._kept[block])
             yield
         finally:
             for block in replaced:

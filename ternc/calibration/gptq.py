@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from ternc.calibration.grid import Grid
+from ternc.calibration.replay import replay
 
 BLOCK = 128
 """Columns whose updates to the columns beyond are applied as one product."""
@@ -75,14 +76,21 @@ def _compensate_block(
     """Codes of the columns in `block`; returns their errors / U_jj, [N, block]."""
     # Transposed: a column is then one run of memory.
     local = w[:, block].T.contiguous()
-    local_factor = factor[block, block]
-    errors = torch.empty_like(local)
-    found = torch.empty_like(local)
     safe = torch.where(step == 0, 1.0, step)
-    for j, pivot in enumerate(local_factor.diagonal().tolist()):
-        code = (local[j] / safe).round_().clamp_(-cmax, cmax)
-        found[j] = code
-        errors[j] = (local[j] - code * step) / pivot
-        local[j + 1 :].addr_(local_factor[j, j + 1 :], errors[j], alpha=-1)
+    found, errors = replay(_columns, (local, factor[block, block], step, safe), cmax)
     codes[:, block] = torch.where(step == 0, 0.0, found).T
     return errors.T
+
+
+def _columns(
+    local: torch.Tensor, factor: torch.Tensor, step: torch.Tensor, safe: torch.Tensor, cmax: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Column after column [L, N]: its codes, and its errors / U_jj spread over those behind it."""
+    errors, found = torch.empty_like(local), torch.empty_like(local)
+    columns = zip(factor.diagonal().unbind(), local.unbind(), strict=True)
+    for j, (pivot, column) in enumerate(columns):
+        code = (column / safe).round_().clamp_(-cmax, cmax)
+        found[j] = code
+        errors[j] = (column - code * step) / pivot
+        local[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    return found, errors

@@ -11,6 +11,7 @@ import torch
 
 from ternc.calibration.gptq import BLOCK
 from ternc.calibration.grid import Grid
+from ternc.calibration.replay import replay
 from ternc.formats.quantized import group_count
 
 STEP_ROUNDS = 3
@@ -48,20 +49,37 @@ def refit_codes(
     quantized = (codes.T * step).contiguous()
     # Transposed, as in gptq.py: a column of the weight is one run of memory.
     pull = hessian @ (w.T - quantized)
-    diagonal = hessian.diagonal().tolist()
+    diagonal = hessian.diagonal()
     columns = len(quantized)
     for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        local, square = pull[start:stop].clone(), hessian[start:stop, start:stop]
-        before = quantized[start:stop].clone()
-        for j in range(stop - start):
-            row = start + j
-            wish = quantized[row] + local[j] / diagonal[row]
-            value = (wish / safe[row]).round_().clamp_(-grid.cmax, grid.cmax) * step[row]
-            local.addr_(square[:, j], quantized[row] - value)
-            quantized[row] = value
-        pull[stop:] += hessian[stop:, start:stop] @ (before - quantized[start:stop])
+        part = slice(start, min(start + BLOCK, columns))
+        before = quantized[part].clone()
+        tensors = (
+            pull[part].clone(), hessian[part, part], diagonal[part], quantized[part].clone(),
+            step[part], safe[part],
+        )  # fmt: skip
+        (quantized[part],) = replay(_descend_codes, tensors, grid.cmax)
+        pull[part.stop :] += hessian[part.stop :, part] @ (before - quantized[part])
     return (quantized / safe).round_().T.contiguous()
+
+
+def _descend_codes(
+    pull: torch.Tensor,
+    hessian: torch.Tensor,
+    diagonal: torch.Tensor,
+    quantized: torch.Tensor,
+    step: torch.Tensor,
+    safe: torch.Tensor,
+    cmax: int,
+) -> tuple[torch.Tensor]:
+    """Column after column [L, N]: the value of least error; `pull` follows."""
+    values = zip(diagonal.unbind(), quantized.unbind(), step.unbind(), safe.unbind(), strict=True)
+    for j, (curvature, old, width, divisor) in enumerate(values):
+        wish = old + pull[j] / curvature
+        value = (wish / divisor).round_().clamp_(-cmax, cmax) * width
+        pull.addr_(hessian[:, j], old - value)
+        old.copy_(value)
+    return (quantized,)
 
 
 def corrected_bias(
