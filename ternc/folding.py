@@ -77,11 +77,13 @@ def fold(model: nn.Module, example_inputs: Any, config: Config) -> Folding:
     unlimited = torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY)
     try:
         with evaluating(model), unlimited:
-            call(torch.compile(model, backend=record), example_inputs)  # type: ignore[arg-type]
+            static: Any = torch.compile(model, backend=record, dynamic=False)
+            call(static, example_inputs)
     except Exception as error:
+        seen.clear()
         return Folding(failed=f"nothing is rotated offline: tracing failed ({_first_line(error)})")
     found, count = seen[:1], len(seen)
-    seen.clear()  # Dynamo keeps `record`, which must not keep the weights
+    seen.clear()  # Dynamo keeps `record`, which must not keep the weights alive
     if count != 1:
         why = f"Dynamo made {count} graphs of the model, and one has to show every reader"
         return Folding(failed=f"nothing is rotated offline: {why}")
@@ -90,12 +92,12 @@ def fold(model: nn.Module, example_inputs: Any, config: Config) -> Folding:
 
 def _apply(model: nn.Module, folds: Sequence[Fold], inputs: Sequence[Any]) -> Folding:
     names: dict[int, list[str]] = defaultdict(list)
-    owners: dict[Hashable, set[int]] = defaultdict(set)
+    owners: dict[Hashable, list[str]] = defaultdict(list)
     for path, module in model.named_modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 names[id(tensor)].append(path)
-                owners[memory_key(tensor)].add(id(tensor))
+                owners[memory_key(tensor)].append(f"{path}.{leaf}" if path else leaf)
 
     def tensor_of(node: fx.Node) -> torch.Tensor:
         return inputs[node.meta["ternc_position"]]
@@ -103,20 +105,28 @@ def _apply(model: nn.Module, folds: Sequence[Fold], inputs: Sequence[Any]) -> Fo
     folding = Folding()
     edits: list[Edit] = []
     for place in folds:
-        tensors = [tensor_of(edit.parameter) for edit in place.edits]
-        whole = all(owners[memory_key(tensor)] == {id(tensor)} for tensor in tensors)
-        note = place.note if whole else "not rotated offline: two parameters share their memory"
-        done = whole and bool(tensors)
+        held = [owners[memory_key(tensor_of(edit.parameter))] for edit in place.edits]
+        tied = next((found for found in held if len(found) != 1), None)
+        done = bool(place.edits) and tied is None
         edits += place.edits if done else []
+        note = place.note if tied is None else f"not rotated offline: {_tied(tied)}"
         for node in place.readers:
             for name in names[id(tensor_of(node))] if is_static_input(node) else ():
-                notes = folding.rotated if place.rotates else folding.scaled
-                (notes if done else folding.refused)[name] = note
+                if done:
+                    (folding.rotated if place.rotates else folding.scaled)[name] = note
+                elif place.rotates:
+                    folding.refused[name] = note
     with torch.no_grad():
         for edit in sorted(edits, key=lambda edit: edit.step):
             tensor = tensor_of(edit.parameter)
             tensor.copy_(edit.change(tensor.detach()))
     return folding
+
+
+def _tied(names: Sequence[str]) -> str:
+    """Why a tensor with so many names cannot be edited."""
+    listed = " and ".join(names)
+    return f"{listed} are one weight" if names else "a tensor is no parameter and no buffer"
 
 
 def _first_line(error: Exception) -> str:

@@ -198,13 +198,24 @@ def test_gains_move_to_the_layers_of_a_tied_model():
         assert relative(q(x), model(x)) < 0.1
 
 
-def test_two_parameters_of_one_memory_are_left_alone():
+@pytest.mark.parametrize("view", [False, True])
+def test_a_weight_that_something_uncalled_holds_too_is_left_alone(view):
     model = unsettled(Tiny())
-    model.spare = nn.Parameter(model.o.weight.detach())
+    model.spare = nn.Parameter(model.o.weight.detach()) if view else model.o.weight
     x = torch.randint(0, TOKENS, (2, 7))
     weight = model.o.weight.clone()
     folding = fold(model, (x,), ROTATED)
-    assert "share their memory" in folding.refused["o"] and torch.equal(model.o.weight, weight)
+    assert "spare and o.weight are one weight" in folding.refused["o"]
+    assert torch.equal(model.o.weight, weight) and not folding.rotated
+
+
+def test_one_token_shows_too_little():
+    model = Tiny().eval()
+    for shape, folds in (((3, 1), False), ((1, 2), True)):
+        folding = fold(model, (torch.randint(0, TOKENS, shape),), ROTATED)
+        assert bool(folding.rotated) == folds
+    reasons = fold(Tiny().eval(), (torch.randint(0, TOKENS, (3, 1)),), ROTATED).refused
+    assert all("one token" in reason for reason in reasons.values())
 
 
 def test_a_break_in_the_graph_refuses():

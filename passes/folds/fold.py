@@ -115,6 +115,14 @@ def where(node: fx.Node) -> str:
     return calling_module(node) or str(node)
 
 
+ONE_TOKEN = "the example inputs have one token, which cannot show what moves between tokens"
+
+
+def one_token(value: torch.Tensor) -> bool:
+    """Whether a tensor [..., tokens, width] has a single token."""
+    return value.dim() > 2 and int(value.shape[-2]) == 1
+
+
 def spoken(node: fx.Node) -> str:
     """What a node does and where, for messages."""
     what = f"an input ({node})" if node.op == "placeholder" else f"{name_of(node)} ({node})"

@@ -19,11 +19,13 @@ from ternc.formats.rotation import Rotation
 from ternc.formats.turn import StreamTurn, Turn
 from ternc.passes.context import Context
 from ternc.passes.folds.fold import (
+    ONE_TOKEN,
     OUTPUTS,
     Edit,
     Fold,
     Product,
     is_product,
+    one_token,
     read_product,
     spoken,
     weight_of,
@@ -92,6 +94,8 @@ class _Stream:
         self.turn: Turn = StreamTurn(self.rotation)
         if self.rotation.block == 1:
             self._refuse(f"its width {self.width} is odd")
+        if one_token(example_value(start)):
+            self._refuse(ONE_TOKEN)
         self._grow(start)
 
     def folds(self) -> list[Fold]:

@@ -18,9 +18,11 @@ from ternc.formats.rotation import Rotation
 from ternc.formats.turn import HeadTurn, Turn
 from ternc.passes.context import Context
 from ternc.passes.folds.fold import (
+    ONE_TOKEN,
     Fold,
     Product,
     is_product,
+    one_token,
     read_product,
     spoken,
     weight_of,
@@ -82,6 +84,8 @@ def _found(
     if rotation.block == 1:
         return Skip("the width of its heads is odd", attention)
     v = argument(attention, 2, "value")
+    if one_token(example_value(attention)):
+        return Skip(ONE_TOKEN, attention)
     source = next((node for node in ancestors(v) if is_product(node)), None)
     inside = None if source is None else (set() if source is v else between(source, v))
     if source is None or inside is None:
