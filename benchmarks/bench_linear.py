@@ -24,11 +24,13 @@ import roofline  # noqa: E402
 from limits import FAST_TILE_SECONDS, TILE_OPERATIONS, Limits  # noqa: E402
 from reference import linear_arguments, random_quantized  # noqa: E402
 
-from ternc.formats import pack  # noqa: E402
+from ternc.formats import layouts, pack  # noqa: E402
 from ternc.runtime import cpu, ops  # noqa: E402
 from ternc.runtime.ops import linear  # noqa: E402
 
 CHECKED_TOKENS = 4
+LANES, DENSE = 10, 14
+"""Layout numbers: 10 + planes, and one plane in 1.6 bits."""
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -48,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 0], help="of activations")
     parser.add_argument("--peers", nargs="*", default=list(peers.ALL), choices=list(peers.ALL))
     parser.add_argument("--hot", action="store_true", help="one copy of every weight")
+    parser.add_argument("--dense", action="store_true", help="one plane in 1.6 bits too")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--plot", help="PNG for the rooflines (needs the extra `plot`)")
@@ -55,10 +58,11 @@ def parse() -> argparse.Namespace:
 
 
 def ternc_contender(
-    rows: int, x: torch.Tensor, planes: int, group_size: int, bits: int, hot: bool
+    rows: int, x: torch.Tensor, layout: int, group_size: int, bits: int, hot: bool
 ) -> common.Contender:
     """Checks its output against the eager reference before it may run."""
-    packed = pack(random_quantized(rows, x.shape[1], planes, group_size), "cpu")
+    planes = layouts.get(layout).planes
+    packed = pack(random_quantized(rows, x.shape[1], planes, group_size), layout)
     few = linear_arguments(x[:CHECKED_TOKENS], packed, None, bits)
     seen, expected = torch.ops.ternc.linear(*few), linear.reference(*few)
     if bits:
@@ -73,7 +77,8 @@ def ternc_contender(
         copy[3] = None if packed.multiplier is None else packed.multiplier.clone()
         arguments.append(tuple(copy))
     scales = f"g{group_size}" if group_size else "row"
-    name = f"ternc x{planes} {scales} a{bits or 'f'}"
+    size = " dense" if layout == DENSE else ""
+    name = f"ternc x{planes}{size} {scales} a{bits or 'f'}"
     run = torch.ops.ternc.linear.default
     return common.Contender(name, lambda i: run(*arguments[i]), len(arguments), nbytes)
 
@@ -86,8 +91,8 @@ def measure(
     x = torch.randn(tokens, columns)
     contenders = [peer for name in options.peers if (peer := peers.ALL[name](rows, x, options.hot))]
     contenders += [
-        ternc_contender(rows, x, planes, group_size, bits, options.hot)
-        for planes in options.planes
+        ternc_contender(rows, x, layout, group_size, bits, options.hot)
+        for layout in [*(LANES + planes for planes in options.planes), *[DENSE] * options.dense]
         for group_size in options.groups
         for bits in options.bits
     ]

@@ -109,9 +109,10 @@ inline WeightTensors read_weight(const char* op, const Tensor& bytes, const Tens
   const bool at_rest = layout < 10;
   const int planes = int(layout % 10);
   STD_TORCH_CHECK(
-      layout >= 1 && layout < 20 && (planes == INT8 || (planes >= 1 && planes <= MAX_PLANES)),
+      layout >= 1 && layout < 20 &&
+          (planes == INT8 || (planes >= 1 && planes <= MAX_PLANES) || layout == 10 + DENSE),
       "ternc::", op, ": layout ", layout,
-      " is unknown; layouts are 1..3 and 8 (rows), 11..13 and 18 (lanes)");
+      " is unknown; layouts are 1..3 and 8 (rows), 11..14 and 18 (lanes)");
   STD_TORCH_CHECK(columns <= MAX_COLUMNS, "ternc::", op, ": in_features=", columns,
                   " is over 131,072: the integer sum of a row would not fit 32 bits");
   STD_TORCH_CHECK(group_size >= 0 && (at_rest || group_size % STEP_COLUMNS == 0), "ternc::", op,
@@ -133,6 +134,8 @@ inline WeightTensors read_weight(const char* op, const Tensor& bytes, const Tens
                               : scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == rows),
                   "ternc::", op, ": scale has ", scale.numel(), " elements; wanted [1], [", rows,
                   "], or [", rows, ", ", groups, "] without multiplier and with group_size");
+  STD_TORCH_CHECK(!free_scales || planes != DENSE, "ternc::", op,
+                  ": layout 14 (dense) takes no free scales; pack the weight as layout 11");
   WeightTensors held{dense(bytes), dense(scale), std::nullopt, {}, planes};
   if (multiplier.has_value()) {
     STD_TORCH_CHECK(multiplier->scalar_type() == ScalarType::Byte && group_size > 0 &&

@@ -177,7 +177,7 @@ void check_input(const char* op, const Tensor& x, int64_t activation_bits) {
 void check_layout(const char* op, int64_t layout) {
   STD_TORCH_CHECK(layout > 10, "ternc::", op, ": layout ", layout,
                   " (rows) is the form at rest and is not computed on by CPU kernels; "
-                  "pack the weight for \"cpu\" (layouts 11 to 13 and 18)");
+                  "pack the weight for \"cpu\" (layouts 11 to 14 and 18)");
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale,

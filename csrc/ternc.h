@@ -22,6 +22,10 @@
 //     vectors v = 0..3   bits 7..4      | 3..0
 //                        row 32v+16+i   | 32v+i
 //     vector 4           bit b: fifth bit of row 16b+i
+//   dense, layout 14, 1 plane in 1.6 bits, 80 rows a block, 64 B a step: digits d0..d4 = code + 1
+//     of rows i, 16+i, .., 64+i, f = d0 + 3 d1 + 9 d2 + 27 d3:
+//     f < 64:  bits 7 6 = d4 | 5..0 = f           f >= 64:  192 + 17 d4 + (f - 64)
+//     (192 + 51 and above stand for zeros)
 //   int8, layout 18, 64 rows a block, 256 B a step: code in a byte
 //     vectors v = 0..3   row 16v+i
 //   stream: [block][step][bytes of a step]; multiplier: [block][group][rows of a block], uint8.
@@ -41,14 +45,21 @@ constexpr int FIELD_ROWS = 16;
 constexpr int STEP_COLUMNS = 4;
 constexpr int MAX_PLANES = 3;
 constexpr int INT8 = 8;          // stands where a number of planes does: bytes, not trits
-constexpr int WEIGHT_KINDS = 4;  // 1, 2, 3 planes and INT8
+constexpr int DENSE = 4;         // likewise: one plane in 1.6 bits
+constexpr int EXPANDED = 5;      // likewise, never stored: DENSE as two vectors, looked up bytewise
+constexpr int WEIGHT_KINDS = 5;  // 1, 2, 3 planes, DENSE and INT8
 constexpr int MAX_BLOCK_ROWS = 128;
 constexpr int64_t MAX_COLUMNS = 131072;  // 131072 * 127 * 127 is the last sum that fits int32
 
-constexpr int block_rows(int planes) { return planes == 2 ? 32 : planes == 3 ? 128 : 64; }
-constexpr int step_bytes(int planes) { return planes == INT8 ? 256 : planes == 3 ? 320 : 64; }
+constexpr bool is_dense(int planes) { return planes == DENSE || planes == EXPANDED; }
+constexpr int block_rows(int planes) {
+  return planes == 2 ? 32 : planes == 3 ? 128 : is_dense(planes) ? 80 : 64;
+}
+constexpr int step_bytes(int planes) {
+  return planes == INT8 ? 256 : planes == 3 ? 320 : planes == EXPANDED ? 128 : 64;
+}
 constexpr int code_max(int planes) {
-  return planes == 1 ? 1 : planes == 2 ? 4 : planes == 3 ? 13 : 127;
+  return planes == 1 || is_dense(planes) ? 1 : planes == 2 ? 4 : planes == 3 ? 13 : 127;
 }
 // Place of the kernel for a kind of weight in the tables of `Kernels`.
 constexpr int kind_index(int planes) { return planes == INT8 ? WEIGHT_KINDS - 1 : planes - 1; }

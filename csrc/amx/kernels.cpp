@@ -35,6 +35,7 @@ static Kernels with_tiles(Kernels kernels) {
   kernels.linear_i8[0] = linear_i8<1>;
   kernels.linear_i8[1] = linear_i8<2>;
   kernels.linear_i8[2] = linear_i8<3>;
+  kernels.linear_i8[kind_index(INT8)] = linear_i8<INT8>;
   return kernels;
 }
 

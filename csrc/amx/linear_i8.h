@@ -110,7 +110,7 @@ inline void run_blocks(const LinearI8Args& args, const Range& range) {
 template <int PLANES>
 inline void linear_i8(const LinearI8Args& args, const Range& range) {
   if (args.tokens.tiles == nullptr || args.weight.scale_kind == ScaleKind::group)
-    return avx512vnni::kernels.linear_i8[PLANES - 1](args, range);
+    return avx512vnni::kernels.linear_i8[kind_index(PLANES)](args, range);
   const int64_t tokens = range.token_end - range.token_begin, most = 2 * TILE_ROWS;
   if (tokens == 0) return;  // tiles of no rows are a fault
   configure_tiles(tokens < most ? tokens : most);

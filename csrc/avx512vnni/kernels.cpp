@@ -8,6 +8,7 @@
 
   #include "../target.h"
   #include "../ternc.h"
+  #include "dense.h"
 
 TERNC_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
@@ -19,8 +20,25 @@ namespace {
 // clang-format on
 }  // namespace
 
+static bool has_vbmi() {
+  static const bool has = __builtin_cpu_supports("avx512vbmi");
+  return has;
+}
+static void linear_i8_dense(const LinearI8Args& args, const Range& range) {
+  (has_vbmi() ? dense_i8 : linear_i8<EXPANDED>)(args, range);
+}
+static void linear_f32_dense(const LinearF32Args& args, const Range& range) {
+  (has_vbmi() ? dense_f32 : linear_f32<EXPANDED>)(args, range);
+}
+
+static constexpr Kernels with_dense(Kernels kernels) {
+  kernels.linear_i8[kind_index(DENSE)] = linear_i8_dense;
+  kernels.linear_f32[kind_index(DENSE)] = linear_f32_dense;
+  return kernels;
+}
+
 extern const Kernels kernels;
-const Kernels kernels = ALL_KERNELS;
+const Kernels kernels = with_dense(ALL_KERNELS);
 }  // namespace ternc::avx512vnni
 
 TERNC_TARGET_END

@@ -14,8 +14,11 @@ constexpr int fields(int planes) { return block_rows(planes) / FIELD_ROWS; }
 // Bytes of INT8 are signed codes already.
 constexpr int bias(int planes) { return planes == INT8 ? 0 : code_max(planes); }
 
-// Bit at which field F starts in its byte (planes 1 and 2).
-constexpr int field_bit(int planes, int field) { return planes == 1 ? 2 * field : 4 * (field & 1); }
+// Bit at which field F starts in its byte (not 3 planes).
+constexpr int field_bit(int planes, int field) {
+  if (planes == 2) return 4 * (field & 1);
+  return field < 4 ? 2 * field : 6;
+}
 
 constexpr int carry(int planes, int field) {
   if (planes == 3 || planes == INT8) return 0;
@@ -27,6 +30,10 @@ constexpr int carry(int planes, int field) {
 constexpr float carry_inverse(int planes, int field) {
   return 1.0f / float(1 << carry(planes, field));
 }
+
+// The two vectors of EXPANDED from one of DENSE; only instruction sets with byte permutations.
+bytes dense_four(bytes packed);
+bytes dense_fifth(bytes packed);
 
 template <int PLANES, int F>
 TERNC_INLINE bytes decode(const uint8_t* step, int part) {
@@ -42,8 +49,9 @@ TERNC_INLINE bytes decode(const uint8_t* step, int part) {
     return or_bytes(and_bytes(low, splat_byte(0x0f)), and_bytes(high, splat_byte(0x10)));
   } else {
     constexpr int BIT = field_bit(PLANES, F), CARRY = carry(PLANES, F);
-    constexpr int MASK = PLANES == 1 ? 3 : 15;
-    bytes packed = load_bytes(at);
+    constexpr int MASK = PLANES == 2 ? 15 : 3;
+    bytes packed = load_bytes(PLANES == EXPANDED && F == 4 ? at + 64 : at);
+    if constexpr (PLANES == DENSE) packed = F == 4 ? dense_fifth(packed) : dense_four(packed);
     if constexpr (BIT != CARRY) packed = shift_bytes_right<BIT - CARRY>(packed);
     return and_bytes(packed, splat_byte(uint8_t(MASK << CARRY)));
   }

@@ -2,13 +2,14 @@
 // one to the output type.
 #pragma once
 
+#include "dense.h"
 #include "values.h"
 
 constexpr int64_t DECODE_PIECE = 640;  // columns at a time: whole steps and whole base-3 bytes
 constexpr int TRITS_PER_BYTE = 5;
 constexpr int BYTE_VALUES = 243;
 
-// Codes of lanes (layouts 11..13, 18): the four columns of a step are four bytes of one word.
+// Codes of lanes (layouts 11..14, 18): the four columns of a step are four bytes of one word.
 inline void lane_codes(const DequantizeArgs& args, int64_t row, int64_t begin, int64_t count,
                        int8_t* codes) {
   const int rows = block_rows(args.planes), bytes_per_step = step_bytes(args.planes);
@@ -23,6 +24,15 @@ inline void lane_codes(const DequantizeArgs& args, int64_t row, int64_t begin, i
     __builtin_memcpy(&word, step + 64 * vector, 4);
     if (args.planes == INT8) {
       __builtin_memcpy(codes + k, &word, 4);
+      continue;
+    }
+    if (args.planes == DENSE) {
+      for (int j = 0; j < STEP_COLUMNS; ++j) {
+        const uint8_t byte = step[j];
+        const int digit =
+            field < 4 ? DENSE_TABLE.four[byte] >> (2 * field) & 3 : DENSE_TABLE.fifth[byte] >> 6;
+        codes[k + j] = int8_t(digit - 1);
+      }
       continue;
     }
     if (args.planes == 3) __builtin_memcpy(&fifth, step + 256, 4);

@@ -7,7 +7,7 @@
 //       y = (total * sx) * s + b
 #pragma once
 
-#include "decode.h"
+#include "dense.h"
 #include "values.h"
 
 constexpr int TOKENS = 4;
@@ -21,19 +21,28 @@ constexpr int tile_parts(int tokens) {
   return tokens == 1 && 2 * PARTS <= ACCUMULATORS ? PARTS : 1;
 }
 constexpr int tile_fields(int planes, int tokens) {
+  if (planes == DENSE) return fields(DENSE);  // decoding is dear, and there are 32 registers
   const int shared = tokens > TOKENS ? tokens : tokens > 1 ? TOKENS : 1;
   const int room = ACCUMULATORS / (shared * tile_parts(tokens));
   return room >= fields(planes) ? fields(planes) : room >= 4 ? 4 : room >= 2 ? 2 : 1;
 }
 constexpr int tile_sets(int planes, int tokens) {
   const int sums = tokens * tile_parts(tokens) * tile_fields(planes, tokens);
-  return 2 * sums > 8 || 2 * sums > ACCUMULATORS ? 1 : 4 * sums > 8 ? 2 : 4;
+  return sums >= 8 || 2 * sums > ACCUMULATORS ? 1 : 4 * sums > 8 ? 2 : 4;
+}
+// Fields of the tile that starts at field `first`.
+constexpr int fields_from(int planes, int tokens, int first) {
+  const int left = fields(planes) - first;
+  return tile_fields(planes, tokens) < left ? tile_fields(planes, tokens) : left;
 }
 // One tile covers all rows of a block: no byte is read twice.
 constexpr bool single_pass(int planes, int tokens) {
   return tile_parts(tokens) == PARTS && tile_fields(planes, tokens) == fields(planes);
 }
 constexpr int64_t PIECE_COLUMNS = 512;  // a tile's span where a block takes several passes
+constexpr int64_t EXPANDED_BYTES = PIECE_COLUMNS / STEP_COLUMNS * step_bytes(EXPANDED);
+// Bytes of a step in memory.
+constexpr int stored_bytes(int planes) { return step_bytes(planes == EXPANDED ? DENSE : planes); }
 
 // Row factors of one block: scale (1 where scales are free) and bias.
 struct RowFactors {

@@ -72,17 +72,17 @@ TERNC_INLINE void retire_f32(const f32 (&acc)[FN][PN][T][SETS], const SpanF32& s
 
 template <int PLANES, int T, int F0>
 TERNC_TILE void tile_f32(const SpanF32& span, int part, float (&totals)[TOKENS][MAX_BLOCK_ROWS]) {
-  constexpr int FN = tile_fields(PLANES, T), PN = tile_parts(T), SETS = column_sets(PLANES, T);
+  constexpr int FN = fields_from(PLANES, T, F0), PN = tile_parts(T), SETS = column_sets(PLANES, T);
   const int64_t stride = span.args->stride;
   f32 acc[FN][PN][T][SETS];
 #pragma GCC unroll 64
   for (int i = 0; i < FN * PN * T * SETS; ++i)
     acc[i / (PN * T * SETS)][i / (T * SETS) % PN][i / SETS % T][i % SETS] = splat_f32(0.0f);
-  const Prefetch prefetch = span.args->prefetch;
+  [[maybe_unused]] const Prefetch prefetch = span.args->prefetch;
   const uint8_t* step = span.steps;
   const float* x = span.x;
   for (int64_t s = 0; s < span.count; ++s) {
-    prefetch_step<PLANES>(step, prefetch);
+    if constexpr (PLANES != EXPANDED) prefetch_step<PLANES>(step, prefetch);
     add_step_f32<PLANES, T, F0, FN, PN, SETS>(acc, step, x, stride, part);
     step += step_bytes(PLANES);
     x += STEP_COLUMNS;
@@ -108,6 +108,7 @@ inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
   alignas(64) float totals[TOKENS][MAX_BLOCK_ROWS];
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < block_rows(PLANES); ++r) totals[t][r] = 0.0f;
+  alignas(64) uint8_t expanded[PLANES == EXPANDED ? EXPANDED_BYTES : 1];
   SpanF32 span;
   span.args = &args;
   span.block = block;
@@ -121,7 +122,11 @@ inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
             : weight.multiplier + (block * weight.groups + group) * block_rows(PLANES);
     for (int64_t k = begin; k < end; k += PIECE_COLUMNS) {
       span.count = (end - k < PIECE_COLUMNS ? end - k : PIECE_COLUMNS) / STEP_COLUMNS;
-      span.steps = weight.bytes + (block * steps + k / STEP_COLUMNS) * step_bytes(PLANES);
+      span.steps = weight.bytes + (block * steps + k / STEP_COLUMNS) * stored_bytes(PLANES);
+      if constexpr (PLANES == EXPANDED) {
+        expand(span.steps, span.count, expanded, args.prefetch);
+        span.steps = expanded;
+      }
       span.x = args.x + token * args.stride + k;
       all_tiles_f32<PLANES, T>(span, totals);
     }

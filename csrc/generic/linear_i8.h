@@ -99,9 +99,9 @@ TERNC_INLINE void load_q(bytes (&q)[T], const int8_t* at, int64_t stride) {
 // One span x fields [F0, F0 + FN) x parts [part, part + PN) x T tokens.
 template <int PLANES, int T, int F0>
 TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
-  constexpr int FN = tile_fields(PLANES, T), PN = tile_parts(T), SETS = tile_sets(PLANES, T);
+  constexpr int FN = fields_from(PLANES, T, F0), PN = tile_parts(T), SETS = tile_sets(PLANES, T);
   const int64_t stride = span.args->tokens.stride;
-  const Prefetch prefetch = span.args->prefetch;
+  [[maybe_unused]] const Prefetch prefetch = span.args->prefetch;
   const uint8_t* step = span.steps;
   const int8_t* at = span.q;
   i32 acc[SETS][FN][PN][T];
@@ -118,7 +118,7 @@ TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8& totals) {
   for (; s + SETS <= span.count; s += SETS) {
 #pragma GCC unroll 8
     for (int set = 0; set < SETS; ++set) {
-      prefetch_step<PLANES>(step, prefetch);
+      if constexpr (PLANES != EXPANDED) prefetch_step<PLANES>(step, prefetch);
       load_q<T>(q, at, stride);
       add_step<PLANES, T, F0, FN, PN>(acc[set], step, q, part);
       step += step_bytes(PLANES);
@@ -163,7 +163,9 @@ inline void block_i8(const LinearI8Args& args, int64_t block, int64_t token,
   SpanI8 span;
   span.args = &args;
   span.block = block;
-  constexpr int64_t LIMIT = single_pass(PLANES, T) ? NO_LIMIT : PIECE_COLUMNS;
+  constexpr bool EXPANDS = PLANES == EXPANDED;
+  constexpr int64_t LIMIT = single_pass(PLANES, T) && !EXPANDS ? NO_LIMIT : PIECE_COLUMNS;
+  alignas(64) uint8_t expanded[EXPANDS ? EXPANDED_BYTES : 1];
   for (int64_t group = 0; group < weight.groups; ++group) {
     const int64_t begin = group * weight.group_size;
     const int64_t end = group + 1 == weight.groups ? tokens.stride : begin + weight.group_size;
@@ -173,11 +175,16 @@ inline void block_i8(const LinearI8Args& args, int64_t block, int64_t token,
             ? nullptr
             : weight.multiplier + (block * weight.groups + group) * block_rows(PLANES);
     if (span.multiplier != nullptr) prefetch_multiplier(span.multiplier, block_rows(PLANES));
-    const bool whole = end - begin <= LIMIT || weight.scale_kind == ScaleKind::group;
+    // Free scales, which want a group's sum whole, do not come with DENSE.
+    const bool whole = end - begin <= LIMIT || (!EXPANDS && weight.scale_kind == ScaleKind::group);
     for (int64_t k = begin; k < end; k += whole ? end - begin : LIMIT) {
       const int64_t columns = whole || end - k < LIMIT ? end - k : LIMIT;
       span.count = columns / STEP_COLUMNS;
-      span.steps = weight.bytes + (block * steps + k / STEP_COLUMNS) * step_bytes(PLANES);
+      span.steps = weight.bytes + (block * steps + k / STEP_COLUMNS) * stored_bytes(PLANES);
+      if constexpr (EXPANDS) {
+        expand(span.steps, span.count, expanded, args.prefetch);
+        span.steps = expanded;
+      }
       span.q = tokens.q + token * tokens.stride + k;
       for (int t = 0; t < T; ++t)
         // Of several pieces the first corrects for the whole group.
@@ -198,8 +205,9 @@ inline void linear_i8(const LinearI8Args& args, const Range& range) {
   for (int64_t block = range.block_begin; block < range.block_end; ++block) {
     load_factors(args.weight, args.out, block_rows(PLANES), block, factors);
     int64_t token = range.token_begin;
-    for (; token + WIDE_TOKENS <= range.token_end; token += WIDE_TOKENS)
-      block_i8<PLANES, WIDE_TOKENS>(args, block, token, factors);
+    constexpr int WIDE = PLANES == DENSE ? TOKENS : WIDE_TOKENS;
+    for (; token + WIDE <= range.token_end; token += WIDE)
+      block_i8<PLANES, WIDE>(args, block, token, factors);
     for (; token + TOKENS <= range.token_end; token += TOKENS)
       block_i8<PLANES, TOKENS>(args, block, token, factors);
     const int64_t left = range.token_end - token;

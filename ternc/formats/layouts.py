@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ternc.errors import KernelError
-from ternc.formats import int8, lanes, p256, rows
+from ternc.formats import dense, int8, lanes, p256, rows
 from ternc.formats.layout import Layout
 
 ALL: dict[int, Layout] = {
     layout.number: layout
-    for layout in (*rows.LAYOUTS, *lanes.LAYOUTS, *p256.LAYOUTS, *int8.LAYOUTS)
+    for layout in (*rows.LAYOUTS, *lanes.LAYOUTS, *dense.LAYOUTS, *p256.LAYOUTS, *int8.LAYOUTS)
 }
 
 
