@@ -287,6 +287,18 @@ TERNC_EXPORT const char* ternc_isa_name() {
   return isa == nullptr ? nullptr : isa->name;
 }
 
+// 1 where the kernels in use multiply DENSE weights as fast as any others from every cache.
+TERNC_EXPORT int ternc_likes_dense() {
+#if defined(__x86_64__)
+  const char* error = nullptr;
+  const ternc::Isa* isa = ternc::active_isa(&error);
+  const bool vbmi = ternc::has(ternc::Cpu().leaf7_ecx, 1u << 1);
+  return isa != nullptr && isa->kernels == ternc::AVX512VNNI && vbmi;
+#else
+  return 0;
+#endif
+}
+
 TERNC_EXPORT const char* ternc_isa_error() {
   const char* error = nullptr;
   return ternc::active_isa(&error) == nullptr ? error : nullptr;

@@ -17,6 +17,7 @@ from ternc.config import Config
 from ternc.decision import decide_int8, decide_rotated
 from ternc.formats import layouts
 from ternc.formats.layouts import at_rest_layout, resident_layout
+from ternc.formats.packed import tied_codes
 from ternc.formats.quantized import group_count
 from ternc.formats.rotation import Rotation, SharedSigns
 from ternc.passes.context import Context
@@ -78,15 +79,17 @@ def add_site(
     decision: Decision,
     context: Context,
     int8: bool = False,
+    stacked: bool = False,
 ) -> WeightSite:
     """Registers the site and the row of a weight [N, K] that is going to be packed.
 
     Args:
         weight: example value whose shape, dtype and device are those of the weight.
         evaluate: tensors at `expression.positions` -> weight [N, K].
+        stacked: it is several weights, one below the other.
     """
     planes, config = planes_of(decision, context), context.config
-    row = describe_row(name, pattern, weight, decision, context)
+    row = describe_row(name, pattern, weight, decision, context, stacked)
     again = partial(decide_rotated, config=config, rotation=decision.rotation)
     site = WeightSite(
         name=name,
@@ -95,7 +98,8 @@ def add_site(
         evaluate=evaluate,
         decide=decide_int8 if int8 else again,
         planes=planes,
-        variant=_variant(decision, weight, planes, context),
+        variant=_variant(decision, weight, planes, context, stacked),
+        stacked=stacked,
         device=weight.device.type,
         shape=(int(weight.shape[0]), int(weight.shape[1])),
         row=row,
@@ -153,13 +157,18 @@ def fit_group(config: Config, weight: torch.Tensor) -> int:
 
 
 def describe_row(
-    name: str, pattern: str, weight: torch.Tensor, decision: Decision, context: Context
+    name: str,
+    pattern: str,
+    weight: torch.Tensor,
+    decision: Decision,
+    context: Context,
+    stacked: bool = False,
 ) -> Row:
     """Report row of a rewritten weight; sizes follow from the layout, before anything is packed."""
     planes = planes_of(decision, context)
     quantized, bits = decision.quantized, context.config.activation_bits
     rows, columns = int(weight.shape[0]), int(weight.shape[1])
-    variant = _variant(decision, weight, planes, context)
+    variant = _variant(decision, weight, planes, context, stacked)
     nbytes = packed_bytes(rows, columns, variant)
     label = quantized.describe() if quantized is not None else f"ternary x{planes}"
     turned = " rotated" if decision.rotation is not None else ""
@@ -203,9 +212,13 @@ def packed_bytes(rows: int, columns: int, variant: Variant) -> int:
     return layout.nbytes(rows, columns) + multipliers + 4 * math.prod(variant.scale_shape)
 
 
-def _variant(decision: Decision, weight: torch.Tensor, planes: int, context: Context) -> Variant:
-    layout = resident_layout(planes, weight.device.type)
-    quantized = decision.quantized
+def _variant(
+    decision: Decision, weight: torch.Tensor, planes: int, context: Context, stacked: bool
+) -> Variant:
+    quantized, shape = decision.quantized, (int(weight.shape[0]), int(weight.shape[1]))
+    # A fitted scale is tied.
+    codes = math.prod(shape) if quantized is None else tied_codes(quantized.scale, shape)
+    layout = resident_layout(planes, weight.device.type, 0 if stacked else codes)
     if quantized is not None:
         return Variant(
             layout,

@@ -17,7 +17,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ternc.formats import Packed, pack
+from ternc.formats import Packed, Quantized, pack, resident_layout
 from ternc.site import Decision, Variant, WeightSite
 
 _Key = tuple[tuple[int, ...], str, int]
@@ -102,7 +102,7 @@ class PackCache:
         self._see_optimizers()
         packed = None
         if decision.quantized is not None:
-            packed = _own_storage(pack(decision.quantized, site.device))
+            packed = _own_storage(_pack(decision.quantized, site))
         old = self._entries.get(key)
         if old is None:
             self._watch(key, sources)
@@ -155,6 +155,11 @@ def _stamp(sources: Sequence[torch.Tensor]) -> _Stamp:
         )
         for source in sources
     )
+
+
+def _pack(quantized: Quantized, site: WeightSite) -> Packed:
+    plain = resident_layout(quantized.planes, site.device)
+    return pack(quantized, plain if site.stacked else site.device)
 
 
 def _own_storage(packed: Packed) -> Packed:

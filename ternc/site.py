@@ -68,6 +68,8 @@ class WeightSite:
     shape: tuple[int, int]
     """(N, K) of the weight that is packed, padding included."""
     row: Row
+    stacked: bool = False
+    """Several weights, one below the other: their borders are those of the plain layouts."""
     rotation: Rotation | None = None
     """Rotation of the inputs in the compiled graph."""
     own_quantizer: bool = False

@@ -120,7 +120,9 @@ def _rewrite_packed(match: Match, context: Context, name: str, decision: Decisio
     experts, columns, rows = (int(size) for size in stack.shape)
     like = stack.new_empty((experts * -(-rows // PADDED_ROWS) * PADDED_ROWS, columns))
     evaluate = _stacked(expression)
-    site = add_site(name, "stacked experts", like, expression, evaluate, decision, context)
+    site = add_site(
+        name, "stacked experts", like, expression, evaluate, decision, context, stacked=True
+    )
     site.row.shape = (experts * rows, columns)
     site.row.bytes_before = stack.numel() * stack.element_size()
     site.row.bits_per_weight = 8.0 * site.row.bytes_after / max(1, stack.numel())

@@ -132,8 +132,10 @@ def _layouts(status: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _kernel(layout: Any, device: str, kernel: str | None, why_not: str | None) -> str:
+    from ternc.formats.dense import NUMBER
     from ternc.formats.layouts import resident_layout
 
-    if resident_layout(layout.planes, device) != layout.number:
+    dense = device == "cpu" and layout.number == NUMBER
+    if resident_layout(layout.planes, device) != layout.number and not dense:
         return "none: converted when loaded"
     return kernel or f"eager reference: {why_not}"

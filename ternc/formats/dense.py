@@ -68,4 +68,5 @@ def _digits_of_bytes() -> torch.Tensor:
     return torch.where(valid, torch.stack(trits), 0).to(torch.int8)
 
 
-LAYOUTS = (Dense(14, "dense x1", 1, STEP),)
+NUMBER = 14
+LAYOUTS = (Dense(NUMBER, "dense x1", 1, STEP),)

@@ -24,6 +24,26 @@ def at_rest_layout(planes: int) -> int:
     return planes
 
 
-def resident_layout(planes: int, device_type: str) -> int:
-    """Number of the layout that the kernels of a device type ("cpu", "cuda", ...) read."""
+_dense_from = 0
+"""Codes from which on a weight is dense on the CPU; 0: none is. The processor decides."""
+
+
+def prefer_dense(codes: int) -> None:
+    """From now on hold weights of one plane and at least this many codes in 1.6 bits on the CPU.
+
+    0: none. Called by `ternc.runtime.cpu` for the kernels in use.
+    """
+    global _dense_from
+    _dense_from = codes
+
+
+def resident_layout(planes: int, device_type: str, codes: int = 0) -> int:
+    """Number of the layout that the kernels of a device type ("cpu", "cuda", ...) read.
+
+    Args:
+        codes: N * K of one weight with tied scales; 0 for weights that must not be dense, such as
+            a stack of several, whose borders lie between blocks of 64 or 128 rows.
+    """
+    if planes == 1 and device_type == "cpu" and 0 < _dense_from <= codes:
+        return dense.NUMBER
     return {"cpu": 10, "cuda": 20}.get(device_type, 0) + planes

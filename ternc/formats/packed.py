@@ -61,7 +61,7 @@ def pack(quantized: Quantized, target: str | int) -> Packed:
         WeightShapeError: the layout cannot hold the group size or the number of planes.
     """
     planes = quantized.planes
-    number = layouts.resident_layout(planes, target) if isinstance(target, str) else target
+    number = _number(planes, target, quantized.scale, quantized.shape)
     layout = layouts.get(number)
     if layout.planes != planes:
         raise WeightShapeError(f"layout {number} holds {layout.planes} planes, the weight {planes}")
@@ -82,6 +82,17 @@ def pack(quantized: Quantized, target: str | int) -> Packed:
     )
 
 
+def _number(planes: int, target: str | int, scale: torch.Tensor, shape: tuple[int, int]) -> int:
+    if isinstance(target, int):
+        return target
+    return layouts.resident_layout(planes, target, tied_codes(scale, shape))
+
+
+def tied_codes(scale: torch.Tensor, shape: tuple[int, int]) -> int:
+    """N * K, or 0 where scales are free: what `resident_layout` wants to know."""
+    return shape[0] * shape[1] if scale.dim() == 1 else 0
+
+
 def unpack(packed: Packed) -> Quantized:
     """The inverse of `pack`, bit for bit."""
     layout = layouts.get(packed.layout)
@@ -99,5 +110,5 @@ def unpack(packed: Packed) -> Quantized:
 
 def to_layout(packed: Packed, target: str | int) -> Packed:
     """The same weight in another layout; `packed` itself where it already is in that one."""
-    number = layouts.resident_layout(packed.planes, target) if isinstance(target, str) else target
+    number = _number(packed.planes, target, packed.scale, packed.shape)
     return packed if number == packed.layout else pack(unpack(packed), number)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ternc.formats import layouts
-from ternc.formats.packed import Packed, to_layout
+from ternc.formats.packed import Packed, tied_codes, to_layout
 from ternc.formats.quantized import group_count
 
 _MOVED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -30,7 +30,9 @@ def moved(packed: Packed, fn: Callable[[torch.Tensor], torch.Tensor]) -> Packed:
         multiplier=None if packed.multiplier is None else uncast(packed.multiplier, fn),
     )
     if device.type != packed.weight.device.type and device.type != "meta":
-        number = layouts.resident_layout(packed.planes, device.type)
+        number = layouts.resident_layout(
+            packed.planes, device.type, tied_codes(packed.scale, packed.shape)
+        )
         if packed.weight.is_meta:
             after = _uninitialised(after, number, device)
         else:

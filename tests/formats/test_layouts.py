@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import ODD_SHAPES, random_codes
+from reference import ODD_SHAPES, random_codes, random_quantized
 
 from ternc.errors import KernelError
-from ternc.formats import layouts, resident_layout
+from ternc.formats import layouts, pack, resident_layout
 
 ALL = pytest.mark.parametrize("layout", layouts.ALL.values(), ids=lambda layout: layout.name)
 
@@ -106,6 +106,37 @@ def test_resident_layout(planes):
     assert resident_layout(planes, "cpu") == 10 + planes
     assert resident_layout(planes, "cuda") == 20 + planes
     assert resident_layout(planes, "meta") == planes
+
+
+@pytest.fixture
+def dense_from_1000():
+    before = layouts._dense_from
+    layouts.prefer_dense(1000)
+    yield
+    layouts.prefer_dense(before)
+
+
+def test_large_weights_of_one_plane_are_dense_where_that_is_faster(dense_from_1000):
+    assert resident_layout(1, "cpu", 1000) == 14
+    assert resident_layout(1, "cpu", 999) == 11
+    assert resident_layout(1, "cpu") == 11
+    assert resident_layout(2, "cpu", 1000) == 12
+    assert resident_layout(1, "cuda", 1000) == 21
+    assert pack(random_quantized(10, 100, 1), "cpu").layout == 14
+    assert pack(random_quantized(10, 100, 1, 20, "free"), "cpu").layout == 11
+
+
+def test_dense_bytes():
+    codes = torch.zeros(80, 4, dtype=torch.int8)
+    codes[[0, 16, 32, 48, 64], 0] = torch.tensor([1, -1, 0, -1, 1], dtype=torch.int8)
+    codes[[1, 17, 33, 49, 65], 1] = 1
+    weight = layouts.get(14).pack(codes)
+    assert weight.shape == (1, 1, 64)
+    assert weight[0, 0, 0] == 64 * 2 + 2 + 0 + 9 * 1 + 0  # four digits below 64: the fifth on top
+    assert weight[0, 0, 4 + 1] == 192 + 17 * 2 + 80 - 64
+    assert weight[0, 0, 63] == 64 * 1 + 40  # five zeros
+    weight[0, 0, 63] = 250  # stands for nothing: five zeros too
+    assert torch.equal(layouts.get(14).unpack(weight, 80, 4), codes)
 
 
 def test_unknown_layout():

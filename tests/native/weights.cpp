@@ -56,6 +56,15 @@ void TernaryWeight::pack_lanes() {
       if (planes_ == INT8) step[field * 64 + at] = uint8_t(inside ? code(row, column) : 0);
       if (planes_ == 1) step[at] |= uint8_t(biased << (2 * field));
       if (planes_ == 2) step[at] |= uint8_t(biased << (4 * field));
+      if (planes_ == DENSE && field == 4) {
+        int four = 0;
+        for (int64_t f = 3; f >= 0; --f) {
+          const int64_t above = row - FIELD_ROWS * (4 - f);
+          const bool held = above < lanes_.rows && column < lanes_.columns;
+          four = 3 * four + (held ? code(above, column) : 0) + 1;
+        }
+        step[at] = uint8_t(four < 64 ? 64 * biased + four : 192 + 17 * biased + four - 64);
+      }
       if (planes_ == 3) {
         step[field / 2 * 64 + at] |= uint8_t((biased & 15) << (4 * (field % 2)));
         step[256 + at] |= uint8_t((biased >> 4) << field);
@@ -88,14 +97,15 @@ void TernaryWeight::pack_rows() {
     return;
   }
   const int64_t width = ceil_div(lanes_.columns, 5);
-  row_bytes_ = Buffer<uint8_t>(planes_ * lanes_.rows * width);
-  for (int plane = 0; plane < planes_; ++plane)
+  const int planes = planes_ == DENSE ? 1 : planes_;
+  row_bytes_ = Buffer<uint8_t>(planes * lanes_.rows * width);
+  for (int plane = 0; plane < planes; ++plane)
     for (int64_t row = 0; row < lanes_.rows; ++row)
       for (int64_t byte = 0; byte < width; ++byte) {
         int value = 0;
         for (int64_t k = 5 * byte + 4; k >= 5 * byte; --k) {
           int digits = (k < lanes_.columns ? code(row, k) : 0) + code_max(planes_);
-          for (int p = planes_ - 1; p > plane; --p) digits /= 3;
+          for (int p = planes - 1; p > plane; --p) digits /= 3;
           value = 3 * value + digits % 3;
         }
         row_bytes_[(plane * lanes_.rows + row) * width + byte] = uint8_t(value);

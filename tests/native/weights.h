@@ -21,7 +21,13 @@ constexpr Form FORMS[] = {
     {0, 8, 0, ScaleKind::row},       {5, 0, 0, ScaleKind::row},
 };
 
-constexpr int KINDS[] = {1, 2, 3, INT8};  // of weights: numbers of planes, or bytes
+// Of weights: numbers of planes, 1.6 bits, or bytes.
+constexpr int KINDS[] = {1, 2, 3, DENSE, INT8};
+
+// Dense weights have no free scales.
+inline bool fits(const Form& form, int planes) {
+  return planes != DENSE || form.scales != ScaleKind::group;
+}
 
 class TernaryWeight {
  public:

@@ -21,6 +21,7 @@ from ternc.runtime.ops import dequantize, linear, quantize_act
 
 ISAS = sorted(path.parent.name for path in Path(ternc.csrc.__path__[0]).glob("*/kernels.cpp"))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+DENSE = 14
 PLANES = pytest.mark.parametrize("planes", [1, 2, 3, INT8])
 TOKENS = (0, 1, 2, 3, 4, 5, 17, 33)
 WEIGHTS = [
@@ -90,6 +91,30 @@ def test_float_activations(weight, planes, dtype):
         y = torch.ops.ternc.linear(*linear_arguments(x, packed, None, 0))
         low = (x.float() @ w.float().T).to(dtype)
         assert_as_good_as(y, low, exact, atol=3e-7 * weight[1] ** 0.5 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("weight", [(1, 1, 0), (127, 129, 32), (161, 1100, 0)], ids=str)
+def test_one_plane_in_its_dense_form(weight):
+    rows, columns, group_size = weight
+    quantized = random_quantized(rows, columns, 1, group_size)
+    dense, lanes = pack(quantized, DENSE), pack(quantized, "cpu")
+    assert dense.layout != lanes.layout
+    for tokens in TOKENS:
+        x, bias = torch.randn(tokens, columns), torch.randn(rows)
+        for bits in (8, 4):
+            y = torch.ops.ternc.linear(*linear_arguments(x, dense, bias, bits))
+            assert_equal(y, torch.ops.ternc.linear(*linear_arguments(x, lanes, bias, bits)))
+        y = torch.ops.ternc.linear(*linear_arguments(x, dense, bias, 0))
+        expected = linear.reference(*linear_arguments(x, dense, bias, 0))
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    w = torch.ops.ternc.dequantize(*dequantize_arguments(dense))
+    assert torch.equal(w, torch.ops.ternc.dequantize(*dequantize_arguments(lanes)))
+
+
+def test_the_dense_form_takes_no_free_scales():
+    packed = pack(random_quantized(65, 260, 1, 128, "free"), DENSE)
+    with pytest.raises(RuntimeError, match="layout 14"):
+        torch.ops.ternc.linear(*linear_arguments(torch.randn(1, 260), packed))
 
 
 @pytest.mark.parametrize("bits", [8, 4, 0])
