@@ -82,6 +82,7 @@ def test_norm_quantize(rotation, dtype):
 @DTYPES
 def test_activate_quantize(rotation, dtype):
     width, block = rotation
+    width = max(width, 5)  # one value alone may be a difference of nearly equal numbers
     differences = Differences()
     names = list(activate_quantize.ACTIVATIONS)
     for turn, tokens in enumerate(TOKENS):
