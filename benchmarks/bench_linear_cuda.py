@@ -110,6 +110,18 @@ def bf16_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way:
     return Way("bf16", [lambda w=w: F.linear(x, w) for w in weights], nbytes, "bf16")
 
 
+def inductor_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way | None:
+    """bf16 as Inductor tunes it for one token: a Triton reduction in place of cuBLAS."""
+    if x.shape[0] != 1:
+        return None
+    nbytes = 2 * rows * x.shape[1]
+    weights = [torch.randn(rows, x.shape[1], device="cuda", dtype=x.dtype)
+               for _ in range(copies(nbytes))]  # fmt: skip
+    options = {"coordinate_descent_tuning": True}
+    run = torch.compile(lambda w: F.linear(x, w), dynamic=False, options=options)
+    return Way("bf16 inductor", [lambda w=w: run(w) for w in weights], nbytes, "bf16")
+
+
 def fp8_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way | None:
     """Row-scaled fp8 with the activations quantised by a Triton kernel, checked loosely."""
     columns = x.shape[1]
@@ -158,7 +170,7 @@ def measure(columns: int, rows: int, tokens: int, args: argparse.Namespace) -> l
         lambda p=p, g=g: ternc_way(x, rows, p, g, copies) for p in args.planes for g in args.groups
     ]
     if not args.no_peers:
-        peers = (bf16_way, fp8_way, int8_way)
+        peers = (bf16_way, inductor_way, fp8_way, int8_way)
         makers += [lambda peer=peer: peer(x, rows, copies) for peer in peers]
     found = []
     for make in makers:

@@ -79,12 +79,14 @@ def test_zero_rows():
     assert not torch.ops.ternc.linear(*linear_arguments(x, packed)).any()
 
 
-@pytest.mark.parametrize("shape", [(9, 50, 1, 16, "free"), (70, 300, 3, 128, "free")], ids=str)
-def test_free_scales(shape):
-    packed = packed_on_gpu(*shape)
-    x = torch.randn(6, shape[1], device="cuda")
+@pytest.mark.parametrize("shape", [(9, 50, 1, 16), (70, 300, 3, 128), (200, 700, 2, 6)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 6, 90])
+def test_free_scales(shape, tokens):
+    packed = packed_on_gpu(*shape, "free")
+    x = torch.randn(tokens, shape[1], device="cuda")
     arguments = linear_arguments(x, packed)
     y = torch.ops.ternc.linear(*arguments)
+    assert dispatch.last_kernel(packed.weight) == "triton_free"
     torch.testing.assert_close(y, linear_op.reference(*arguments), rtol=1e-5, atol=1e-5)
 
 
@@ -113,8 +115,9 @@ def test_int8_weights(shape, dtype):
     for tokens in (1, 5, 16, 60, 300):
         x = torch.randn(tokens, shape[1], device="cuda").to(dtype)
         arguments = linear_arguments(x, packed, bias)
-        assert_same(torch.ops.ternc.linear(*arguments), linear_op.reference(*arguments))
+        y = torch.ops.ternc.linear(*arguments)
         assert dispatch.last_kernel(packed.weight) == "triton_int8"
+        assert_same(y, linear_op.reference(*arguments))
 
 
 def test_shapes_of_x():

@@ -144,8 +144,23 @@ def test_dequantize(shape):
 def test_what_no_kernel_takes_goes_to_the_reference():
     from ternc.runtime.kernels.triton import linear as kernels
 
-    for case, target in (((9, 50, 1, 16, "free"), "cuda"), ((9, 50, 1), "cpu")):
-        packed = pack(random_quantized(*case), target)
-        arguments = linear_arguments(torch.randn(2, 50), packed)
-        assert_same(kernels.linear(*arguments), linear.reference(*arguments))
-        assert dispatch.last_kernel(packed.weight) == "reference"
+    packed = pack(random_quantized(9, 50, 1), "cpu")
+    arguments = linear_arguments(torch.randn(2, 50), packed)
+    assert_same(kernels.linear(*arguments), linear.reference(*arguments))
+    assert dispatch.last_kernel(packed.weight) == "reference"
+
+
+@inside
+@pytest.mark.parametrize("shape", [(9, 50, 1, 16), (70, 300, 2, 128), (6, 24, 3, 8)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_free_scales(shape, tokens):
+    from ternc.runtime.kernels.triton import linear as kernels
+
+    packed = pack(random_quantized(*shape, "free"), "cuda")
+    x = torch.randn(tokens, shape[1])
+    x[0, 0] = torch.nan if tokens > 1 else 1.0
+    arguments = linear_arguments(x, packed, torch.randn(shape[0]))
+    expected = linear.reference(*arguments)
+    seen = kernels.linear(*arguments)
+    assert dispatch.last_kernel(packed.weight) == "triton_free"
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.runtime.kernels.triton import launch
+from ternc.runtime.kernels.triton.linear_free import load_codes
 from ternc.runtime.kernels.triton.weight import Weight
 
 BLOCK_K = 1024
@@ -35,20 +36,10 @@ def dequantize_rows(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < K
-    chunk, field, k = column // 256, column % 256 // 64, column % 64
-    start = weight_ptr + row * (chunks * CHUNK_BYTES) + chunk * CHUNK_BYTES
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    if PLANES == 1:
-        # The field is moved to the top of the byte, then back with its sign.
-        code = (tl.load(start + k, mask=inside, other=0) << (6 - 2 * field).to(tl.int8)) >> 6
-    else:
-        nibble = tl.load(start + 64 * (field // 2) + k, mask=inside, other=0)
-        code = (nibble << (4 - 4 * (field % 2)).to(tl.int8)) >> 4
-        if PLANES == 3:
-            low = tl.load(start + 128 + k % 32, mask=inside, other=0)
-            code = 2 * code + ((low >> (2 * field + k // 32).to(tl.int8)) & 1)
+    code = load_codes(weight_ptr + row * (chunks * CHUNK_BYTES), column, inside, PLANES)
     value = code.to(tl.float32)
     group = column // group_size if MULTIPLIER or FREE else 0
     if MULTIPLIER:

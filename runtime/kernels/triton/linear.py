@@ -12,6 +12,7 @@ from ternc.runtime import dispatch
 from ternc.runtime.kernels.triton import dequantize as dequantize_kernel
 from ternc.runtime.kernels.triton import launch, linear_gemm, linear_int8, select
 from ternc.runtime.kernels.triton.linear_float import linear_float
+from ternc.runtime.kernels.triton.linear_free import linear_free
 from ternc.runtime.kernels.triton.linear_gemm import Integers
 from ternc.runtime.kernels.triton.linear_gemv import linear_gemv
 from ternc.runtime.kernels.triton.product import Product, alike
@@ -36,7 +37,7 @@ def linear(
     activation_bits: int,
     layout: int,
 ) -> torch.Tensor:
-    """x [..., K] -> y [..., N]; free scales and foreign layouts go to the reference, and say so."""
+    """x [..., K] -> y [..., N]; what has no kernel goes to the reference, and says so."""
     arguments = (x, weight, scale, multiplier, bias, out_features, group_size)
     linear_op.check_linear(*arguments, activation_bits, layout)
     columns = x.shape[-1]
@@ -138,12 +139,11 @@ def _multiply(
 ) -> None:
     """x [M, K] floating point, or int8 with scales sx [M] -> product.outputs."""
     weight, tokens, device = product.joint, x.shape[0], x.device
-    if weight.layout == linear_int8.LAYOUT:
-        kernel = "triton_int8"
-        given = (
-            linear_int8.quantize(x, activation_bits) if sx is None else Integers(_aligned(x), sx)
-        )
-        linear_int8.linear_int8(given, product)
+    if weight.layout == linear_int8.LAYOUT or weight.free_scales:
+        kernel = "triton_free" if weight.free_scales else "triton_int8"
+        multiply = linear_free if weight.free_scales else linear_int8.linear_int8
+        integers = Integers(_aligned(x), sx) if sx is not None else None
+        multiply(integers or linear_int8.quantize(x, activation_bits), product)
     elif not activation_bits:
         kernel = "triton_float"
         linear_float(x, product)

@@ -62,7 +62,8 @@ def alike(weights: list[Weight], biases: list[torch.Tensor | None]) -> list[list
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         kind = (
             weight.layout,
-            weight.group_size if weight.multiplier is not None else 0,
+            weight.group_size if weight.groups > 1 or weight.multiplier is not None else 0,
+            tuple(weight.scale.shape[1:]),
             weight.row_scales,
             None if bias is None else bias.dtype,
         )

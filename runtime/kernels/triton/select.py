@@ -27,14 +27,14 @@ INTEGERS = "gemv integers"
 
 def unsupported(weight: Weight, activation_bits: int) -> str | None:
     """Why no kernel here multiplies by this weight, None where one does."""
+    if weight.layout not in (21, 22, 23, linear_int8.LAYOUT):
+        return f"layout {weight.layout} is not one of the CUDA layouts"
+    if weight.free_scales and not activation_bits:
+        return "free scales times floating-point activations"
     if weight.layout == linear_int8.LAYOUT and not activation_bits:
         return "int8 times floating-point activations"
-    if weight.free_scales:
-        return "free scales: sums of groups in floating point, ascending"
-    if weight.layout == linear_int8.LAYOUT:
-        return "int8 with groups" if weight.multiplier is not None else None
-    if weight.layout not in (21, 22, 23):
-        return f"layout {weight.layout} is not one of the CUDA layouts"
+    if weight.layout == linear_int8.LAYOUT and weight.group_size:
+        return "int8 with groups"
     return None
 
 
