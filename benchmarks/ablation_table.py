@@ -121,11 +121,51 @@ def plot(results: dict[str, dict], path: Path) -> None:
     pyplot.close(figure)
 
 
+def _heading(results: dict[str, dict]) -> list[str]:
+    """What was run, on what, and what was not."""
+    trained = [result for result in results.values() if "steps" in result]
+    steps = sorted({result["steps"] for result in trained})
+    bytes_seen = sorted({result["bytes"] / 1e6 for result in trained})
+    devices = ", ".join(sorted({f"{r['device']}, torch {r['torch']}" for r in results.values()}))
+    late = sum(result["graphs_compiled_after_first_row"] for result in trained)
+    missing = [arm for arm in [*recipes(), *PTQ] if arm not in chosen(results)]
+    return [
+        "# Training ablation",
+        "",
+        "Byte-level decoder of 25 M weights, trained from scratch on books; bits per byte of packed",
+        "models (float ones as they are) on books and text not trained on, first seed. The teacher is",
+        "the best float arm, its training not counted. Rates are chosen on a part that is not scored.",
+        "",
+        f"Steps of every arm: {steps}; million bytes: {[round(value, 1) for value in bytes_seen]}. "
+        f"On {devices}.",
+        f"Graphs compiled after an arm's first logged steps, all arms together: {late}.",
+        f"Not run: {', '.join(missing) or 'nothing'}.",
+    ]
+
+
+def _timings(timings: dict[str, dict]) -> list[str]:
+    """A line for each measurement of steps."""
+    lines = []
+    for found in timings.values():
+        own = ", ".join(
+            f"{arm} {value:.1f} ms ({found['ratio_to_float'][arm]:.2f} of float)"
+            for arm, value in found["milliseconds"].items()
+        )
+        lines.append(
+            f"A step of {found['bytes_per_step']} bytes, {found['compiled']} compiled, teacher not "
+            f"included: {own}; the teacher's forward "
+            f"{found['teacher_forward_milliseconds']:.1f} ms. {found['device']}, torch "
+            f"{found['torch']}."
+        )
+    return lines
+
+
 def write(results: dict[str, dict], folder: Path, extra: dict[str, object]) -> None:
     """ablation.json, ablation.png and the table in ablation.md."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ablation.json").write_text(
         json.dumps({**extra, "results": results}, indent=1) + "\n"
     )
-    (folder / "ablation.md").write_text(table(results) + "\n")
+    page = [*_heading(results), "", table(results), "", *_timings(extra.get("timings", {}))]
+    (folder / "ablation.md").write_text("\n".join(page).rstrip() + "\n")
     plot(results, folder / "ablation.png")
