@@ -6,6 +6,8 @@
     reference   joint least squares over k free plane scales per group of 128, block Hadamard
                 rotation, GPTQ error compensation; nothing after the codes
     gptq        the integer grid with GPTQ error compensation, not rotated
+    torchao     that package's integers of 3 or 4 bits, symmetric, groups of 128; it compensates
+                errors on GPUs alone
 
 None is part of the product. Error compensation is written apart from ternc's own fits, and shares
 with them only the collection of activations.
@@ -85,6 +87,33 @@ def reference_stack(model: nn.Module, batches: Sequence[Any], planes: int) -> nn
 def gptq(model: nn.Module, batches: Sequence[Any], bits: int) -> nn.Module:
     """Integers of `bits` bits, errors compensated, in the place of every Linear's weight."""
     return _compensated(model, batches, lambda w, _: _integers(w, bits), rotate=False)
+
+
+def torchao(model: nn.Module, bits: int, algorithm: str) -> nn.Module:
+    """torchao's weights of `bits` bits in the place of every Linear's weight, in place.
+
+    Args:
+        algorithm: how it chooses scales, "affine" or "hqq_scale_only".
+    """
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    layers = set(linears(model).values())
+    config = IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, f"int{bits}"),
+        granularity=PerGroup(GROUP),
+        intx_choose_qparams_algorithm=algorithm,
+    )
+    quantize_(model, config, filter_fn=lambda module, _: module in layers)
+    for layer in layers:  # the values that it computes with, as a plain tensor
+        layer.weight = nn.Parameter(layer.weight.dequantize().detach(), requires_grad=False)
+    return model
+
+
+def at_bits(points: Sequence[tuple[float, float]], bits: float) -> float:
+    """Error at `bits` on the line in log error through two points (bits, error)."""
+    (first, error), (second, other) = points
+    return error * (other / error) ** ((bits - first) / (second - first))
 
 
 def _compensated(

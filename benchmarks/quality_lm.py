@@ -35,6 +35,7 @@ from byte_lm import Settings, load_model, new_model, save_model, train  # noqa: 
 from quality_baselines import (  # noqa: E402
     GROUP,
     absmean,
+    at_bits,
     gptq,
     greedy,
     integer,
@@ -333,8 +334,8 @@ def at_equal_bits(rows: dict) -> list[str]:
         losses = [point["bits_per_byte"]["valid"] - base for point in points]
         if min(losses) <= 0:
             continue
-        slope = math.log(losses[1] / losses[0]) / (points[1]["bits"] - points[0]["bits"])
-        there = losses[0] * math.exp(slope * (ours["bits"] - points[0]["bits"]))
+        pairs = [(point["bits"], loss) for point, loss in zip(points, losses, strict=True)]
+        there = at_bits(pairs, ours["bits"])
         loss = ours["bits_per_byte"]["valid"] - base
         lines.append(
             f"{planes} planes at {ours['bits']:.2f} bits: {loss:+.4f}; int gptq there, in log "

