@@ -1,4 +1,9 @@
-"""Building a transformers model from its config.json, with its parameters on the meta device."""
+"""A transformers folder -> the model: from config.json alone, or with its weights mapped.
+
+build:   parameters on the meta device, to be filled from a folder of `ternc.save`
+mapped:  parameters that lie in the safetensors files, sharded or not: a weight takes memory
+         while it is read, and gives it back
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ from ternc.errors import CheckpointError, MissingExtraError, UnsupportedModelErr
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+WEIGHTS = "model.safetensors"
 
 
 def builder_of(model: nn.Module) -> str | None:
@@ -66,6 +72,65 @@ def build(name: str, folder: Path) -> nn.Module:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG} does not build a {name}: {error}") from error
     return model.eval()
+
+
+def mapped(name: str, folder: Path) -> nn.Module | None:
+    """The float model of a folder of transformers, its weights left in the files.
+
+    Writing to a weight copies it: the files stay as they are.
+
+    Returns:
+        None where the files are not safetensors, or hold the weights under other names than the
+        model has: `from_pretrained` then knows what to do.
+
+    Raises:
+        CheckpointError: a file is damaged, or a weight has another shape than the model's.
+    """
+    files = _weight_files(folder)
+    if not files or "quantization_config" in json.loads((folder / CONFIG).read_text("utf-8")):
+        return None
+    model: Any = build(name, folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        tensors.update(_mapped_tensors(path))
+    try:
+        found = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    model.tie_weights()
+    if found.unexpected_keys or any(p.is_meta for p in model.parameters()):
+        return None
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, in the order of their names; none where there is none.
+
+    Raises:
+        CheckpointError: the index is damaged or names a file that is not in the folder.
+    """
+    index, single = folder / f"{WEIGHTS}.index.json", folder / WEIGHTS
+    if not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged: {error}") from error
+    for path in files:
+        if path.parent != folder or not path.is_file():
+            raise CheckpointError(f"{index} names {path.name!r}, which is not in the folder")
+    return files
+
+
+def _mapped_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in list(file.keys())}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 @contextlib.contextmanager

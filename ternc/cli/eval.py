@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ternc.cli.console import add_json_option, print_json, say
-from ternc.cli.huggingface import tokenizer_of
+from ternc.cli.huggingface import has_logits, tokenizer_of
 from ternc.errors import InputError
 
 
@@ -34,7 +34,7 @@ def run(namespace: argparse.Namespace) -> int:
     model = _load(namespace.model)
     reference = None if namespace.against is None else _load(namespace.against)
     tokenizer = tokenizer_of(namespace.model, namespace.against)
-    if _has_logits(model):
+    if has_logits(model):
         result = _score_language(model, reference, text, tokenizer, namespace.context)
     elif reference is not None:
         result = _score_encoder(model, reference, text, tokenizer, namespace.context)
@@ -58,12 +58,6 @@ def _load(folder: Path) -> torch.nn.Module:
     from ternc.cli.huggingface import load_model
 
     return ternc.load(folder) if (folder / MANIFEST).is_file() else load_model(folder)
-
-
-def _has_logits(model: torch.nn.Module) -> bool:
-    """Whether the model has a head over its vocabulary, as transformers tells."""
-    head = getattr(model, "get_output_embeddings", None)
-    return callable(head) and head() is not None
 
 
 def _score_language(

@@ -10,14 +10,21 @@ from typing import Any
 
 import torch
 
-from ternc.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from ternc.errors import (
+    CheckpointError,
+    InputError,
+    MissingExtraError,
+    UnsupportedModelError,
+)
+from ternc.pretrained import mapped
 
 SIDE_FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model")
 """What a model folder holds beside the weights, as globs."""
 
 
 def load_model(folder: Path) -> torch.nn.Module:
-    """The model of the class that `config.json` names, in evaluation mode.
+    """The model of the class that `config.json` names, in evaluation mode; weights mapped if it can
+    be: a model larger than memory is then quantised file by file.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -36,6 +43,8 @@ def load_model(folder: Path) -> torch.nn.Module:
             f"{folder}: transformers {transformers.__version__} has no class {name!r}, which "
             "config.json asks for; install a version that has it"
         )
+    if (streamed := mapped(name, folder)) is not None:
+        return streamed
     try:
         model = model_class.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -57,6 +66,66 @@ def tokenizer_of(*folders: Path | None) -> Any:
         if folder is not None and any(folder.glob("token*")):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return None
+
+
+def has_logits(model: torch.nn.Module) -> bool:
+    """Whether the model has a head over its vocabulary, as transformers tells."""
+    head = getattr(model, "get_output_embeddings", None)
+    return callable(head) and head() is not None
+
+
+def text_batches(
+    model: torch.nn.Module, tokenizer: Any, text: str, sequences: int, context: int
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of a text to calibrate a model on: windows, or its lines where it is an encoder.
+
+    Args:
+        tokenizer: None where tokens are bytes.
+        sequences: at most so many, evenly spaced over the text.
+        context: tokens of one at most, and no more than the model has positions.
+
+    Raises:
+        InputError: the text is too short, or an encoder has no tokenizer.
+    """
+    known = getattr(model.config, "max_position_embeddings", None)
+    context = min(context, known) if isinstance(known, int) else context
+    if context < 1 or sequences < 1:
+        raise InputError(f"sequences={sequences}, context={context}: at least 1 of each is wanted")
+    if not has_logits(model):
+        return _line_batches(tokenizer, text, sequences, context)
+    ids = list(text.encode()) if tokenizer is None else tokenizer(text).input_ids
+    count = min(sequences, len(ids) // context)
+    if not count:
+        raise InputError(f"the text has {len(ids)} tokens; {context} make one sequence")
+    last = len(ids) - context
+    starts = [index * last // max(count - 1, 1) for index in range(count)]
+    windows = torch.tensor([ids[start : start + context] for start in starts])
+    return [{"input_ids": part} for part in windows.split(_BATCH)]
+
+
+def _line_batches(
+    tokenizer: Any, text: str, sequences: int, context: int
+) -> list[dict[str, torch.Tensor]]:
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if tokenizer is None or not lines:
+        raise InputError("an encoder is calibrated on the lines of a text, by its tokenizer")
+    lines = lines[:: max(1, len(lines) // sequences)][:sequences]
+    return [
+        dict(
+            tokenizer(
+                lines[start : start + _BATCH],
+                padding=True,
+                truncation=True,
+                max_length=context,
+                return_tensors="pt",
+            )
+        )
+        for start in range(0, len(lines), _BATCH)
+    ]
+
+
+_BATCH = 8
+"""Sequences of a batch: one batch in eight is kept for judging the fits."""
 
 
 def architecture(folder: Path) -> str:
