@@ -161,6 +161,7 @@ def _find_packed_modules(gm: fx.GraphModule, context: Context) -> None:
         row.name = context.unique_name(row.name)
         row.shared_with = None if first is None else first.name
         first_row.setdefault(weight, row)
+        node.meta["ternc_row"] = row
         context.rows.append(row)
         context.row_positions.append((row, weight.meta["ternc_position"]))
 

@@ -12,6 +12,7 @@ from torch import fx
 
 from ternc.passes.graph import arguments, example_value
 from ternc.passes.inline import carry_provenance, inline
+from ternc.reporting import Row
 from ternc.runtime.ops.linears import MAX_WEIGHTS
 from ternc.site import WeightSite
 
@@ -42,6 +43,11 @@ class TernaryCall:
     """Number of experts where the one weight is a stack of them, as `ternc::grouped_linear` has."""
     offsets: fx.Node | None = None
     """Ends of the experts' rows; None = as many rows each."""
+    rows: list[Row | None] = dataclasses.field(default_factory=list)
+    """Report rows of the weights; those of the sites unless others are given."""
+
+    def __post_init__(self) -> None:
+        self.rows = self.rows or [None if site is None else site.row for site in self.sites]
 
     @property
     def fusable(self) -> bool:
@@ -89,6 +95,7 @@ def read(node: fx.Node) -> TernaryCall | None:
             layouts=[layout],
             dtype=example_value(x).dtype,
             sites=[node.meta.get("ternc_site")],
+            rows=[node.meta["ternc_row"]] if "ternc_row" in node.meta else [],
         )
     if isinstance(node, fx.Node) and node.target is torch.ops.ternc.grouped_linear.default:
         return _read_grouped(node)
@@ -232,11 +239,11 @@ def ternary_users(x: fx.Node) -> list[fx.Node]:
     return found
 
 
-def label_sites(node: fx.Node, label: str) -> None:
+def label_rows(node: fx.Node, label: str) -> None:
     """Names, in the report rows of a product, what its fused input does before it."""
-    for site in read_known(node).sites:
-        if site is not None:
-            site.row.pattern = f"{label} + {site.row.pattern}"
+    for row in read_known(node).rows:
+        if row is not None:
+            row.pattern = f"{label} + {row.pattern}"
 
 
 def retarget(node: fx.Node, q: fx.Node, sx: fx.Node, rule: str) -> None:

@@ -5,6 +5,7 @@ it again).
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -119,7 +120,7 @@ def report(model: torch.nn.Module) -> Report:
         nodes_before.extend(prefixed(graph.nodes_before, _prefix(index)))
     if packed is not None:
         for row in packed:
-            rows[row.name] = _with_kernel(row, model)
+            rows[row.name] = _as_run(row, rows.get(row.name), model)
         replaced.extend(_packed_buffers(model, packed))
     found = list(rows.values())
     if packed is None:
@@ -174,7 +175,7 @@ def _unreached(model: torch.nn.Module, read: set[int], rows: Sequence[Row]) -> I
 def _notes(rows: list[Row], graphs: int) -> list[str]:
     notes = []
     packed = [row for row in rows if row.action == "rewritten" and row.shape]
-    live = [row for row in packed if row.pattern.partition(" ")[0] != "packed"]
+    live = [row for row in packed if "packed " not in row.pattern]
     if any("training" in row.pattern for row in live):
         notes.append(_TRAINING)
     elif live:
@@ -258,9 +259,11 @@ def _kept(still_read: set[int], sites: Sequence[WeightSite]) -> set[str]:
     return {site.name for site in sites if still_read.issuperset(site.inputs)}
 
 
-def _with_kernel(row: Row, model: torch.nn.Module) -> Row:
-    """The row of a packed module, with the kernel of its last call."""
+def _as_run(row: Row, compiled: Row | None, model: torch.nn.Module) -> Row:
+    """The row of a packed module, with the kernel of its last call and what it was fused with."""
     current = copy.copy(row)
+    if compiled is not None and "packed " in compiled.pattern:
+        current.pattern = re.sub("packed (linear|embedding)", row.pattern, compiled.pattern)
     for tensor in _packed_buffers(model, [row]):
         current.kernel = dispatch.last_kernel(tensor) or current.kernel
     return current

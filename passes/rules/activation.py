@@ -19,7 +19,7 @@ from ternc.passes.inline import inline
 from ternc.passes.region import ancestors, between, evaluate
 from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import label_sites, read, read_known, retarget, ternary_users
+from ternc.passes.ternary_call import label_rows, read, read_known, retarget, ternary_users
 
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": torch.nn.functional.silu,
@@ -77,7 +77,7 @@ class ActivationRule:
         q, sx = (inline(h, operator.getitem, outputs, i) for i in range(2))
         label = parts["activation"] + (" * up" if parts["up"] is not None else "")
         for reader in ternary_users(rotated.x):
-            label_sites(reader, label + rotated.label)
+            label_rows(reader, label + rotated.label)
             retarget(reader, q, sx, self.name)
 
 

@@ -16,7 +16,7 @@ from ternc.passes.context import Context
 from ternc.passes.graph import argument, arguments, example_value, is_tensor
 from ternc.passes.inline import inline
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import label_sites, read, read_known, retarget, ternary_users
+from ternc.passes.ternary_call import label_rows, read, read_known, retarget, ternary_users
 
 _VIEWS = ("view", "reshape", torch.reshape)
 _SELECTS = ("index_select", torch.index_select)
@@ -53,7 +53,7 @@ class GatherRule:
         q, sx = (inline(x, gathered, quantised, output, index) for output in range(2))
         for reader in ternary_users(x):
             if read_known(reader).bits == bits:
-                label_sites(reader, "gathered rows")
+                label_rows(reader, "gathered rows")
                 retarget(reader, q, sx, self.name)
 
 

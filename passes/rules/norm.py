@@ -18,7 +18,7 @@ from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Match, Skip
 from ternc.passes.ternary_call import (
     is_quantizer,
-    label_sites,
+    label_rows,
     read,
     read_known,
     replace_outputs,
@@ -81,7 +81,7 @@ class NormRule:
         outputs.meta["ternc_rule"] = self.name
         kept, q, sx = (inline(y, operator.getitem, outputs, i) for i in range(3))
         for reader in readers:
-            label_sites(reader, f"{norm.kind} norm{rotated.label}")
+            label_rows(reader, f"{norm.kind} norm{rotated.label}")
             retarget(reader, q, sx, self.name)
         for quantizer in quantizers:
             replace_outputs(quantizer, [q, sx])

@@ -41,9 +41,9 @@ class ResidualRule:
         product, add = match.parts["product"], match.root
         call = dataclasses.replace(read_known(product), residual=match.parts["residual"])
         (output,) = write(call, add, product, self.name)
-        for site in call.sites:
-            if site is not None:
-                site.row.pattern = f"{site.row.pattern} + residual"
+        for row in call.rows:
+            if row is not None:
+                row.pattern = f"{row.pattern} + residual"
         add.replace_all_uses_with(output)
         add.graph.erase_node(add)
 

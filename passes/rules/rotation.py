@@ -13,7 +13,7 @@ from ternc.passes.context import Context
 from ternc.passes.inline import inline
 from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Match, Skip
-from ternc.passes.ternary_call import label_sites, read, read_known, retarget, ternary_users
+from ternc.passes.ternary_call import label_rows, read, read_known, retarget, ternary_users
 
 
 class RotationRule:
@@ -52,5 +52,5 @@ class RotationRule:
         q, sx = (inline(h, operator.getitem, outputs, i) for i in range(2))
         for reader in ternary_users(h):
             if read_known(reader).bits == bits:
-                label_sites(reader, "hadamard")
+                label_rows(reader, "hadamard")
                 retarget(reader, q, sx, self.name)

@@ -51,12 +51,12 @@ class SharedInputRule:
 
 def _joined(calls: list[TernaryCall]) -> TernaryCall:
     first = calls[0]
-    names = [site.name for call in calls for site in call.sites if site is not None]
-    for call in calls:
-        for site in call.sites:
-            if site is not None:
-                others = ", ".join(name for name in names if name != site.name)
-                site.row.pattern = f"{site.row.pattern}; input shared with {others}"
+    rows = [row for call in calls for row in call.rows]
+    names = [row.name for row in rows if row is not None]
+    for row in rows:
+        if row is not None:
+            others = ", ".join(name for name in names if name != row.name)
+            row.pattern = f"{row.pattern}; input shared with {others}"
     return TernaryCall(
         x=first.x,
         sx=None,
@@ -71,4 +71,5 @@ def _joined(calls: list[TernaryCall]) -> TernaryCall:
         layouts=[layout for call in calls for layout in call.layouts],
         dtype=first.dtype,
         sites=[site for call in calls for site in call.sites],
+        rows=rows,
     )

@@ -108,6 +108,15 @@ def test_no_pass_of_its_own_for_a_rotation(style, dtype):
         assert relative(y, block(x)) < 0.1
 
 
+def test_rows_of_packed_layers_name_what_they_are_fused_with():
+    q = ternc.quantize(Decoder().eval(), ROTATED)
+    _, _, report = compiled(q, torch.randn(2, 5, 64))
+    patterns = {row.name: row.pattern for row in report.rows}
+    assert patterns["k"] == "rms norm + hadamard + linear; input shared with q, v"
+    assert patterns["o"] == "hadamard + linear + residual"
+    assert patterns["down"] == "silu * up + hadamard + linear + residual"
+
+
 def test_attention_region_names_a_rotated_output_projection():
     q = ternc.quantize(Decoder().eval(), ROTATED)
     _, _, report = compiled(q, torch.randn(2, 5, 64))
