@@ -21,7 +21,7 @@ TEST_ARGS ?=
 PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 DATA ?= shared/data
 ARGS ?=
-GPU_JOBS ?= 8
+GPU_JOBS ?= 12
 
 comma := ,
 
@@ -40,7 +40,7 @@ help:
 	@echo "make test-native  the C++ kernels without torch, on every instruction set of this machine"
 	@echo "make sanitize   the same under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon  the same for aarch64: cross-compiled, run by qemu-user"
-	@echo "make gpu-test   the GPU tests        PYTHON=python3, as it is"
+	@echo "make gpu-test   the GPU tests        PYTHON=python3, as it is; GPU_JOBS=12 with pytest-xdist"
 	@echo "make gpu-bench  the GPU benchmarks   PYTHON=python3, as it is"
 
 # --- environment ---------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def compare(seen, expected, bits):
 
 
 @inside
-@pytest.mark.parametrize("columns", [1, 260, 512])
+@pytest.mark.parametrize("columns", [1, 260])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("bits", [8, 4, 0])
 def test_linears(columns, tokens, bits):
@@ -198,19 +198,19 @@ def test_linears_with_a_residual(tokens, bits, bias):
 
 @inside
 @pytest.mark.parametrize("planes", [1, 2, 3])
-@pytest.mark.parametrize("group_size", [0, 32, 100, -1])
+@pytest.mark.parametrize("group_size", [0, 24, -1])
 def test_fit(planes, group_size):
     """Scales nearly the reference's, codes too; values are those of the codes."""
     from ternc.runtime.kernels.triton import fit as kernels
 
-    w = torch.randn(6, 250)
+    w = torch.randn(3, 60)
     w[2] = 0
     codes, scale, multiplier = kernels.fit(w, planes, group_size, 0)
     expected = fit.reference(w, planes, group_size, 0)
     torch.testing.assert_close(scale, expected[1], rtol=2e-2, atol=0)
     assert (codes != expected[0]).float().mean() < 0.02
     assert multiplier.shape == expected[2].shape
-    m = expand_groups(multiplier, group_size, 250) if group_size > 0 else 1.0
+    m = expand_groups(multiplier, group_size, 60) if group_size > 0 else 1.0
     values = (scale[:, None] if len(scale) > 1 else scale) * (m * codes)
     assert_same(kernels.fake_quantize(w, planes, group_size), values.float())
     w[1, 3] = torch.nan
