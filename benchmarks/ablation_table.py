@@ -132,9 +132,10 @@ def _heading(results: dict[str, dict]) -> list[str]:
     return [
         "# Training ablation",
         "",
-        "Byte-level decoder of 25 M weights, trained from scratch on books; bits per byte of packed",
-        "models (float ones as they are) on books and text not trained on, first seed. The teacher is",
-        "the best float arm, its training not counted. Rates are chosen on a part that is not scored.",
+        "Byte-level decoder of 25 M weights, trained from scratch on books; bits per byte of the",
+        "packed models (float ones as they are) on books and text not trained on, first seed. The",
+        "teacher is the best float arm, its training not counted. Rates are chosen on a part that",
+        "is not scored.",
         "",
         f"Steps of every arm: {steps}; million bytes: {[round(value, 1) for value in bytes_seen]}. "
         f"On {devices}.",
