@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ternc.calibration.batches import arguments
 from ternc.calibration.calibrator import Calibrator, Layer
 from ternc.calibration.distance import Loss
 from ternc.calibration.reconstruct import Reconstruction
@@ -51,6 +50,7 @@ from ternc.progress import track
 from ternc.reporting import Row
 from ternc.runtime import ops
 from ternc.train.linear import QATLinear
+from ternc.uncalled import mark_uncalled
 
 
 def quantize(
@@ -131,7 +131,7 @@ def quantize(
     model._ternc_rows = rows  # type: ignore[assignment]
     model._ternc_config = config  # type: ignore[assignment]
     if example_inputs is not None:
-        _mark_uncalled(model, example_inputs, rows)
+        mark_uncalled(model, example_inputs, rows)
     return model
 
 
@@ -384,35 +384,3 @@ def _why_not_together(
         ):
             return f"its weight is shared with {name!r}; only plain linears can share a packed one"
     return None
-
-
-def _mark_uncalled(model: nn.Module, example_inputs: Any, rows: Sequence[Row]) -> None:
-    """Runs the model once and says of every packed layer that was not called that it was not."""
-    called: set[str] = set()
-    layers = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, TernaryLinear)
-    }
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    for name, layer in layers.items():
-        names[layer].append(name)
-    handles = [
-        layer.register_forward_hook(lambda layer, *_: called.update(names[layer]))
-        for layer in names
-    ]
-    modes = [(module, module.training) for module in model.modules()]
-    args, kwargs = arguments(example_inputs)
-    try:
-        with torch.no_grad():
-            model.eval()(*args, **kwargs)
-    finally:
-        for module, training in modes:
-            module.training = training
-        for handle in handles:
-            handle.remove()
-    for row in rows:
-        if row.name in layers and row.name not in called:
-            row.reason += (
-                "; not called on the example inputs: its caller may read the weight itself"
-            )
