@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from ternc.passes.casts import cast_before
 from ternc.passes.graph import argument, arguments, example_value, is_tensor
 from ternc.passes.inline import inline
 
@@ -39,7 +40,7 @@ def _cast_before(node: fx.Node) -> None:
     """Autocast gives a packed linear another dtype than its input: the cast becomes a node."""
     x, dtype = arguments(node)[0], example_value(node).dtype
     if example_value(x).dtype != dtype:
-        node.update_arg(0, inline(node, lambda value: value.to(dtype), x))
+        node.update_arg(0, cast_before(node, x, dtype))
 
 
 def _is_linear(node: fx.Node) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
+from ternc.passes.casts import cast_before
 from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import arguments, example_value, is_tensor
 from ternc.passes.inline import inline
@@ -129,7 +130,7 @@ def _rewrite_packed(match: Match, context: Context, name: str, decision: Decisio
     packed = packed_inputs(node.graph, context, site, like)
     x, dtype = match.parts["x"], example_value(node).dtype
     if example_value(x).dtype != dtype:  # autocast chose another dtype for this product
-        x = inline(node, lambda value: value.to(dtype), x)
+        x = cast_before(node, x, dtype)
     call = TernaryCall(
         x=x,
         sx=None,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ternc.config import MAX_IN_FEATURES
 from ternc.decision import rotation_asked
 from ternc.passes.activation_quantizer import unquantized_source
+from ternc.passes.casts import cast_before
 from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import argument, example_value
 from ternc.passes.inline import inline
@@ -141,7 +142,7 @@ def _rewrite_packed(
         x, site.own_quantizer = source, True
         site.row.pattern = "activation quantiser + linear"
     if example_value(x).dtype != out.dtype:  # autocast chose another dtype for this linear
-        x = inline(node, lambda value: value.to(out.dtype), x)
+        x = cast_before(node, x, out.dtype)
     if site.rotation is not None:
         x = rotated(node, x, site.rotation)
     with node.graph.inserting_before(node):

@@ -225,6 +225,22 @@ def test_rules_that_must_not_fire(case, absent):
         assert relative(y, ternc.quantize(model, ternc.Config(planes=3, method="rtn"))(x)) < 1e-3
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_input_under_autocast_is_cast_once(packed):
+    block, x = Block().eval(), torch.randn(2, 5, 64)
+    model = ternc.quantize(block, ternc.Config(planes=3, method="rtn")) if packed else block
+
+    def run(model, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x)
+
+    y, names, _ = rewritten(lambda x: run(model, x), x)
+    assert count(names, "linears3") == 1 and count(names, "linears2") == 1
+    with torch.no_grad():
+        unfused = ternc.quantize(block, ternc.Config(planes=3, method="rtn"))
+        assert relative(y, run(unfused, x)) < 3e-2
+
+
 def test_different_inputs_are_not_shared():
     _, _, context = rewritten(Refusals("different inputs").eval(), torch.randn(2, 64))
     assert not any("shared" in row.pattern for row in context.rows)
