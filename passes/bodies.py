@@ -58,14 +58,14 @@ def own_bodies(gm: fx.GraphModule, tainted: set[fx.Node]) -> list[tuple[fx.Node,
 
 
 def pass_packed(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None:
-    """Hands the packed weights that a rewritten body reads through its call, and drops what the
-    body reads no more.
+    """Hands the packed weights and states that a rewritten body reads through its call, and drops
+    what the body reads no more.
     """
     given = list(arguments(call)[1:])
     passed = [arguments(call)[0]]
     for inner in body.graph.find_nodes(op="placeholder"):
-        packed = inner.meta.get("ternc_packed")
-        outer = _packed_input(gm.graph, inner) if packed else given.pop(0)
+        mark = next((mark for mark in _ADDED if mark in inner.meta), None)
+        outer = given.pop(0) if mark is None else _added_input(gm.graph, inner, mark)
         if inner.users:
             passed.append(outer)
         else:
@@ -74,14 +74,19 @@ def pass_packed(gm: fx.GraphModule, call: fx.Node, body: fx.GraphModule) -> None
     body.recompile()
 
 
-def _packed_input(graph: fx.Graph, inner: fx.Node) -> fx.Node:
-    """The input of the outer graph for a packed tensor that a body reads."""
+_ADDED = ("ternc_packed", "ternc_state")
+"""Marks of the inputs that rules add to a graph."""
+
+
+def _added_input(graph: fx.Graph, inner: fx.Node, mark: str) -> fx.Node:
+    """The input of the outer graph for one that a rule added to a body."""
     for node in graph.find_nodes(op="placeholder"):
-        if node.meta.get("ternc_packed") == inner.meta["ternc_packed"]:
+        if node.meta.get(mark) == inner.meta[mark]:
             return node
-    with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-        node = graph.placeholder(inner.name)
-    node.meta["ternc_packed"] = inner.meta["ternc_packed"]
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1]):
+        node = graph.placeholder(f"{mark}_{len(inputs)}")
+    node.meta[mark] = inner.meta[mark]
     node.meta["example_value"] = inner.meta["example_value"]
     return node
 

@@ -12,7 +12,7 @@ from ternc.config import Config
 from ternc.passes.graph import calling_module, mode_switches, module_path, source_of
 from ternc.passes.rule import Skip
 from ternc.reporting import GraphNode, Row
-from ternc.site import WeightSite
+from ternc.site import TrainedWeight, WeightSite
 
 
 @dataclasses.dataclass
@@ -29,6 +29,7 @@ class Context:
     grad_enabled: bool
     abstract: bool
     sites: list[WeightSite] = dataclasses.field(default_factory=list)
+    trained: list[TrainedWeight] = dataclasses.field(default_factory=list)
     rows: list[Row] = dataclasses.field(default_factory=list)
     tainted: set[fx.Node] = dataclasses.field(default_factory=set)
     """Nodes whose storage the graph writes in place: no read of them may move."""

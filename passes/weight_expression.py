@@ -14,7 +14,13 @@ import torch
 from torch import fx
 
 from ternc.passes.graph import is_static_input
-from ternc.passes.mutation import is_random, name_of, writes_in_place, written_by
+from ternc.passes.mutation import (
+    is_random,
+    name_of,
+    shares_storage,
+    writes_in_place,
+    written_by,
+)
 from ternc.passes.rule import Skip
 
 _ADD = {operator.add, torch.add, "add"}
@@ -38,8 +44,12 @@ class WeightExpression:
         self.key = "" if body is None else _key_of(body)
 
     @property
-    def is_identity(self) -> bool:
-        return self._body is None
+    def is_rearrangement(self) -> bool:
+        """The values of one input, perhaps in other places, fewer of them, or cast."""
+        if self._body is None:
+            return True
+        calls = [n for n in self._body.graph.nodes if n.op in ("call_function", "call_method")]
+        return len(self.inputs) == 1 and all(shares_storage(call) for call in calls)
 
     def evaluate(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Value of the weight for `tensors` in the order of `inputs`."""

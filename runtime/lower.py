@@ -26,7 +26,8 @@ from ternc.runtime.inductor import keep_static
 from ternc.runtime.ops.grouped_linear import ends_of
 from ternc.runtime.ops.linears import given
 from ternc.runtime.pack import PackCache, PackedWeight
-from ternc.site import WeightSite
+from ternc.runtime.states import state_of
+from ternc.site import TrainedWeight, WeightSite
 
 CACHE = PackCache()
 GRAPHS: weakref.WeakSet[CompiledGraph] = weakref.WeakSet()
@@ -43,6 +44,8 @@ class Argument:
     site: int = -1
     field: str = ""
     constant: torch.Tensor | None = None
+    trained: TrainedWeight | None = None
+    """Whose state it is, where it is one."""
     """Signs of a rotation, the same at every call."""
 
 
@@ -52,6 +55,7 @@ class CompiledGraph:
     Attributes:
         rows: report rows at compile time.
         sites: weights that are packed, in the order of the rows.
+        trained: weights that are fake-quantised and trained.
         order: rises with every graph compiled in this process.
         notes: what happened at run time that a report should say.
         nodes_before: the graph as it came from Dynamo, as plain data for the report.
@@ -63,6 +67,7 @@ class CompiledGraph:
         sites: list[WeightSite],
         rows: list[Row],
         row_positions: list[tuple[Row, int]],
+        trained: list[TrainedWeight],
         inputs: Sequence[Any],
         inner: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]],
         abstract: bool,
@@ -72,6 +77,7 @@ class CompiledGraph:
         self.sites = sites
         self.rows = rows
         self.row_positions = row_positions
+        self.trained = trained
         self.nodes_before = nodes_before
         self.notes: list[str] = []
         self._abstract = abstract
@@ -101,6 +107,8 @@ class CompiledGraph:
             # DDP's splitter calls every part once on fake tensors, for the strides of its outputs.
             entries = [_abstract_entry(site, args) for site in self.sites]
             return self._inner(*self._gather(args, entries))
+        if self.trained and not self._knows(args):
+            self._remember(args)
         entries = [self._entry(site, args) for site in self.sites]
         for site, entry in zip(self.sites, entries, strict=True):
             if entry.variant != site.variant:
@@ -129,6 +137,12 @@ class CompiledGraph:
         site.first = None  # true of the weight at compilation alone, packed by another graph or not
         return entry
 
+    def _knows(self, args: Sequence[Any]) -> bool:
+        """Whether the first weight that is trained is that of an instance seen before."""
+        position = self.trained[0].position
+        seen = (instance.get(position) for instance in self._instances)
+        return any(ref is not None and ref() is args[position] for ref in seen)
+
     def _remember(self, args: Sequence[Any]) -> None:
         static = {
             position: args[position]
@@ -147,6 +161,8 @@ class CompiledGraph:
         for argument in self._arguments:
             if argument.constant is not None:
                 gathered.append(argument.constant)
+            elif argument.trained is not None:
+                gathered.append(_state(argument.trained, argument.field, args))
             elif argument.site < 0:
                 gathered.append(args[argument.position])
             else:
@@ -309,6 +325,9 @@ def _plan(gm: fx.GraphModule, sites: list[WeightSite]) -> list[Argument]:
                 plan.append(Argument(constant=source.tensor()))
             else:
                 plan.append(Argument(site=order[id(source)], field=field))
+        elif "ternc_state" in node.meta:
+            trained, field = node.meta["ternc_state"]
+            plan.append(Argument(field=field, trained=trained))
         elif node.meta["ternc_static"] and not node.users:
             gm.graph.erase_node(node)
         else:
@@ -321,3 +340,11 @@ def _abstract_entry(site: WeightSite, inputs: Sequence[Any]) -> PackedWeight:
     """Packed tensors without values, for a graph that is compiled from fake tensors."""
     packed = site.empty_packed(inputs[site.inputs[0]])
     return PackedWeight((), site.row.reason, None, packed, site.variant)
+
+
+def _state(trained: TrainedWeight, field: str, args: Sequence[Any]) -> torch.Tensor:
+    """The state of a trained weight; one without values where its Parameter is fake."""
+    parameter = args[trained.position]
+    if isinstance(parameter, FakeTensor):
+        return parameter.new_empty(3, dtype=torch.float32, device="cpu", requires_grad=False)
+    return getattr(state_of(parameter, trained.key, trained.activation_bits), field)

@@ -54,6 +54,7 @@ def ternc_backend(
         context.sites,
         context.rows,
         context.row_positions,
+        context.trained,
         list(example_inputs),
         compile_inner,
         context.abstract,

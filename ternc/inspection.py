@@ -21,7 +21,7 @@ from ternc.passes.describe import describe_graph, prefixed
 from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
 from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
-from ternc.site import WeightSite
+from ternc.site import TrainedWeight, WeightSite
 
 _NOT_COMPILED = (
     "not compiled yet: call the compiled model once, or ask ternc.explain(model, inputs); after a "
@@ -134,6 +134,21 @@ def report(model: torch.nn.Module) -> Report:
         nodes=nodes,
         nodes_before=nodes_before,
     )
+
+
+def trained_weights(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, TrainedWeight]]:
+    """Weights that compiled graphs of `model` fake-quantise and train, one entry a weight, in the
+    order of the parameters.
+    """
+    found: dict[tuple[int, str], tuple[torch.nn.Parameter, TrainedWeight]] = {}
+    parameters = {id(parameter): parameter for parameter in model.parameters()}
+    for graph, instance in sorted(_graphs_of(model), key=lambda pair: pair[0].order):
+        for trained in graph.trained:
+            parameter = parameters.get(id(instance.get(trained.position)))
+            if parameter is not None:
+                found.setdefault((id(parameter), trained.key), (parameter, trained))
+    order = {identity: index for index, identity in enumerate(parameters)}
+    return [found[key] for key in sorted(found, key=lambda key: order[key[0]])]
 
 
 def repack(model: torch.nn.Module, recompile: bool = False) -> int:

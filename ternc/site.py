@@ -102,3 +102,24 @@ class WeightSite:
             group_size=variant.group_size,
             layout=variant.layout,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedWeight:
+    """A weight that the rewritten graph quantises in the forward pass and trains.
+
+    Its schedule is two inputs of the graph, the states of weight and activations.
+    """
+
+    name: str
+    """Module path."""
+    position: int
+    """Position, among the inputs of the graph, of the Parameter that it is computed from."""
+    key: str
+    """Text of the computation, "" for the Parameter itself."""
+    evaluate: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    """[Parameter] -> weight [N, K]."""
+    planes: int
+    group_size: int
+    """Columns, 0 = row, -1 = tensor."""
+    activation_bits: int

@@ -20,14 +20,12 @@ from ternc.passes.graph import arguments, example_value, is_tensor
 from ternc.passes.inline import inline
 from ternc.passes.rule import Match, Skip
 from ternc.passes.ternary_call import TernaryCall, write
+from ternc.passes.training_site import fake_quantised, why_not_train
 from ternc.passes.weight_expression import WeightExpression, weight_expression
 from ternc.passes.weight_site import (
     add_site,
     decide_now,
-    describe_training_row,
-    fit_group,
     packed_inputs,
-    planes_of,
     replace,
     requires_grad,
 )
@@ -76,9 +74,8 @@ class ExpertsRule:
             return Skip("the model writes to the weight in place")
         if reason := excluded(_name(match), context.config):
             return Skip(reason)
-        trained = context.grad_enabled and requires_grad(expression, context)
-        if trained and not isinstance(example_value(match.root), torch.Tensor):
-            return Skip("a grouped product that returns no tensor")
+        if context.grad_enabled and requires_grad(expression, context):
+            return why_not_train(expression)
         return None
 
     def rewrite(self, match: Match, context: Context) -> Skip | None:
@@ -95,24 +92,20 @@ class ExpertsRule:
 
 
 def _rewrite_training(match: Match, context: Context, name: str, decision: Decision) -> None:
-    """grouped_mm(x, W) -> grouped_mm(fake_quantize_act(x), fake_quantize(W)), straight-through."""
-    node, config, ops = match.root, context.config, torch.ops.ternc
+    """grouped_mm(x, W) -> grouped_mm(fake-quantised x, fake-quantised W), straight-through."""
+    node, expression = match.root, match.parts["expression"]
     stack = example_value(match.parts["weight"])
-    rows = stack.new_empty((stack.shape[0] * stack.shape[2], stack.shape[1]))
-    planes, group = planes_of(decision, context), fit_group(config, rows)
-
-    def fake_quantised(x: Any, weight: Any) -> tuple[Any, Any]:
-        if config.op_activation_bits:
-            x = ops.fake_quantize_act.default(x, config.op_activation_bits)
-        turned = weight.transpose(-2, -1)
-        flat = ops.fake_quantize.default(turned.flatten(0, 1), planes, group)
-        return x, flat.view(*turned.shape).transpose(-2, -1)
-
-    x, weight = inline(node, fake_quantised, match.parts["x"], match.parts["weight"])
-    node.args = (x, weight, *arguments(node)[2:])
-    context.rows.append(
-        describe_training_row(name, "stacked experts (training)", rows, decision, context)
+    experts, columns, rows = (int(size) for size in stack.shape)
+    flat = inline(node, lambda w: w.transpose(-2, -1).flatten(0, 1), match.parts["weight"])
+    pattern = "stacked experts (training)"
+    x, flat = fake_quantised(
+        node, match.parts["x"], flat, name, pattern, expression, decision, context
     )
+
+    def stacked(w: Any) -> Any:
+        return w.view(experts, rows, columns).transpose(-2, -1)
+
+    node.args = (x, inline(node, stacked, flat), *arguments(node)[2:])
 
 
 def _rewrite_packed(match: Match, context: Context, name: str, decision: Decision) -> None:

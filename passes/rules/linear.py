@@ -16,14 +16,12 @@ from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import argument, example_value
 from ternc.passes.inline import inline
 from ternc.passes.rule import Match, Skip
+from ternc.passes.training_site import fake_quantised, why_not_train
 from ternc.passes.weight_expression import WeightExpression, weight_expression
 from ternc.passes.weight_site import (
     add_site,
     decide_now,
-    describe_training_row,
-    fit_group,
     packed_inputs,
-    planes_of,
     replace,
     requires_grad,
     rotated,
@@ -75,12 +73,8 @@ class LinearRule:
             return Skip(reason)
         if int8 and context.grad_enabled and requires_grad(expression, context):
             return Skip("asked for as int8: in training it stays floating point")
-        if (
-            context.grad_enabled
-            and requires_grad(expression, context)
-            and not expression.is_identity
-        ):
-            return Skip("in training the model's own weight quantiser or reparametrisation is kept")
+        if context.grad_enabled and requires_grad(expression, context):
+            return why_not_train(expression)
         return None
 
     def rewrite(self, match: Match, context: Context) -> Skip | None:
@@ -104,27 +98,15 @@ def _name(match: Match) -> str:
 
 
 def _rewrite_training(match: Match, context: Context, name: str, decision: Decision) -> None:
-    """linear(x, W, b) -> linear(fake_quantize_act(x), fake_quantize(W), b), straight-through; of
-    x R and W R where the input is rotated.
+    """linear(x, W, b) -> the same of x and W fake-quantised, straight-through; of x R and W R where
+    the input is rotated.
     """
-    config, node = context.config, match.root
-    x, w = match.parts["x"], match.parts["weight"]
+    node, x, w = match.root, match.parts["x"], match.parts["weight"]
     if decision.rotation is not None:
         x, w = (rotated(node, tensor, decision.rotation) for tensor in (x, w))
-    planes = planes_of(decision, context)
-    ops, group = torch.ops.ternc, fit_group(config, example_value(match.parts["weight"]))
-
-    def fake_quantised(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        if config.op_activation_bits:
-            x = ops.fake_quantize_act.default(x, config.op_activation_bits)
-        return F.linear(x, ops.fake_quantize.default(weight, planes, group), bias)
-
-    new = inline(node, fake_quantised, x, w, match.parts["bias"])
-    replace(node, new, LinearRule.name)
-    weight = example_value(match.parts["weight"])
-    context.rows.append(describe_training_row(name, "linear (training)", weight, decision, context))
+    expression = match.parts["expression"]
+    x, w = fake_quantised(node, x, w, name, "linear (training)", expression, decision, context)
+    replace(node, inline(node, F.linear, x, w, match.parts["bias"]), LinearRule.name)
 
 
 def _rewrite_packed(

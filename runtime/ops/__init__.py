@@ -10,6 +10,7 @@ import torch
 
 from ternc.runtime import dispatch
 from ternc.runtime.ops.activate_quantize import ACTIVATE_QUANTIZE
+from ternc.runtime.ops.blend_quantize import BLEND_QUANTIZE, BLEND_QUANTIZE_ACT
 from ternc.runtime.ops.definition import OpDefinition
 from ternc.runtime.ops.dequantize import DEQUANTIZE
 from ternc.runtime.ops.embedding import EMBEDDING
@@ -37,6 +38,8 @@ ALL = (
     FIT,
     FAKE_QUANTIZE,
     FAKE_QUANTIZE_ACT,
+    BLEND_QUANTIZE,
+    BLEND_QUANTIZE_ACT,
 )
 
 _lock = threading.Lock()

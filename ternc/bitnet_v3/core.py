@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ternc.errors import ConfigError
+from ternc.formats.blend import four_levels, uniform
 from ternc.formats.rotation import MAX_BLOCK
 from ternc.runtime import ops
-from ternc.train.quantizers import four_levels, ternary, uniform
+from ternc.train.quantizers import ternary
 
 
 def hadamard_transform(x: torch.Tensor) -> torch.Tensor:

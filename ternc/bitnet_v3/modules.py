@@ -10,6 +10,7 @@ from torch import nn
 
 from ternc.bitnet_v3.core import hadamard_transform
 from ternc.config import Config
+from ternc.formats.blend import TERNARY, blended, values_by_bits
 from ternc.formats.rotation import Rotation
 from ternc.runtime import ops
 from ternc.train.config import Distillation, Hadamard, Momentum, Regularization, TrainConfig
@@ -18,9 +19,9 @@ from ternc.train.gradients import alignment
 from ternc.train.linear import QATLinear, SiteSettings
 from ternc.train.momentum import MomentumTransform
 from ternc.train.preparation import prepare
-from ternc.train.quantizers import blended, ternary, values_by_bits
+from ternc.train.quantizers import ternary
 from ternc.train.regularize import Penalty
-from ternc.train.schedule import TERNARY, BlendState, Schedule
+from ternc.train.schedule import BlendState, Schedule
 from ternc.train.task import logits_of
 
 __all__ = [

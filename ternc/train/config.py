@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from ternc.config import Config
 from ternc.errors import ConfigError, UnknownOptionError
-from ternc.train.schedule import ACTIVATION_BITS, TERNARY, Schedule, Stage
+from ternc.formats.blend import ACTIVATION_BITS, TERNARY
+from ternc.train.schedule import Schedule, Stage
 
 OUTPUT_PROJECTIONS = (
     "*o_proj",

@@ -18,14 +18,15 @@ from torch import nn
 
 from ternc.config import Config
 from ternc.errors import BlendedWeightError
+from ternc.formats.blend import FLOAT, TERNARY, blended, values_by_bits
 from ternc.formats.quantized import Quantized
 from ternc.formats.rotation import Rotation
 from ternc.runtime import ops
 from ternc.runtime.ops.linear import integer_linear
 from ternc.site import Decision
-from ternc.train.quantizers import blended, ternary, values_by_bits
+from ternc.train.quantizers import ternary
 from ternc.train.scale import LearntScale
-from ternc.train.schedule import FLOAT, TERNARY, BlendState
+from ternc.train.schedule import BlendState, describe_state, write_state
 from ternc.train.sharding import full
 
 SMALLEST_SCALE = 1e-3
@@ -157,9 +158,17 @@ class QATLinear(nn.Linear):
         """Values [out_features, in_features] of the current quantiser, without gradient."""
         settings = self.settings
         weight = self.matrix().detach() if weight is None else weight
+        if settings.formats == (TERNARY,):
+            return self._final(weight)
+        if settings.scale == "fit" and self.learnt_scale is None:
+            return torch.ops.ternc.blend_quantize(
+                weight,
+                self.weight_state,
+                settings.formats,
+                settings.planes,
+                settings.group_size,
+            )
         final = self._final(weight) if TERNARY in settings.formats else None
-        if settings.formats == (TERNARY,) and final is not None:
-            return final
         return blended(values_by_bits(weight, settings.formats, final), self.weight_state)
 
     def quantized(self) -> Quantized:
@@ -170,14 +179,14 @@ class QATLinear(nn.Linear):
 
     def set_schedule(self, weights: BlendState, activations: BlendState | None = None) -> None:
         """Writes the state of the schedule into the buffers, in place."""
-        _write(self.weight_state, weights)
+        write_state(self.weight_state, weights)
         if self.activation_state is not None and activations is not None:
-            _write(self.activation_state, activations)
+            write_state(self.activation_state, activations)
 
     @property
     def quantizer(self) -> str:
         """The current quantiser in words, `1.58` or `8 -> 4 (0.31)`. Waits for the device."""
-        return _describe(self.weight_state)
+        return describe_state(self.weight_state)
 
     @property
     def is_final(self) -> bool:
@@ -193,7 +202,7 @@ class QATLinear(nn.Linear):
         for what, state, bits in self._states():
             if not _is_at(state, bits):
                 raise BlendedWeightError(
-                    f"{name or 'layer'}: the {what} is quantised as {_describe(state)} bits, "
+                    f"{name or 'layer'}: the {what} is quantised as {describe_state(state)} bits, "
                     f"not yet as {bits:g}; train to the end of the schedule, or call "
                     "ternc.train.finish(model) to switch to the final quantiser now"
                 )
@@ -270,25 +279,10 @@ class QATLinear(nn.Linear):
         if self.activation_state is None:
             bits = settings.activation_bits
             return torch.ops.ternc.fake_quantize_act(x, bits) if bits else x
-        given = x.detach()
-        values = {
-            bits: given if bits == FLOAT else torch.ops.ternc.fake_quantize_act(given, int(bits))
-            for bits in settings.activation_formats
-        }
-        return blended(values, self.activation_state) + (x - given)
+        formats = settings.activation_formats
+        return torch.ops.ternc.blend_quantize_act(x, self.activation_state, formats)
 
 
 def _is_at(state: torch.Tensor, bits: float) -> bool:
     _, target, blend = state.tolist()
     return abs(target - bits) < 1e-3 and blend == 1.0
-
-
-def _write(state: torch.Tensor, new: BlendState) -> None:
-    with torch.no_grad():
-        values = torch.tensor([new.source, new.target, new.blend], dtype=state.dtype)
-        state.copy_(values, non_blocking=True)
-
-
-def _describe(state: torch.Tensor) -> str:
-    source, target, blend = (round(value, 4) for value in state.tolist())
-    return f"{target:g}" if blend == 1 else f"{source:g} -> {target:g} ({blend:g})"

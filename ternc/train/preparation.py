@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from ternc.config import Config
 from ternc.decision import decide
 from ternc.errors import TrainingError
+from ternc.formats.blend import FLOAT, TERNARY
 from ternc.formats.rotation import Rotation
 from ternc.modules.attention import (
     TernaryMultiheadAttention,
@@ -42,7 +43,7 @@ from ternc.runtime import ops
 from ternc.site import Decision
 from ternc.train.config import TrainConfig, as_train_config
 from ternc.train.linear import QATLinear, SiteSettings
-from ternc.train.schedule import FLOAT, TERNARY, BlendState
+from ternc.train.schedule import BlendState
 from ternc.train.site import final_states, layers
 
 

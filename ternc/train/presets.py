@@ -18,8 +18,9 @@ from typing import Any
 
 from ternc.config import Config
 from ternc.errors import ConfigError
+from ternc.formats.blend import FLOAT, TERNARY
 from ternc.train.config import Distillation, Optimization, TrainConfig
-from ternc.train.schedule import FLOAT, TERNARY, Schedule, Stage
+from ternc.train.schedule import Schedule, Stage
 
 WARM_START = Schedule(stages=(Stage(FLOAT, 0.4, 0.0), Stage(TERNARY, 0.6, 1 / 6)), unit="fraction")
 """40 % floating point, a ramp over 10 %, 50 % ternary."""

@@ -15,16 +15,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+
 from ternc.errors import ConfigError
-
-FLOAT = 16.0
-"""Bits of the stage that quantises nothing; 32 means the same."""
-
-TERNARY = 1.58
-"""Bits of the final quantiser, whatever its plane count."""
-
-WEIGHT_BITS = (FLOAT, 8.0, 4.0, 2.0, TERNARY)
-ACTIVATION_BITS = (FLOAT, 8.0, 4.0)
+from ternc.formats.blend import FLOAT, TERNARY, WEIGHT_BITS
 
 TEMPERATURE = 10.0
 """The sigmoid's argument spans this much in a stage."""
@@ -50,6 +44,19 @@ class BlendState:
     source: float
     target: float
     blend: float
+
+
+def write_state(tensor: torch.Tensor, state: BlendState) -> None:
+    """Writes a state into its tensor, fp32 [3], in place."""
+    with torch.no_grad():
+        values = torch.tensor([state.source, state.target, state.blend], dtype=tensor.dtype)
+        tensor.copy_(values, non_blocking=True)
+
+
+def describe_state(tensor: torch.Tensor) -> str:
+    """A state in words, `1.58` or `8 -> 4 (0.31)`. Waits for the device."""
+    source, target, blend = (round(value, 4) for value in tensor.tolist())
+    return f"{target:g}" if blend == 1 else f"{source:g} -> {target:g} ({blend:g})"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""The trainable sites of a prepared model, and their state: what losses, regularisers and logs use.
+"""The trainable sites of a model, and their state: what losses, regularisers and logs use.
 
-One list for all of them: the layers that `prepare` found with the rules of `ternc.quantize`.
+One list for all of them: the layers that `prepare` found with the rules of `ternc.quantize`, or, in
+a float model, the weights that the graphs of the backend train.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ternc.errors import TrainingError
+from ternc.formats.blend import FLOAT, TERNARY
+from ternc.inspection import trained_weights
+from ternc.train.graph_layer import GraphLayer
 from ternc.train.linear import QATLinear
-from ternc.train.schedule import FLOAT, TERNARY, BlendState
+from ternc.train.schedule import BlendState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,31 +29,57 @@ class Site:
     """Module path; of a shared module or weight, the first one."""
     weight: nn.Parameter
     """The master weight, as the module holds it."""
-    module: QATLinear
+    layer: QATLinear | GraphLayer
+
+    @property
+    def module(self) -> QATLinear:
+        """The layer of a prepared model.
+
+        Raises:
+            TrainingError: the weight is trained by a compiled graph alone.
+        """
+        if isinstance(self.layer, QATLinear):
+            return self.layer
+        raise TrainingError(
+            f"{self.name}: a compiled graph trains this weight, no layer does; "
+            "ternc.train.prepare(model) makes the layers"
+        )
 
     @property
     def quantizer(self) -> str:
         """The current quantiser in words: "1.58", or "8 -> 4 (0.31)". Waits for the device."""
-        return self.module.quantizer
+        return self.layer.quantizer
+
+    def set_schedule(self, weights: BlendState, activations: BlendState | None = None) -> None:
+        """Moves the schedule, in place: nothing is compiled anew."""
+        self.layer.set_schedule(weights, activations)
 
     def values(self) -> torch.Tensor:
-        """Q(W) of the current quantiser in the layout of `weight`, without gradient."""
-        values = self.module.values()
-        return values.t() if self.module.transposed else values
+        """Q(W) of the current quantiser in the layout of `weight`, without gradient; where a graph
+        reads a part of `weight` or turns it, the values of what it reads.
+        """
+        values = self.layer.values()
+        return values.t() if self.layer.transposed else values
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """The sites of a model from `ternc.train.prepare`, one a weight, in the order of the model.
+    """The sites of a model, one a weight: those of `ternc.train.prepare` in the order of the model.
 
-    A compiled model, and one wrapped for several processes, has the sites of the model inside.
+    A model without any, compiled with backend="ternc" and called with gradients, has those of its
+    graphs. A compiled model, and one wrapped for several processes, has the sites of the model
+    inside.
     """
     seen: set[int] = set()
     found = []
-    for name, module in unwrap(model).named_modules():
+    model = unwrap(model)
+    for name, module in model.named_modules():
         if isinstance(module, QATLinear) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             found.append(Site(name, module.weight, module))
-    return found
+    return found or [
+        Site(trained.name, parameter, GraphLayer(parameter, trained))
+        for parameter, trained in trained_weights(model)
+    ]
 
 
 def layers(model: nn.Module) -> list[QATLinear]:

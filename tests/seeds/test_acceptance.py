@@ -18,6 +18,7 @@ import ternc
 import ternc.bitnet_v3 as bitnet_v3
 from ternc.bitlinear import BitLinear, convert_linear_to_bitlinear, greedy_ternary_decomposition
 from ternc.config import Config
+from ternc.formats.blend import uniform
 from ternc.modules.linear import TernaryLinear
 from ternc.train import (
     Distillation,
@@ -29,7 +30,6 @@ from ternc.train import (
     prepare,
 )
 from ternc.train.distill import Distiller
-from ternc.train.quantizers import uniform
 from ternc.train.regularize import Penalty
 from ternc.train.task import cross_entropy, example_of
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ternc.train.quantizers import blended, four_levels, ternary, uniform, values_by_bits
+from ternc.formats.blend import blended, four_levels, uniform, values_by_bits
+from ternc.train.quantizers import ternary
 
 
 def relative(values, w):

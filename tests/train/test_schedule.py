@@ -6,7 +6,8 @@ import math
 import pytest
 
 from ternc.errors import ConfigError
-from ternc.train.schedule import ACTIVATION_BITS, BlendState, Schedule, Stage, blend_at
+from ternc.formats.blend import ACTIVATION_BITS
+from ternc.train.schedule import BlendState, Schedule, Stage, blend_at
 
 SPELLINGS = {
     "lengths": {
