@@ -35,7 +35,7 @@ help:
 	@echo "make format     rewrite the sources in the project's format"
 	@echo "make bench      the benchmarks       OP=linear ARGS='...'"
 	@echo "make minilm     a pretrained encoder DATA=folder-with-stsb-en-dev.csv ARGS='--planes 2'"
-	@echo "make zoo        31 architectures through the backend   ARGS='--inner aot_eager'"
+	@echo "make zoo        33 architectures through the backend   ARGS='--inner aot_eager'"
 	@echo "make accept     rewrite the golden files, then read the diff"
 	@echo "make test-native  the C++ kernels without torch, on every instruction set of this machine"
 	@echo "make sanitize   the same under the address, undefined-behaviour and thread sanitizers"

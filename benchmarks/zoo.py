@@ -3,7 +3,8 @@
     python benchmarks/zoo.py [--inner aot_eager|inductor|eager] [--only NAME ...] [--json FILE]
 
 Exit status 1 where a model misses a rule of `misses`. `--json FILE` also writes the table, as
-FILE with the suffix .md.
+FILE with the suffix .md; both are written after every model, and a run of the same commit goes on
+after the models that it finds there.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    rows = []
+    facts = {"commit": commit(), "torch": torch.__version__, "inner": options.inner}
+    rows = _earlier(options.json, facts)
     for name in ZOO:
-        if options.only and not any(part in name for part in options.only):
+        wanted = not options.only or any(part in name for part in options.only)
+        if not wanted or any(row["model"] == name for row in rows):
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
@@ -61,13 +64,27 @@ def main() -> int:
         except Exception as error:
             traceback.print_exc(limit=-3)
             rows.append({"model": name, "misses": [f"{type(error).__name__}: {error}"[:300]]})
-    table = tabulate.tabulate(map(_shown, rows), headers="keys", tablefmt="github")
-    print(table)
-    if options.json:
-        facts = {"commit": commit(), "torch": torch.__version__, "inner": options.inner}
-        options.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
-        options.json.with_suffix(".md").write_text(f"{_title(facts)}\n\n{table}\n\n{_LEGEND}\n")
+        if options.json:
+            _write(options.json, facts, rows)
+    print(_table(rows))
     return int(any(row["misses"] for row in rows))
+
+
+def _earlier(path: Path | None, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that an interrupted run of the same commit, torch and inner compiler has written."""
+    if path is None or not path.exists():
+        return []
+    known = json.loads(path.read_text())
+    return known["rows"] if {key: known.get(key) for key in facts} == facts else []
+
+
+def _write(path: Path, facts: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(f"{_title(facts)}\n\n{_table(rows)}\n\n{_LEGEND}\n")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    return tabulate.tabulate(map(_shown, rows), headers="keys", tablefmt="github")
 
 
 def examine(

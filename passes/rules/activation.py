@@ -45,7 +45,7 @@ class ActivationRule:
         if call is None or not call.pristine or not is_tensor(call.x):
             return None
         rotated = read_rotation(call.x)
-        found = _gated(rotated.y) or _plain(rotated.y)
+        found = _gated(rotated.y) or _plain(rotated.y) or _product(rotated.y)
         if found is None:
             return None
         gate, up, activation = found
@@ -91,7 +91,14 @@ def _gated(h: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
             continue
         if found := _activation(acted):
             return found[0], up, found[1]
-    first, second = operands
+    return None
+
+
+def _product(h: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
+    """(gate, up, "none") of gate * up, where neither is an activation that is known."""
+    if not is_call(h, "mul") or len(h.args) != 2 or not all(map(is_tensor, h.args)):
+        return None
+    first, second = arguments(h)
     return (first, second, "none") if _alike(first, second) and _alike(first, h) else None
 
 
