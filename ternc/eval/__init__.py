@@ -2,6 +2,7 @@
 
 from ternc.eval.agreement import Agreement, compare_logits
 from ternc.eval.embeddings import EmbeddingScore, compare_embeddings, mean_pooled
+from ternc.eval.harness import score_tasks
 from ternc.eval.text import TextScore, score_text, score_tokens
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "compare_embeddings",
     "compare_logits",
     "mean_pooled",
+    "score_tasks",
     "score_text",
     "score_tokens",
 ]
