@@ -15,6 +15,7 @@ KINDS = {
     "quantise": "quantises",
     "rotation": "rotation",
     "training": "fake-quantised (training)",
+    "lookup": "rows of an embedding",
     "attention": "attention",
     "matrix": "product in floating point",
     "other": "other operation",
@@ -29,12 +30,14 @@ _PARAMETER = re.compile(r"^.*_(?:parameters|buffers)_|_$")
 
 _TERNARY_KINDS = (
     ("fake_quantize", "training"),
+    ("blend_quantize", "training"),
     ("norm", "norm"),
     ("activate", "activation"),
     ("hadamard", "rotation"),
     ("dequantize", "product"),
     ("quantize", "quantise"),
     ("linear", "product"),
+    ("embedding", "lookup"),
 )
 """Part of the name of a `ternc::` op -> kind; the first that fits."""
 
