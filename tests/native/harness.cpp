@@ -7,14 +7,6 @@
 #include <cstdio>
 #include <cstdlib>
 
-#if defined(__SANITIZE_ADDRESS__)
-  #define HEAP_IS_GUARDED 1
-#elif defined(__has_feature)
-  #if __has_feature(address_sanitizer)
-    #define HEAP_IS_GUARDED 1
-  #endif
-#endif
-
 namespace ternc::tests {
 namespace {
 
@@ -23,7 +15,7 @@ constexpr int64_t PRINTED_FAILURES = 20;
 const char *current_isa = "", *current_test = "";
 int64_t checks = 0, failures = 0;
 
-#if !defined(HEAP_IS_GUARDED)
+#if !defined(TERNC_SANITIZED)
 size_t page_bytes() { return size_t(sysconf(_SC_PAGESIZE)); }
 size_t whole_pages(size_t bytes) {
   return (bytes + page_bytes() - 1) / page_bytes() * page_bytes();
@@ -39,7 +31,7 @@ void out_of_memory() {
 
 void* allocate_exact(size_t bytes) {
   if (bytes == 0) return nullptr;
-#if defined(HEAP_IS_GUARDED)
+#if defined(TERNC_SANITIZED)
   void* data = nullptr;
   if (posix_memalign(&data, 64, bytes) != 0) out_of_memory();
 #else
@@ -56,7 +48,7 @@ void* allocate_exact(size_t bytes) {
 
 void free_exact(void* data, size_t bytes) {
   if (data == nullptr) return;
-#if defined(HEAP_IS_GUARDED)
+#if defined(TERNC_SANITIZED)
   static_cast<void>(bytes);
   std::free(data);
 #else

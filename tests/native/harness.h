@@ -13,8 +13,8 @@
 namespace ternc::tests {
 
 // `bytes` bytes, all 0xff (NaN in every floating-point format), null where there are none, as
-// torch's empty tensors are. Under AddressSanitizer from the heap; otherwise the last byte lies
-// before a page that nobody may touch, which also stops what the sanitizer does not instrument.
+// torch's empty tensors are. Under a sanitizer from the heap; otherwise the last byte lies before a
+// page that nobody may touch, which also stops what no sanitizer instruments.
 void* allocate_exact(size_t bytes);
 void free_exact(void* data, size_t bytes);
 

@@ -39,9 +39,9 @@ void run_isa(const Isa& isa) {
   }
 }
 
-// Why the instruction set cannot run here. Compiled with emulated tiles, AMX needs none of its own.
+// Why the instruction set cannot run here. Sanitized, AMX has emulated tiles and needs none.
 const char* missing(const Isa& isa) {
-#if defined(TERNC_EMULATED_TILES)
+#if defined(TERNC_SANITIZED)
   if (std::strcmp(isa.name, "amx") == 0)
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi")
                ? nullptr

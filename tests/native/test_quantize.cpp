@@ -8,7 +8,7 @@
 namespace ternc::tests {
 namespace {
 
-constexpr int64_t COLUMNS[] = {0, 1, 3, 4, 15, 16, 17, 63, 64, 127, 129, 260, 1100};
+constexpr int64_t COLUMNS[] = {0, 1, 3, 4, 15, 16, 17, 28, 60, 63, 64, 127, 129, 260, 1100};
 constexpr int64_t COUNTS[] = {0, 1, 5};
 
 // Tokens of ordinary, zero, tiny, huge and non-finite values in turn.

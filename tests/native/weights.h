@@ -18,7 +18,8 @@ constexpr Form FORMS[] = {
     {3, 260, 128, ScaleKind::group}, {130, 300, 128, ScaleKind::tensor},
     {70, 1100, 0, ScaleKind::row},   {257, 64, 64, ScaleKind::row},
     {33, 516, 0, ScaleKind::tensor}, {2, 1540, 512, ScaleKind::row},
-    {0, 8, 0, ScaleKind::row},       {5, 0, 0, ScaleKind::row},
+    {66, 124, 0, ScaleKind::row},    {0, 8, 0, ScaleKind::row},
+    {5, 0, 0, ScaleKind::row},
 };
 
 // Of weights: numbers of planes, 1.6 bits, or bytes.
