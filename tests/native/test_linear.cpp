@@ -184,21 +184,23 @@ void each_product(const Body& body) {
     }
 }
 
+// All rows, or `picked` ones.
 void check_dequantize(const Kernels& kernels, const TernaryWeight& weight, bool at_rest,
-                      Dtype dtype) {
+                      Dtype dtype, const Buffer<int64_t>& picked) {
   const Weight& w = at_rest ? weight.at_rest() : weight.lanes();
-  const Values values(dtype, w.rows * w.columns);
+  const int64_t rows = picked.size() > 0 ? picked.size() : w.rows;
+  const Values values(dtype, rows * w.columns);
   std::vector<float> wanted;
-  for (int64_t row = 0; row < w.rows; ++row)
+  for (int64_t i = 0; i < rows; ++i)
     for (int64_t k = 0; k < w.columns; ++k) {
-      const int64_t g = weight.group_of(k);
+      const int64_t g = weight.group_of(k), row = picked.size() > 0 ? picked[i] : i;
       const auto integer = float(weight.multiplier(row, g) * weight.code(row, k));
       wanted.push_back(rounded(weight.scale(row, g) * integer, dtype));
     }
   const int planes = at_rest && weight.planes() == DENSE ? 1 : weight.planes();
-  const DequantizeArgs args{w, planes, at_rest, values.data(), dtype};
+  const DequantizeArgs args{w, planes, at_rest, values.data(), dtype, picked.data()};
   on_threads(
-      [&](int i) { kernels.dequantize(args, piece_begin(w.rows, i), piece_begin(w.rows, i + 1)); });
+      [&](int i) { kernels.dequantize(args, piece_begin(rows, i), piece_begin(rows, i + 1)); });
   expect_values(values, wanted, at_rest ? "dequantize at rest" : "dequantize lanes");
 }
 
@@ -209,7 +211,7 @@ void check_invalid_bytes(const Kernels& kernels) {
   bytes[0] = 242, bytes[1] = 243, scale[0] = 1.0f;
   const Weight weight{bytes.data(), scale.data(), nullptr, ScaleKind::tensor, 1, 10, 10, 1};
   const Values values(Dtype::f32, 10);
-  kernels.dequantize({weight, 1, true, values.data(), Dtype::f32}, 0, 1);
+  kernels.dequantize({weight, 1, true, values.data(), Dtype::f32, nullptr}, 0, 1);
   expect_values(values, {1, 1, 1, 1, 1, 0, 0, 0, 0, 0}, "an invalid byte");
 }
 
@@ -235,8 +237,13 @@ void test_dequantize(const Kernels& kernels) {
     for (const int planes : KINDS) {
       if (!fits(form, planes)) continue;
       const TernaryWeight weight(form, planes, random);
+      const Buffer<int64_t> all, picked(form.rows / 2);
+      for (int64_t r = 0; r < picked.size(); ++r) picked[r] = random.below(form.rows);
       for (const Dtype dtype : DTYPES)
-        for (const bool at_rest : {false, true}) check_dequantize(kernels, weight, at_rest, dtype);
+        for (const bool at_rest : {false, true}) {
+          check_dequantize(kernels, weight, at_rest, dtype, all);
+          check_dequantize(kernels, weight, at_rest, dtype, picked);
+        }
     }
   check_invalid_bytes(kernels);
 }

@@ -126,7 +126,7 @@ void check_rounding(const Kernels& kernels, Dtype dtype) {
   std::fill_n(bytes.data(), ROWS, uint8_t(242));  // trits 1
   const Weight weight{bytes.data(), scale.data(), nullptr, ScaleKind::row, ROWS, 1, 1, 1};
   const Values values(dtype, ROWS);
-  kernels.dequantize({weight, 1, true, values.data(), dtype}, 0, ROWS);
+  kernels.dequantize({weight, 1, true, values.data(), dtype, nullptr}, 0, ROWS);
   std::vector<float> wanted;
   for (int64_t i = 0; i < ROWS; ++i) wanted.push_back(rounded(scale[i], dtype));
   expect_values(values, wanted, "rounding");
