@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from reference import (
@@ -13,13 +11,12 @@ from reference import (
     random_quantized,
 )
 
-import ternc.csrc
 from ternc.config import INT8, LARGEST_CODE
 from ternc.formats import Quantized, pack
-from ternc.runtime import cpu, ops
+from ternc.runtime import cpu
 from ternc.runtime.ops import dequantize, linear, quantize_act
 
-ISAS = sorted(path.parent.name for path in Path(ternc.csrc.__path__[0]).glob("*/kernels.cpp"))
+pytestmark = pytest.mark.usefixtures("every_isa")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 DENSE = 14
 PLANES = pytest.mark.parametrize("planes", [1, 2, 3, INT8])
@@ -35,18 +32,6 @@ WEIGHTS = [
     (70, 1100, 0, "row"),
 ]
 ANY_WEIGHT = pytest.mark.parametrize("weight", WEIGHTS, ids=str)
-
-
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request):
-    ops.register()
-    if cpu.isa() is None:
-        pytest.skip("no C++ library")
-    if reason := cpu.available()[request.param]:
-        pytest.skip(f"{request.param}: {reason}")
-    cpu.force_isa(request.param)
-    yield request.param
-    cpu.force_isa(None)
 
 
 @pytest.fixture
@@ -255,11 +240,11 @@ def test_invalid_base_3_bytes_are_zeros():
     assert torch.equal(w, dequantize.reference(*dequantize_arguments(packed, torch.float32)))
 
 
-def test_the_kernel_that_ran_is_recorded(isa):
+def test_the_kernel_that_ran_is_recorded(every_isa):
     packed = packed_weight((3, 3, 0, "tensor"), 1)
     cpu.forget_kernel(packed.weight)
     assert cpu.last_kernel(packed.weight) is None
     torch.ops.ternc.linear(*linear_arguments(torch.randn(1, 3), packed))
-    assert cpu.last_kernel(packed.weight) == isa
+    assert cpu.last_kernel(packed.weight) == every_isa
     cpu.forget_kernel(packed.weight)
     assert cpu.last_kernel(packed.weight) is None
