@@ -22,6 +22,9 @@ from pathlib import Path
 
 import tabulate
 
+sys.path.insert(0, str(Path(__file__).parent))
+from common import machine
+
 CONTENDERS = ("inductor", "ternc", "ternc, packed")
 
 
@@ -100,7 +103,8 @@ def main() -> None:
     headers = ("first call", "wall s", "x Inductor", "processor s", "x Inductor")
     print(tabulate.tabulate(rows, headers, floatfmt=".2f"))
     if options.json:
-        options.json.write_text(json.dumps({"layers": options.layers, "runs": found}, indent=1))
+        facts = {"machine": machine(1), "layers": options.layers, "runs": found}
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -88,13 +88,20 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def examine(
-    name: str, inner: str, layers: int = LAYERS, floats: bool = True, lengths: bool = True
+    name: str,
+    inner: str,
+    layers: int = LAYERS,
+    *,
+    floats: bool = True,
+    lengths: bool = True,
+    training: bool = True,
 ) -> dict[str, Any]:
     """One model: served and compared, its report read, one training step.
 
     Args:
         floats: also compile and compare with floating-point activations.
         lengths: also serve tokens with the cache, or other lengths.
+        training: also run a training step.
     """
     torch.manual_seed(0)
     model, inputs = ZOO[name](layers)
@@ -133,7 +140,7 @@ def examine(
         "error": error,
         "error with float activations": _float_error(model, inputs, inner) if floats else 0.0,
         "kernels": sorted({row.kernel or "-" for row in report.rewritten}),
-        "training breaks added": _train(model, inputs, options),
+        "training breaks added": _train(model, inputs, options) if training else 0,
     }
 
 

@@ -27,14 +27,14 @@ def quiet():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_architecture(name):
-    row = zoo.examine(name, "aot_eager", layers=1, floats=False)
+    row = zoo.examine(name, "aot_eager", 1, floats=False)
     assert zoo.misses(row) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", THROUGH_INDUCTOR)
 def test_architecture_through_inductor(name):
-    row = zoo.examine(name, "inductor", layers=1, floats=False, lengths=False)
+    row = zoo.examine(name, "inductor", 1, floats=False, lengths=False, training=False)
     assert zoo.misses(row) == []
 
 
@@ -43,7 +43,7 @@ def test_zoo_is_wide_enough():
 
 
 def test_misses_are_named():
-    row = zoo.examine("nanoGPT style", "eager", layers=1, floats=False, lengths=False)
+    row = zoo.examine("nanoGPT style", "eager", 1, floats=False, lengths=False, training=False)
     assert zoo.misses(row) == []
     worse = {"error": 1.0, "breaks added": 2, "compilations": 4, "attention": 0, "unseen": ["a"]}
     words = ("error 1.0e+00", "2 graph breaks", "4 compilations", "0 attention", "['a']")
