@@ -64,6 +64,7 @@ def main() -> int:
         except Exception as error:
             traceback.print_exc(limit=-3)
             rows.append({"model": name, "misses": [f"{type(error).__name__}: {error}"[:300]]})
+        rows.sort(key=lambda row: list(ZOO).index(row["model"]))
         if options.json:
             _write(options.json, facts, rows)
     print(_table(rows))

@@ -27,7 +27,7 @@ from ternc.passes.graph import (
     source_of,
 )
 from ternc.passes.hand_written_attention import fuse_attention
-from ternc.passes.mutation import drop_unused, tainted, without_needless_writes
+from ternc.passes.mutation import drop_unused, name_of, tainted, without_needless_writes
 from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.activation import ActivationRule
@@ -42,6 +42,7 @@ from ternc.passes.rules.shared_input import SharedInputRule
 from ternc.passes.rules.shared_rotation import SharedRotationRule
 from ternc.passes.simplify import simplify
 from ternc.passes.spellings import spell_linears
+from ternc.passes.ternary_call import read
 from ternc.passes.trace import trace
 from ternc.passes.verify import verify
 from ternc.passes.weight_expression import WeightExpression
@@ -99,6 +100,7 @@ def _rewrite(gm: fx.GraphModule, context: Context) -> None:
         apply(rule, gm, context)
         drop_unused(gm)
         verify(gm, rule.name)
+    _trace_unfused(gm)
     report_regions(gm, context, unfused)
 
 
@@ -128,6 +130,18 @@ def apply(rule: Rule, gm: fx.GraphModule, context: Context) -> None:
         trace(rule.name, node, skip)
         if isinstance(skip, Skip) and "weight" in match.parts:
             _record_skip(node, match.parts["weight"], match.parts["expression"], skip, context)
+
+
+def _trace_unfused(gm: fx.GraphModule) -> None:
+    """Says of every product that quantises its input itself what no fused op computes."""
+    for node in gm.graph.nodes:
+        call = read(node)
+        if call is not None and call.pristine:
+            made = call.x.op in ("call_function", "call_method")
+            source = repr(name_of(call.x)) if made else "outside the graph"
+            why = f"the input comes from {source}: no norm, activation or rotation that is read"
+            rule = "linears(f(x), W) -> linears(quantise f(x) in one op, W)"
+            trace(rule, node, Skip(why, call.x))
 
 
 def _record_skip(

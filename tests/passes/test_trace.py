@@ -43,8 +43,9 @@ def test_matched_and_refused_nodes_are_printed_with_their_source(explained):
     assert all(len(line) == 4 for line in cells)
     matched = [line for line in cells if line[3] == "matched"]
     assert any("hidden = self.fitting(x)" in line[2] for line in matched)
-    (refused,) = [line for line in cells if line[3].startswith("refused: ")]
+    refused, unfused = [line for line in cells if line[3].startswith("refused: ")]
     assert "self.lm_head(hidden)" in refused[2]
+    assert "self.fitting(x)" in unfused[2] and "comes from outside" in unfused[3]
     assert rows["lm_head"].reason in refused[3], "the trace gives the report's own reason"
 
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from ternc.formats.blend import blended, four_levels, uniform, values_by_bits
+from ternc.formats.blend import (
+    WEIGHT_BITS,
+    blend,
+    blended,
+    four_levels,
+    uniform,
+    values_by_bits,
+)
 from ternc.train.quantizers import ternary
 
 
@@ -64,3 +71,21 @@ def test_blend_is_exact_at_its_ends(w):
         assert torch.equal(start, values[source])
         assert torch.equal(end, values[target])
         assert torch.allclose(middle, 0.75 * values[source] + 0.25 * values[target], atol=1e-6)
+
+
+@pytest.mark.parametrize("state", [(16, 8, 0.3), (8, 4, 0.0), (4, 2, 1.0), (2, 1.58, 0.7)])
+def test_blend_computes_only_two_formats_and_the_same_values(state):
+    """What a state in host memory leaves out changes nothing; on a device all are computed."""
+    w, asked = torch.randn(6, 32), []
+    final = torch.ops.ternc.fake_quantize(w, 1, 0)
+
+    def quantizer(bits):
+        asked.append(bits)
+        return values_by_bits(w, (bits,), final)[bits]
+
+    state = torch.tensor(state)
+    everything = blended(values_by_bits(w, WEIGHT_BITS, final), state)
+    torch.testing.assert_close(blend(WEIGHT_BITS, state, quantizer), everything, rtol=0, atol=0)
+    assert len(asked) <= 2
+    op = torch.ops.ternc.blend_quantize(w, state, WEIGHT_BITS, 1, 0)
+    torch.testing.assert_close(op, everything, rtol=0, atol=0)
