@@ -1,0 +1,169 @@
+"""One way to run one decoder, in a process of its own: answers `bench_model.py` line by line.
+
+build, compile -> {"ready": ...}; then "decode", "prefill", "outside", "quit" on stdin, one JSON
+object a line on stdout. Batch 1. Decode: one token with a static cache; prefill: a prompt
+without a cache, logits of its last token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import decoders  # noqa: E402
+import torch  # noqa: E402
+
+CACHE = 256
+"""Places of the static cache."""
+STEPS = 12
+"""Tokens of a sample of decode."""
+INT8 = ("lm_head", "*.wte", "*.embed_tokens")
+
+
+class Runner:
+    """A model and how it is compiled: `way` is a key of WAYS."""
+
+    def __init__(self, shape: str, way: str, prompt: int) -> None:
+        dtype, ternary, backend, options = WAYS[way]
+        start = time.perf_counter()
+        self.model = decoders.build(shape, dtype, ternary)
+        self.sizes = decoders.product_sizes(self.model)
+        self.read_bytes = sum(self.sizes) * dtype.itemsize
+        self.bits = 8.0 * dtype.itemsize
+        if way in PACKED:
+            self._pack()
+        self.built = time.perf_counter() - start
+        from transformers import StaticCache
+
+        self.cache = StaticCache(self.model.config, max_cache_len=CACHE)
+        self.used = CACHE
+        self.ids = torch.randint(0, 1000, (1, prompt))
+        self.step = _compiled(self._decode, backend, options)
+        self.prompt = _compiled(self._prefill, backend, options)
+
+    def _pack(self) -> None:
+        import ternc
+
+        config = ternc.Config(int8=INT8)
+        self.model = ternc.quantize(self.model, config, inplace=True, progress=False).float()
+        report = ternc.report(self.model)
+        rows = [row for row in report.rewritten if row.pattern != "embedding"]
+        self.read_bytes = sum(row.bytes_after for row in rows)
+        assert report.totals is not None
+        self.bits = report.totals.bits_per_weight
+
+    def _decode(self, ids: torch.Tensor, position: torch.Tensor, cache: Any) -> torch.Tensor:
+        return self.model(input_ids=ids, position_ids=position, past_key_values=cache).logits
+
+    def _prefill(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+    def token(self) -> float:
+        """Seconds of one token."""
+        if self.used >= CACHE - 1:
+            self.cache.reset()
+            self.used = 0
+        position = torch.tensor([[self.used]])
+        self.used += 1
+        start = time.perf_counter()
+        self.step(self.ids[:, :1], position, self.cache)
+        return time.perf_counter() - start
+
+    def decode(self) -> dict[str, Any]:
+        return {"seconds": [self.token() for _ in range(STEPS)]}
+
+    def prefill(self) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.prompt(self.ids)
+        return {"seconds": [time.perf_counter() - start]}
+
+    def outside(self) -> dict[str, Any]:
+        """Seconds of kernels (ops, attention, Inductor's loops) in one token: least of a few."""
+        from torch.profiler import ProfilerActivity, profile
+
+        found = []
+        for _ in range(STEPS):
+            with profile(activities=[ProfilerActivity.CPU]) as recorded:
+                self.token()
+            events = recorded.events() or []
+            found.append(sum(e.cpu_time_total for e in events if _is_kernel(e.name)) / 1e6)
+        return {"kernels": min(found)}
+
+
+def _is_kernel(name: str) -> bool:
+    attention = "scaled_dot_product" in name and (
+        name.startswith("aoti_torch_cpu_") or name.endswith("_flash_attention_for_cpu")
+    )
+    # aoti_torch_cpu_... wraps aten::..., which is then no event of its own.
+    return name.startswith("ternc::") or "cpp_fused" in name or attention
+
+
+def _compiled(function: Callable[..., Any], backend: str | None, options: Any) -> Callable:
+    if backend is None:
+        return function
+    return torch.compile(function, backend=backend, options=dict(options), dynamic=False)
+
+
+NAMED = {"cpp.enable_kernel_profile": True}
+"""Inductor's loops as events of their own where a profiler runs."""
+_FP32, _BF16 = torch.float32, torch.bfloat16
+WAYS: dict[str, tuple[torch.dtype, bool, str | None, dict[str, Any]]] = {
+    "eager fp32": (_FP32, True, None, {}),
+    "eager bf16": (_BF16, True, None, {}),
+    "Inductor fp32": (_FP32, True, "inductor", NAMED),
+    "Inductor bf16": (_BF16, True, "inductor", NAMED),
+    "ternc": (_BF16, True, "ternc", {"inductor": NAMED}),
+    "ternc, cpp_wrapper": (_BF16, True, "ternc", {"inductor": {**NAMED, "cpp_wrapper": True}}),
+    "ternc, cpp_wrapper, no module guards": (
+        _BF16,
+        True,
+        "ternc",
+        {
+            "inductor": {**NAMED, "cpp_wrapper": True},
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        },
+    ),
+    "ternc, default on a float model": (_FP32, False, "ternc", {"inductor": NAMED}),
+}
+"""Name -> dtype it is built in, weights ternary by value, backend, options."""
+PACKED = ("ternc", "ternc, cpp_wrapper", "ternc, cpp_wrapper, no module guards")
+"""`ternc.quantize`d before they are compiled, head and embedding as int8, floats in fp32."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=decoders.SHAPES)
+    parser.add_argument("--way", choices=WAYS)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--prompt", type=int)
+    options = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints goes to stderr
+    torch.set_num_threads(options.threads)
+    with torch.inference_mode():
+        runner = Runner(options.shape, options.way, options.prompt)
+        first = {}
+        for work in ("decode", "prefill"):
+            start = time.perf_counter()
+            getattr(runner, work)()
+            first[work] = time.perf_counter() - start
+        facts = {"built": runner.built, "first": first, "read_bytes": runner.read_bytes}
+        facts |= {"bits": runner.bits, "sizes": runner.sizes}
+        print(json.dumps({"ready": facts}), file=answers, flush=True)
+        for line in sys.stdin:
+            if line.strip() == "quit":
+                break
+            print(json.dumps(getattr(runner, line.strip())()), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
