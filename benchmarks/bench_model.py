@@ -58,17 +58,19 @@ class Way:
 
     def ask(self, what: str) -> dict[str, Any]:
         """The answer to one line; a child that died answers nothing and is not asked again."""
-        assert self.process is not None and self.process.stdin and self.process.stdout
-        try:
+        assert self.process is not None and self.process.stdin
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(what + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            self.missing = f"the process ended with status {self.process.wait()}"
-            return {}
-        return json.loads(line)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line of the child; the first one comes unasked, when it has compiled."""
+        assert self.process is not None and self.process.stdout
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        self.missing = f"the process ended with status {self.process.wait()}"
+        return {}
 
 
 def start(shape: str, name: str, options: argparse.Namespace) -> Way:
@@ -84,7 +86,7 @@ def start(shape: str, name: str, options: argparse.Namespace) -> Way:
     errors = None if options.verbose else subprocess.DEVNULL
     process = subprocess.Popen(command, text=True, stderr=errors, **pipes)  # type: ignore
     way = Way(name, process)
-    way.facts = way.ask("").get("ready", {})
+    way.facts = way.answer().get("ready", {})
     print(f"{shape}, {name}: {way.missing or 'ready'}", file=sys.stderr, flush=True)
     return way
 
