@@ -157,8 +157,9 @@ def row(shape: str, way: Way, options: argparse.Namespace) -> dict[str, Any]:
         "prefill median": options.prompt / statistics.median(prefill),
         "prefill best": options.prompt / min(prefill),
         "bits/weight": way.facts["bits"],
-        "compile s": sum(way.facts["first"].values()),
     }
+    if WAYS[way.name][2] is not None:
+        found["compile s"] = sum(way.facts["first"].values())
     if way.outside is not None:
         found["outside %"] = 100 * way.outside
     return found
@@ -211,8 +212,8 @@ def main() -> None:
         text = markdown(rows, facts, options.prompt)
         if options.output:
             found = {"machine": facts, "rows": rows}
-            options.output.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-            options.output.with_suffix(".md").write_text(text)
+            Path(f"{options.output}.json").write_text(json.dumps(found, indent=1) + "\n")
+            Path(f"{options.output}.md").write_text(text)
     print(text)
 
 
