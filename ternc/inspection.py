@@ -120,13 +120,15 @@ def report(model: torch.nn.Module) -> Report:
         nodes_before.extend(prefixed(graph.nodes_before, _prefix(index)))
     if packed is not None:
         for row in packed:
-            rows[row.name] = _as_run(row, rows.get(row.name), model)
+            compiled = rows.get(row.name)
+            if row.action == "rewritten" or compiled is None or compiled.action == "skipped":
+                rows[row.name] = _as_run(row, compiled, model)
         replaced.extend(_packed_buffers(model, packed))
     found = list(rows.values())
     if packed is None:
         read = {id(tensor) for _, instance in graphs for tensor in instance.values()}
         found.extend(_unreached(model, read, found))
-    held_packed = {row.name for row in packed or ()}
+    held_packed = {row.name for row in packed or () if row.action == "rewritten"}
     return Report(
         rows=found,
         totals=Totals.of(model, found, replaced, kept),

@@ -49,6 +49,7 @@ from ternc.policy import excluded, included, marked_int8, refuse_offline
 from ternc.progress import track
 from ternc.reporting import Row
 from ternc.runtime import ops
+from ternc.stacks import stacked_rows
 from ternc.train.linear import QATLinear
 from ternc.uncalled import mark_uncalled
 
@@ -128,6 +129,7 @@ def quantize(
         switch_off_fast_paths(model)
     if session is not None:
         session.train(model, teacher, rows)
+    rows.extend(stacked_rows(model, config))
     model._ternc_rows = rows  # type: ignore[assignment]
     model._ternc_config = config  # type: ignore[assignment]
     if example_inputs is not None:

@@ -80,6 +80,47 @@ def test_excluded_and_tied_layers_have_one_row_each():
     assert sorted(names) == ["lm_head", "up"]
 
 
+class Stack(nn.Module):
+    """Four experts in one parameter, and a convolution whose weight has three dimensions too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(4, 128, 128) / 11)
+        self.position = nn.Parameter(torch.randn(1, 3, 128))
+        self.convolution = nn.Conv1d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(self.convolution(x + self.position), self.experts)
+
+
+def test_quantize_tells_of_stacks_that_it_leaves(tmp_path):
+    model = Stack().eval()
+    q = ternc.quantize(model)
+    (row,) = ternc.report(q).rows
+    assert (row.name, row.action, row.shape) == ("experts", "skipped", (4, 128, 128))
+    assert "a stack of 4 matrices" in row.reason and row.bytes_after == 4 * 4 * 128 * 128
+    assert [r.name for r in ternc.report(ternc.quantize(q)).rows] == ["experts"]
+    excluded = ternc.quantize(model, ternc.Config(exclude=("experts",)))
+    assert "excluded by name" in ternc.report(excluded).rows[0].reason
+    ternc.save(q, tmp_path / "saved")
+    loaded = ternc.load(tmp_path / "saved", model=Stack())
+    assert [r.reason for r in ternc.report(loaded).rows] == [row.reason]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "shape"), [(Stack, "experts", (4, 3, 128)), (Branches, "a", (3, 128))]
+)
+def test_what_quantize_left_and_the_backend_packed_is_told_as_it_runs(kind, name, shape):
+    q = ternc.quantize(kind().eval(), ternc.Config(exclude=(name,)))
+    fast = torch.compile(q, backend="ternc", options={"inner": "eager", "exclude": ()})
+    with torch.no_grad():
+        fast(torch.randn(shape))
+    report = ternc.report(fast)
+    row = next(row for row in report.rows if row.name == name)
+    assert row.action == "rewritten" and row.kernel not in (None, "reference")
+    assert any("float weights stay in memory" in note for note in report.notes)
+
+
 def test_a_report_needs_a_module():
     with pytest.raises(UnsupportedModelError, match="not a function"):
         ternc.report(torch.compile(lambda x: x, backend="ternc"))
