@@ -15,6 +15,8 @@ COMMANDS = {
     "quantize": "write a Hugging Face model folder with packed ternary weights",
     "train": "train a float language model until its weights are ternary, and pack it",
     "eval": "perplexity and bits per byte of a model on text, and its distance to the float model",
+    "generate": "continue a prompt with a language model, packed or float",
+    "bench": "time a model or a layer: floating point, Inductor and ternc, in turn",
     "info": "torch, processor, GPU and the kernels available here",
 }
 """Subcommand -> its line of help; the code is in ternc/cli/<name>.py."""

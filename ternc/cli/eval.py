@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ternc.cli.console import add_json_option, print_json, say
-from ternc.cli.huggingface import has_logits, tokenizer_of
+from ternc.cli.huggingface import has_logits, load_folder, tokenizer_of
 from ternc.errors import InputError
 
 
@@ -31,8 +31,8 @@ def run(namespace: argparse.Namespace) -> int:
     """Score the model, print the numbers."""
     text = namespace.text.read_bytes()[: namespace.limit].decode("utf-8", errors="ignore")
     say(f"loading {namespace.model}")
-    model = _load(namespace.model)
-    reference = None if namespace.against is None else _load(namespace.against)
+    model = load_folder(namespace.model)
+    reference = None if namespace.against is None else load_folder(namespace.against)
     tokenizer = tokenizer_of(namespace.model, namespace.against)
     if has_logits(model):
         result = _score_language(model, reference, text, tokenizer, namespace.context)
@@ -49,15 +49,6 @@ def run(namespace: argparse.Namespace) -> int:
         for name, value in result.items():
             print(f"{name:15} {value:,.4f}" if isinstance(value, float) else f"{name:15} {value:,}")
     return 0
-
-
-def _load(folder: Path) -> torch.nn.Module:
-    """A folder of `ternc.save`, else one of Hugging Face."""
-    import ternc
-    from ternc.checkpoint import MANIFEST
-    from ternc.cli.huggingface import load_model
-
-    return ternc.load(folder) if (folder / MANIFEST).is_file() else load_model(folder)
 
 
 def _score_language(

@@ -52,6 +52,39 @@ def load_model(folder: Path) -> torch.nn.Module:
     return model.eval()
 
 
+def load_folder(folder: Path) -> torch.nn.Module:
+    """The model of a folder: packed where `ternc.save` wrote it, else as `load_model` does.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    import ternc
+
+    return ternc.load(folder) if is_packed(folder) else load_model(folder)
+
+
+def random_model(folder: Path) -> torch.nn.Module:
+    """A model of the folder's class and config.json with random floating-point weights.
+
+    Raises:
+        CheckpointError: config.json does not describe a class of transformers.
+    """
+    import transformers
+
+    model_class: Any = getattr(transformers, architecture(folder), None)
+    if model_class is None or not hasattr(model_class, "config_class"):
+        raise CheckpointError(f"{folder}: config.json names no class of transformers")
+    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    return model_class(config).eval()
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether `ternc.save` wrote the folder."""
+    from ternc.checkpoint import MANIFEST
+
+    return (folder / MANIFEST).is_file()
+
+
 def tokenizer_of(*folders: Path | None) -> Any:
     """The tokenizer of the first folder that has one; None where none has: tokens are bytes.
 

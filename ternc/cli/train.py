@@ -101,7 +101,7 @@ class TokenWindows:
 
 def _loaders(namespace: argparse.Namespace) -> tuple[TokenWindows, list[dict[str, torch.Tensor]]]:
     """Batches to train on, and those of the held-out end of the text."""
-    from ternc.cli.eval import tokenizer_of
+    from ternc.cli.huggingface import tokenizer_of
 
     tokenizer = tokenizer_of(namespace.model)
     text = namespace.text.read_bytes()

@@ -244,8 +244,8 @@ def test_13_error_falls_with_every_plane(name):
 
 
 def test_14_every_field_of_the_configuration_is_perturbed():
-    """The perturbations themselves are test_bitnet_v3.py's; none may be forgotten there."""
-    source = (Path(__file__).parent / "test_bitnet_v3.py").read_text()
+    """The perturbations themselves are test_bitnet_v3_config.py's; none may be forgotten there."""
+    source = (Path(__file__).parent / "test_bitnet_v3_config.py").read_text()
     for name in bitnet_v3.BitNetV3Config.__dataclass_fields__:
         assert f'    "{name}": ' in source
 

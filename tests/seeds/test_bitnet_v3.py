@@ -1,39 +1,16 @@
-"""`ternc.bitnet_v3`: every name, argument and snippet of the page; every field of its config."""
+"""`ternc.bitnet_v3`: every name, argument and snippet of the page."""
 
 import json
 
 import pytest
 import torch
+from bitnet_models import PLAIN, SMALL, batches, data, model
 from torch import nn
-from torch.utils.data import DataLoader
 
 import ternc
 import ternc.bitnet_v3 as bitnet_v3
 from ternc.bitnet_v3.core import quantize_activations, quantize_weights
-from ternc.errors import CheckpointError, ConfigError, InputError, TrainingError
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 2}
-PLAIN = {
-    "progressive_quantization": False,
-    "adaptive_hadamard": False,
-    "knowledge_distillation": False,
-    "dynamic_regularization": False,
-    "enhanced_ste": False,
-}
-
-
-def data(count=8, length=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(8, (count, length), generator=generator) * 8
-
-
-def batches(**options):
-    return DataLoader(data(**options), batch_size=4)
-
-
-def model(**changes):
-    torch.manual_seed(0)
-    return bitnet_v3.BitNetV3Model(bitnet_v3.BitNetV3Config(**{**SMALL, **changes}))
+from ternc.errors import CheckpointError, ConfigError, TrainingError
 
 
 def test_names_of_the_page():
@@ -206,153 +183,6 @@ def test_save_and_load_are_exact_in_the_middle_of_a_schedule(tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps({**values, "architecture": "else"}))
     with pytest.raises(CheckpointError, match="not of a"):
         bitnet_v3.BitNetV3Model.from_pretrained(tmp_path / "m")
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_cached_decoding_is_the_whole_sequence(padded):
-    made = model(activation_bits=None).eval()
-    ids = data(2, 7)
-    mask = torch.ones_like(ids)
-    if padded:
-        mask[0, :3] = 0
-    with torch.no_grad():
-        whole = made(ids, mask).logits
-        output = made(ids[:, :4], mask[:, :4], use_cache=True)
-        parts = [output.logits]
-        for t in range(4, 7):
-            cache = output.past_key_values
-            output = made(ids[:, t : t + 1], mask[:, : t + 1], None, cache, use_cache=True)
-            parts.append(output.logits)
-    found = torch.cat(parts, 1)
-    valid = mask.bool()
-    assert (found[valid] - whole[valid]).abs().max() < 1e-5
-    assert output.past_key_values[0][0].shape[2] == 7
-
-
-def test_generation():
-    made = model(activation_bits=None)
-    ids = data(2, 4)
-    greedy = made.generate(ids, max_length=12)
-    assert greedy.shape == (2, 12) and made.training
-    assert torch.equal(greedy, made.generate(ids, max_length=12, use_cache=False))
-    torch.manual_seed(3)
-    output = made.generate(ids, max_length=10, temperature=0.7, do_sample=True)
-    torch.manual_seed(3)
-    assert torch.equal(output, made.generate(ids, max_length=10, temperature=0.7, do_sample=True))
-    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), ids), 1)
-    mask = torch.cat((torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids)), 1)
-    longer = made.generate(padded, max_length=15, attention_mask=mask)
-    assert torch.equal(longer[:, 3:], greedy)
-    first = int(greedy[0, 4])
-    stopped = made.generate(ids[:1], max_length=12, eos_token_id=first)
-    assert stopped.shape[1] == 5
-
-
-def test_left_padding_is_finite_and_changes_nothing():
-    made = model(activation_bits=None).eval()
-    ids = data(1, 6)
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
-    padded = torch.cat((torch.zeros(1, 2, dtype=torch.long), ids), 1)
-    with torch.no_grad():
-        found = made(padded, mask).logits
-        assert found.isfinite().all()
-        assert (found[:, 2:] - made(ids).logits).abs().max() < 1e-5
-
-
-def test_call_forms():
-    made = model()
-    ids = data(2)
-    output = made(ids, labels=ids)
-    plain = made(ids, labels=ids, return_dict=False)
-    assert isinstance(plain, tuple) and torch.equal(plain[0], output.loss)
-    assert torch.equal(output[1], output["logits"]) and len(list(output)) == 2
-    with pytest.raises(InputError, match="max_position_embeddings"):
-        made(torch.zeros(1, 5000, dtype=torch.long))
-    with pytest.raises(InputError, match="attention_mask"):
-        made(ids, torch.ones(2, 3))
-    with pytest.raises(ConfigError, match="num_heads=3"):
-        model(num_heads=3)
-
-
-FIELDS = {
-    "vocab_size": 65,
-    "hidden_size": 64,
-    "num_layers": 1,
-    "num_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 8,
-    "rope_base": 100.0,
-    "dropout": 0.5,
-    "tie_embeddings": False,
-    "progressive_quantization": False,
-    "mpq_stages": [{"epochs": 1, "bits": 1.58}],
-    "mpq_temperature": "cosine",
-    "mpq_mode": "literal",
-    "group_size": 16,
-    "activation_bits": 4,
-    "adaptive_hadamard": False,
-    "hadamard_learnable_scale": False,
-    "hadamard_learnable_shift": False,
-    "knowledge_distillation": False,
-    "gakd_alpha": 0.1,
-    "gakd_beta": 0.9,
-    "gakd_gamma": 0.9,
-    "gakd_temperature": 1.0,
-    "gakd_gradient": "hvp",
-    "dynamic_regularization": False,
-    "qap_initial_lambda": 100.0,
-    "qap_schedule": "constant",
-    "qap_decay_rate": 0.1,
-    "enhanced_ste": False,
-    "ste_momentum": 0.1,
-    "ste_power": 1.0,
-    "learning_rate": 1e-2,
-    "weight_decay": 3.0,
-}
-
-
-def outcome(**changes):
-    """Shapes and numbers that a short run leaves behind."""
-    changes = {"qap_schedule": "constant", **changes}
-    if "qap_decay_rate" in changes:
-        changes["qap_schedule"] = "decay"
-    torch.manual_seed(0)
-    config = bitnet_v3.BitNetV3Config(
-        **{**SMALL, "dropout": 0.0, "learning_rate": 3e-3, "qap_initial_lambda": 5.0, **changes}
-    )
-    student = bitnet_v3.BitNetV3Model(config)
-    torch.manual_seed(1)
-    teacher = bitnet_v3.BitNetV3Model(config, prepared=False)
-    trainer = bitnet_v3.BitNetV3Trainer(student, config)
-    trainer.set_teacher_model(teacher)
-    try:
-        trainer.train(batches(), num_epochs=3, eval_every=None)
-    except InputError as error:
-        return str(error)
-    state = {name: tensor.double().sum().item() for name, tensor in student.state_dict().items()}
-    return sorted(state.items())
-
-
-def test_every_field_is_listed():
-    import dataclasses
-
-    assert set(FIELDS) == {field.name for field in dataclasses.fields(bitnet_v3.BitNetV3Config)}
-
-
-@pytest.fixture(scope="module")
-def baselines():
-    return {
-        "constant": outcome(),
-        "ramp": outcome(qap_schedule="ramp"),
-        "decay": outcome(qap_decay_rate=0.95),
-    }
-
-
-@pytest.mark.parametrize("field", FIELDS)
-def test_every_field_changes_behaviour(field, baselines):
-    base = {"qap_schedule": "ramp", "qap_decay_rate": "decay"}.get(field, "constant")
-    changed = outcome(**{field: FIELDS[field]})
-    assert changed != baselines[base]
 
 
 def test_perplexity_is_of_tokens():
