@@ -100,13 +100,16 @@ class Attention(nn.Module):
         for name in ("keys", "values"):
             cache = torch.randn(size, device="cuda", dtype=torch.bfloat16)
             self.register_buffer(name, cache, persistent=False)
+        arrived = torch.zeros(shape.kv_heads, device="cuda", dtype=torch.int32)
+        self.register_buffer("arrived", arrived, persistent=False)
 
     def forward(
         self, x: torch.Tensor, position: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
+        """cos, sin: of one token the table of every place in the cache, else a row a token."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if x.shape[1] == 1:
-            cache = (self.keys, self.values)
+            cache = (self.keys, self.values, self.arrived)
             mixed = attention.token_attention(q, k, v, cos, sin, position, *cache)
         else:
             mixed = self.of_prompt(q, k, v, cos, sin)
@@ -153,14 +156,19 @@ class Decoder(nn.Module):
         )
         powers = torch.arange(0, shape.head_width, 2, device="cuda") / shape.head_width
         self.register_buffer("frequencies", 500_000.0**-powers, persistent=False)
+        places = torch.arange(CONTEXT, device="cuda")[:, None] * self.frequencies
+        self.register_buffer("cos", places.cos(), persistent=False)
+        self.register_buffer("sin", places.sin(), persistent=False)
         self.requires_grad_(False)
 
     def forward(self, tokens: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        angles = position[:, None].float() * self.frequencies
-        x, cos, sin = self.embedding(tokens), angles.cos(), angles.sin()
+        x, cos, sin = self.embedding(tokens), self.cos, self.sin
+        if tokens.shape[1] > 1:
+            angles = position[:, None].float() * self.frequencies
+            cos, sin = angles.cos(), angles.sin()
         for block in self.blocks:
             x = block(x, position, cos, sin)
-        return self.lm_head(self.norm(x[:, -1:])).argmax(-1)
+        return attention.best_token(self.lm_head(self.norm(x[:, -1:])))
 
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
