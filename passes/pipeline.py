@@ -40,6 +40,7 @@ from ternc.passes.rules.residual import ResidualRule
 from ternc.passes.rules.rotation import RotationRule
 from ternc.passes.rules.shared_input import SharedInputRule
 from ternc.passes.rules.shared_rotation import SharedRotationRule
+from ternc.passes.rules.token import TokenActivationRule, TokenNormRule
 from ternc.passes.simplify import simplify
 from ternc.passes.spellings import spell_linears
 from ternc.passes.ternary_call import read
@@ -60,6 +61,9 @@ RULES: tuple[Rule, ...] = (
     RotationRule(),
     ResidualRule(),
 )
+
+TOKEN_RULES: tuple[Rule, ...] = (TokenNormRule(), TokenActivationRule())
+"""Behind the report: they join launches and change nothing that it says."""
 
 FOLDS: tuple[FoldFinder, ...] = (
     ValueHeadsFold(),
@@ -96,12 +100,17 @@ def find_folds(gm: fx.GraphModule, context: Context) -> list[Fold]:
 def _rewrite(gm: fx.GraphModule, context: Context) -> None:
     """Normal forms, then rules, on one graph: that of the model or the body of a checkpoint."""
     unfused = _normalise(gm, context)
-    for rule in RULES:
+    _apply_all(RULES, gm, context)
+    _trace_unfused(gm)
+    report_regions(gm, context, unfused)
+    _apply_all(TOKEN_RULES, gm, context)
+
+
+def _apply_all(rules: tuple[Rule, ...], gm: fx.GraphModule, context: Context) -> None:
+    for rule in rules:
         apply(rule, gm, context)
         drop_unused(gm)
         verify(gm, rule.name)
-    _trace_unfused(gm)
-    report_regions(gm, context, unfused)
 
 
 def _normalise(gm: fx.GraphModule, context: Context) -> dict[fx.Node, str]:

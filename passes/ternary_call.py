@@ -136,7 +136,7 @@ def write(call: TernaryCall, before: fx.Node, like: fx.Node, rule: str) -> list[
     def emit(*args: Any) -> Any:
         return target(*args)
 
-    arguments_of = _single if len(call.weights) == 1 else _several
+    arguments_of = _single if len(call.weights) == 1 else several
     node = inline(before, emit, *arguments_of(call, before.graph))
     node.meta["ternc_call"] = call
     node.meta["ternc_rule"] = rule
@@ -192,7 +192,7 @@ def _single(call: TernaryCall, graph: fx.Graph) -> tuple[Any, ...]:
     )
 
 
-def _several(call: TernaryCall, graph: fx.Graph) -> tuple[Any, ...]:
+def several(call: TernaryCall, graph: fx.Graph) -> tuple[Any, ...]:
     return (
         call.x,
         call.sx,

@@ -25,6 +25,7 @@ from ternc.runtime.ops import (
     linears1,
     norm_quantize,
     quantize_act,
+    token_linears,
 )
 
 FIRST_CAPABILITY = (8, 0)
@@ -45,7 +46,12 @@ KERNELS: dict[str, tuple[str, str, Any]] = {
         "fake_quantize_act",
         fake_quantize.activation_reference,
     ),
-} | {op.name: ("linear", "linears", linears.reference) for op in linears.LINEARS}
+}
+KERNELS |= {op.name: ("linear", "linears", linears.reference) for op in linears.LINEARS}
+KERNELS |= {
+    op.name: ("token_linears", "token_linears", token_linears.reference)
+    for op in token_linears.TOKEN_LINEARS
+}
 """Op -> module of ternc.runtime.kernels.triton, function in it, reference."""
 
 

@@ -46,6 +46,31 @@ def random_quantized(
     )
 
 
+def token_arguments(
+    x: torch.Tensor, weights: list[Packed], kind: str, activation: str, bias: bool = True
+) -> tuple:
+    """Arguments of ternc::token_linears1..4, with a norm of random gain where `kind` says so."""
+    none = x.new_empty(0)
+    gain, shift = torch.randn(2, x.shape[-1], device=x.device)
+    return (
+        x,
+        gain if kind else None,
+        shift.to(x.dtype) if kind == "layer" else None,
+        kind,
+        1e-5,
+        0.5,
+        kind == "rms",
+        activation,
+        [packed.weight for packed in weights],
+        [packed.scale for packed in weights],
+        [none if packed.multiplier is None else packed.multiplier for packed in weights],
+        [x.new_ones(packed.shape[0]) if bias else none for packed in weights],
+        [packed.shape[0] for packed in weights],
+        [packed.group_size for packed in weights],
+        [packed.layout for packed in weights],
+    )
+
+
 def linear_arguments(
     x: torch.Tensor, packed: Packed, bias: torch.Tensor | None = None, activation_bits: int = 8
 ) -> tuple:

@@ -23,11 +23,13 @@ from ternc.runtime.ops.linears import LINEARS
 from ternc.runtime.ops.linears1 import LINEARS1
 from ternc.runtime.ops.norm_quantize import NORM_QUANTIZE
 from ternc.runtime.ops.quantize_act import QUANTIZE_ACT
+from ternc.runtime.ops.token_linears import TOKEN_LINEARS
 
 ALL = (
     LINEAR,
     LINEARS1,
     *LINEARS,
+    *TOKEN_LINEARS,
     GROUPED_LINEAR,
     QUANTIZE_ACT,
     NORM_QUANTIZE,

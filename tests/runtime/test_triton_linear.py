@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from packed_weights import assert_same
-from reference import dequantize_arguments, linear_arguments, random_quantized
+from reference import dequantize_arguments, linear_arguments, random_quantized, token_arguments
 
 from ternc.formats import pack
 from ternc.runtime import dispatch
-from ternc.runtime.ops import dequantize, linear, quantize_act
+from ternc.runtime.ops import dequantize, linear, quantize_act, token_linears
 
 ROOT = Path(__file__).parent.parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -138,6 +138,23 @@ def test_dequantize(shape):
 
     arguments = dequantize_arguments(pack(random_quantized(*shape), "cuda"))
     assert_same(kernels.dequantize(*arguments), dequantize.reference(*arguments))
+
+
+@inside
+@pytest.mark.parametrize("shape", [(33, 700, 2, 128), (129, 256, 1, 0), (9, 77, 1, 8)], ids=str)
+@pytest.mark.parametrize("kind", ["", "rms", "layer"])
+@pytest.mark.parametrize("activation", ["", "silu"])
+def test_token_linears(shape, kind, activation):
+    from ternc.runtime.kernels.triton import token_linears as kernels
+
+    weights = [pack(random_quantized(*shape), "cuda") for _ in range(2)]
+    arguments = token_arguments(torch.randn(1, shape[1]) + 0.3, weights, kind, activation)
+    expected, seen = token_linears.reference(*arguments), kernels.token_linears(*arguments)
+    assert dispatch.last_kernel(weights[1].weight) == "triton_gemv"
+    for y, exact in zip(seen, expected, strict=True):
+        if not kind and not activation:
+            assert_same(y, exact)
+        assert (y - exact).norm() <= 3e-3 * exact.norm()
 
 
 @inside

@@ -102,12 +102,7 @@ def linears(
     arguments = (x, sx, weights, scales, multipliers, biases, out_features, group_sizes)
     linears_op.check_linears(*arguments, activation_bits, layouts, dtype)
     columns, given = x.shape[-1], linears_op.given
-    packed = [
-        _packed(weight, scale, given(multiplier), rows, columns, group_size, layout)
-        for weight, scale, multiplier, rows, group_size, layout in zip(
-            weights, scales, multipliers, out_features, group_sizes, layouts, strict=True
-        )
-    ]
+    packed = all_packed(weights, scales, multipliers, out_features, columns, group_sizes, layouts)
     if any(select.unsupported(each, activation_bits) for each in packed) or not (
         columns and all(out_features)
     ):
@@ -124,6 +119,24 @@ def linears(
             )
             _multiply(*rows_of_x, product, activation_bits)
     return tuple(outputs)
+
+
+def all_packed(
+    weights: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    multipliers: list[torch.Tensor],
+    out_features: list[int],
+    columns: int,
+    group_sizes: list[int],
+    layouts: list[int],
+) -> list[Weight]:
+    """The weights of an op's lists."""
+    return [
+        _packed(weight, scale, linears_op.given(multiplier), rows, columns, group_size, layout)
+        for weight, scale, multiplier, rows, group_size, layout in zip(
+            weights, scales, multipliers, out_features, group_sizes, layouts, strict=True
+        )
+    ]
 
 
 def _rows(x: torch.Tensor, sx: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

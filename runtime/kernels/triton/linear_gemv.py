@@ -1,8 +1,9 @@
 """y[n] = (sum_k q[k] W[n, k]) * sx * s[n] + b[n] for one row of x: one kernel, no tensor cores.
 
-Every program loads its weights first, then quantises all of x (absmax, int8) while they arrive,
-or loads it where it comes as integers, then multiplies words of four codes with dp4a. Nothing is
-shared between programs.
+Every program loads its weights first, then normalises x, where a norm comes before, and quantises
+all of it (absmax, int8) while they arrive, or loads it where it comes as integers, then multiplies
+words of four codes with dp4a. Nothing is shared between programs. Of two weights, gate and up, it
+may take the same rows and write act(gate) * up.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.runtime.kernels.triton import launch
+from ternc.runtime.kernels.triton.fused_rows import activated
 from ternc.runtime.kernels.triton.product import Product, rounded_sum, segment_of
-from ternc.runtime.kernels.triton.quantize_act import ROUND_TO_EVEN, magnitude_bits, row_scale
+from ternc.runtime.kernels.triton.rotate import rounded
+from ternc.runtime.kernels.triton.token_input import (
+    load_fields,
+    load_integers,
+    normalise,
+    quantize_fields,
+)
 from ternc.runtime.kernels.triton.words import load_block, prefetch_block, row_sums, rows_of_block
 
 MAX_CHUNKS = 128
@@ -64,57 +72,69 @@ SPACE = tuple(
 """What tuning tries."""
 
 
-@triton.jit
-def load_field(x_ptr, K, FIELD: tl.constexpr, WORDS: tl.constexpr):
-    """Columns of field FIELD of every chunk of x as fp32 [WORDS, 4], zeros beyond K."""
-    word = tl.arange(0, WORDS)[:, None]
-    k = word // 16 * 256 + FIELD * 64 + word % 16 * 4 + tl.arange(0, 4)[None, :]
-    return tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """What x goes through before it is quantised, as `ternc::norm_quantize` defines it."""
+
+    kind: str
+    eps: float
+    gain: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    offset: float = 0.0
+    round_first: bool = False
 
 
 @triton.jit
-def pack_words(x, inverse):
-    """x fp32 [WORDS, 4] -> its int8 q as words [1, WORDS]."""
-    # Rounded, q is the low byte. A non-finite x leaves any byte: the row's scale is NaN.
-    q = (x * inverse + ROUND_TO_EVEN).to(tl.int32, bitcast=True) & 255
-    return tl.sum(q << (8 * tl.arange(0, 4))[None, :], axis=1)[None, :]
+def load_members(
+    weight_ptrs, multiplier_ptrs, rows, block, groups,
+    CHUNKS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, GROUPS: tl.constexpr,
+    HALVES_A_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Words and multipliers of a block of rows; with GATED of those rows of both weights."""
+    if GATED:
+        gate = load_block(
+            (weight_ptrs[0],), (multiplier_ptrs[0],), (rows[0],), block, groups, CHUNKS, WORDS,
+            PLANES, GROUPS, HALVES_A_GROUP, BLOCK_N,
+        )  # fmt: skip
+        up = load_block(
+            (weight_ptrs[1],), (multiplier_ptrs[1],), (rows[1],), block, groups, CHUNKS, WORDS,
+            PLANES, GROUPS, HALVES_A_GROUP, BLOCK_N,
+        )  # fmt: skip
+        members = (gate, up)
+    else:
+        members = (
+            load_block(
+                weight_ptrs, multiplier_ptrs, rows, block, groups, CHUNKS, WORDS, PLANES, GROUPS,
+                HALVES_A_GROUP, BLOCK_N,
+            ),
+        )  # fmt: skip
+    return members
 
 
 @triton.jit
-def load_q(q_ptr, K, FIELD: tl.constexpr, WORDS: tl.constexpr):
-    """Field FIELD of every chunk of q, given as words of four int8 -> [1, WORDS]."""
-    # Loaded with one axis: with two, the compiler would give the weights this load's layout.
-    word = tl.arange(0, WORDS)
-    place = word // 16 * 64 + FIELD * 16 + word % 16
-    return tl.load(q_ptr + place, mask=place < K // 4, other=0)[None, :]
-
-
-@triton.jit
-def quantize_words(x_ptr, K, WORDS: tl.constexpr):
-    """x -> (four fields of its int8 q as words [1, WORDS], sx)."""
-    x0 = load_field(x_ptr, K, 0, WORDS)
-    x1 = load_field(x_ptr, K, 1, WORDS)
-    x2 = load_field(x_ptr, K, 2, WORDS)
-    x3 = load_field(x_ptr, K, 3, WORDS)
-    largest = tl.maximum(
-        tl.maximum(magnitude_bits(x0), magnitude_bits(x1)),
-        tl.maximum(magnitude_bits(x2), magnitude_bits(x3)),
-    )
-    largest = tl.max(tl.max(largest, axis=1), axis=0)
-    inverse, sx = row_scale(largest.to(tl.float32, bitcast=True), 127.0)
-    q = (
-        pack_words(x0, inverse),
-        pack_words(x1, inverse),
-        pack_words(x2, inverse),
-        pack_words(x3, inverse),
-    )
-    return q, sx
+def multiply_rows(
+    member, q, sx, row, multiplier_ptr, scale_ptr, bias_ptr, groups, group_size,
+    PLANES: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, ROW_SCALES: tl.constexpr,
+    BIAS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Rows of one weight times q -> y fp32 [n]."""
+    total = row_sums(
+        member[0], q, member[1], row, multiplier_ptr, groups, group_size, PLANES, GROUPS, WORDS,
+        ASM,
+    )  # fmt: skip
+    y = total.to(tl.float32) * sx
+    y = y * tl.load(scale_ptr + (row if ROW_SCALES else row * 0))
+    if BIAS:
+        y = y + tl.load(bias_ptr + row).to(tl.float32)
+    return y
 
 
 @triton.jit
 def gemv(
     x_ptr,
     sx_ptr,
+    gain_ptr,
+    shift_ptr,
     weight_ptrs,
     scale_ptrs,
     multiplier_ptrs,
@@ -126,7 +146,14 @@ def gemv(
     K,
     groups,
     group_size,
+    eps,
+    offset,
     INTEGERS: tl.constexpr,
+    NORM: tl.constexpr,
+    GAIN: tl.constexpr,
+    SHIFT: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+    GATED: tl.constexpr,
     PLANES: tl.constexpr,
     GROUPS: tl.constexpr,
     HALVES_A_GROUP: tl.constexpr,
@@ -145,15 +172,16 @@ def gemv(
 ):
     """A program takes blocks of BLOCK_N rows; the next one is loaded before this one is used.
 
-    x: floating point, or with INTEGERS words of four int8, and their scale at sx_ptr.
+    x: floating point, or with INTEGERS words of four int8, and their scale at sx_ptr. GATED: the
+    activation of act(W_0 x) * (W_1 x), which is all that is written then; else empty.
     """
     block = tl.program_id(0)
     step = tl.num_programs(0) if PERSISTENT else 1
     if DEPENDENT and not STABLE:
         gdc_wait()
-    words, halves = load_block(
+    members = load_members(
         weight_ptrs, multiplier_ptrs, rows, block, groups, CHUNKS, WORDS, PLANES, GROUPS,
-        HALVES_A_GROUP, BLOCK_N,
+        HALVES_A_GROUP, BLOCK_N, GATED != "",
     )  # fmt: skip
     for ahead in tl.static_range(1, PREFETCH + 1):
         prefetch_block(weight_ptrs, rows, block + ahead * step, CHUNKS, LINES, PLANES, BLOCK_N)
@@ -164,64 +192,92 @@ def gemv(
 
     if INTEGERS:
         sx = tl.load(sx_ptr)
-        q = (
-            load_q(x_ptr, K, 0, WORDS),
-            load_q(x_ptr, K, 1, WORDS),
-            load_q(x_ptr, K, 2, WORDS),
-            load_q(x_ptr, K, 3, WORDS),
-        )
+        q = load_integers(x_ptr, K, WORDS)
     else:
-        q, sx = quantize_words(x_ptr, K, WORDS)
+        x = load_fields(x_ptr, K, WORDS)
+        if NORM != "":
+            x = normalise(
+                x, gain_ptr, shift_ptr, K, eps, offset, x_ptr.dtype.element_ty, NORM, GAIN, SHIFT,
+                ROUND_FIRST, WORDS, ASM,
+            )  # fmt: skip
+        q, sx = quantize_fields(x)
 
     for current in range(block, blocks if PERSISTENT else block + 1, step):
-        now, halves_now = words, halves
+        now = members
         if PERSISTENT:
-            words, halves = load_block(
+            members = load_members(
                 weight_ptrs, multiplier_ptrs, rows, current + step, groups, CHUNKS, WORDS,
-                PLANES, GROUPS, HALVES_A_GROUP, BLOCK_N,
+                PLANES, GROUPS, HALVES_A_GROUP, BLOCK_N, GATED != "",
             )  # fmt: skip
         if PREFETCH > 0:
             later = current + (PREFETCH + 1) * step
             prefetch_block(weight_ptrs, rows, later, CHUNKS, LINES, PLANES, BLOCK_N)
-        n, row, N = rows_of_block(rows, current, BLOCK_N)
-        multiplier_ptr = segment_of(multiplier_ptrs, rows, current, BLOCK_N)
-        total = row_sums(
-            now, q, halves_now, row, multiplier_ptr, groups, group_size, PLANES, GROUPS,
-            WORDS, ASM,
-        )  # fmt: skip
-        scale_ptr = segment_of(scale_ptrs, rows, current, BLOCK_N)
-        y = total.to(tl.float32) * sx
-        y = y * tl.load(scale_ptr + (row if ROW_SCALES else row * 0))
-        if BIAS:
-            bias_ptr = segment_of(bias_ptrs, rows, current, BLOCK_N)
-            y = y + tl.load(bias_ptr + row).to(tl.float32)
-        if RESIDUAL:
-            y = rounded_sum(y, tl.load(residual_ptr + row))
-        y_ptr = segment_of(y_ptrs, rows, current, BLOCK_N)
+        if GATED != "":
+            n, row, N = rows_of_block((rows[0],), current, BLOCK_N)
+            y_ptr = y_ptrs[0]
+            dtype: tl.constexpr = y_ptr.dtype.element_ty
+            gate = multiply_rows(
+                now[0], q, sx, row, multiplier_ptrs[0], scale_ptrs[0], bias_ptrs[0], groups,
+                group_size, PLANES, GROUPS, WORDS, ROW_SCALES, BIAS, ASM,
+            )  # fmt: skip
+            up = multiply_rows(
+                now[1], q, sx, row, multiplier_ptrs[1], scale_ptrs[1], bias_ptrs[1], groups,
+                group_size, PLANES, GROUPS, WORDS, ROW_SCALES, BIAS, ASM,
+            )  # fmt: skip
+            y = activated(rounded(gate, dtype, ASM), GATED, ASM)
+            y = rounded(y, dtype, ASM) * rounded(up, dtype, ASM)
+        else:
+            n, row, N = rows_of_block(rows, current, BLOCK_N)
+            y = multiply_rows(
+                now[0], q, sx, row, segment_of(multiplier_ptrs, rows, current, BLOCK_N),
+                segment_of(scale_ptrs, rows, current, BLOCK_N),
+                segment_of(bias_ptrs, rows, current, BLOCK_N), groups, group_size, PLANES, GROUPS,
+                WORDS, ROW_SCALES, BIAS, ASM,
+            )  # fmt: skip
+            y_ptr = segment_of(y_ptrs, rows, current, BLOCK_N)
+            if RESIDUAL:
+                y = rounded_sum(y, tl.load(residual_ptr + row))
         tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 def linear_gemv(
-    x: torch.Tensor, sx: torch.Tensor | None, product: Product, config: GemvConfig
+    x: torch.Tensor,
+    sx: torch.Tensor | None,
+    product: Product,
+    config: GemvConfig,
+    norm: Norm | None = None,
+    gated: str = "",
 ) -> None:
     """x [1, K], contiguous, 8-bit activations -> product.outputs: one launch.
 
-    x is floating point and is quantised here; or int8 of scale sx, K a multiple of 4.
+    x is floating point and is normalised, with `norm`, and quantised here; or int8 of scale sx, K a
+    multiple of 4. `gated`: act(W_0 x) * (W_1 x) of two weights with as many rows -> outputs[0].
     """
     weight = product.joint
-    blocks = product.blocks(config.rows)
+    block_rows = config.rows // 2 if gated else config.rows
+    blocks = -(-product.weights[0].rows // block_rows) if gated else product.blocks(block_rows)
     programs = config.resident * launch.processors(x.device.index or 0)
     persistent = 0 < programs < blocks
     dependent = launch.dependent_launch(x.device)
+    norm = norm or Norm("", 0.0)
     gemv[(programs if persistent else blocks,)](
         x_ptr=x if sx is None else x.view(torch.int32),
         sx_ptr=x if sx is None else sx,
+        gain_ptr=x if norm.gain is None else norm.gain,
+        shift_ptr=x if norm.bias is None else norm.bias,
         **product.pointers(torch.int32),
         blocks=blocks,
         K=x.shape[1],
         groups=weight.groups,
         group_size=weight.group_size,
+        eps=norm.eps,
+        offset=norm.offset,
         INTEGERS=sx is not None,
+        NORM=norm.kind,
+        GAIN=norm.gain is not None,
+        SHIFT=norm.bias is not None,
+        ROUND_FIRST=norm.round_first,
+        GATED=gated,
         PLANES=weight.planes,
         GROUPS=weight.groups_kind,
         HALVES_A_GROUP=weight.halves_a_group,
@@ -230,9 +286,9 @@ def linear_gemv(
         RESIDUAL=product.residual is not None,
         CHUNKS=weight.chunks,
         WORDS=16 * launch.power_of_two(weight.chunks),
-        BLOCK_N=config.rows,
+        BLOCK_N=block_rows,
         PERSISTENT=persistent,
-        PREFETCH=config.prefetch if persistent and launch.INLINE_ASM else 0,
+        PREFETCH=config.prefetch if persistent and launch.INLINE_ASM and not gated else 0,
         LINES=launch.power_of_two(-(-weight.row_bytes // 128)),
         STABLE=dependent and product.stable,
         DEPENDENT=dependent,
