@@ -98,6 +98,25 @@ def test_activate_quantize(rotation, dtype):
     differences.check()
 
 
+@pytest.mark.parametrize(
+    "rotation", [(2560, 512), (4096, 4096), (6912, 256), (14336, 2048)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_programs_that_walk_over_rows(rotation, dtype):
+    width, block = rotation
+    tokens = 1301  # more than programs, so that each takes several rows
+    differences = Differences()
+    gate, up = torch.randn(tokens, 2 * width, device="cuda").to(dtype).chunk(2, -1)
+    signs = random_signs(width)
+    for arguments in ((gate, None, "none"), (gate, up, "silu")):
+        seen = torch.ops.ternc.activate_quantize(*arguments, signs, block, 8)
+        differences.compare(seen, activate_quantize.reference(*arguments, signs, block, 8))
+    rest = (torch.randn(width, device="cuda"), None, "rms", 1e-5, 0.0, True, signs, block, 8, True)
+    seen = torch.ops.ternc.norm_quantize(gate, *rest)
+    differences.compare(seen[1:], norm_quantize.reference(gate, *rest)[1:])
+    differences.check()
+
+
 @ANY_ROTATION
 @DTYPES
 def test_hadamard(rotation, dtype):

@@ -104,6 +104,27 @@ def test_activate_quantize(rotation, activation):
 
 
 @inside
+@pytest.mark.parametrize("rotation", [(192, 64), (4608, 512)], ids=str)
+def test_rows_loaded_ahead(rotation, monkeypatch):
+    """Programs that hold the next tile of their rows give what others give."""
+    from ternc.runtime.kernels.triton import fused_quantize as kernels
+
+    width, block = rotation
+    gate, up = torch.randn(5, 2 * width, dtype=torch.float16).chunk(2, -1)
+    signs = random_signs(width)
+    rest = (gate, None, None, "rms", 1e-5, 0.0, True, signs, block, 8, True)
+    calls = (
+        lambda: kernels.activate_quantize(gate, up, "silu", signs, block, 8),
+        lambda: kernels.norm_quantize(*rest),
+    )
+    expected = [call() for call in calls]
+    config = kernels.RowsConfig(4, 1, resident=2, ahead=True)
+    monkeypatch.setattr(kernels, "choose", lambda *_: config)
+    for call, known in zip(calls, expected, strict=True):
+        assert all(map(torch.equal, call(), known))
+
+
+@inside
 @pytest.mark.parametrize("activation", activate_quantize.ACTIVATIONS)
 def test_activation_functions(activation):
     """The scale sx of a row of one value says what the function gave."""

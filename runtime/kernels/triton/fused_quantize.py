@@ -26,6 +26,8 @@ class RowsConfig:
     stages: int
     resident: int = 0
     """Programs a multiprocessor that walk over all rows; 0: a program a row."""
+    ahead: bool = False
+    """The next tile is in registers before the one in hand is worked on."""
     registers: int | None = None
     """Bound a thread."""
 
@@ -34,24 +36,30 @@ class RowsConfig:
         return min(rows, most) if most else rows
 
 
-STAGED_BYTES = 64 << 10
-"""Input bytes of a row up to which three rows are kept in shared memory ahead of their turn."""
+STAGED_BYTES = 16 << 10
+"""Input bytes of a padded row up to which rows are kept in shared memory ahead of their turn."""
 
 
-def choose(rows: int, tiling: Tiling, row_bytes: int, plain: bool = False) -> RowsConfig:
+def choose(rows: int, tiling: Tiling, dtype: torch.dtype, inputs: int) -> RowsConfig:
     """Few rows: the latency of one counts; many: their number keeps the processors busy.
 
-    `plain`: nothing is computed before the transform, so registers are left for more programs.
+    `inputs`: rows of `dtype` that are read for one that is written.
     """
     elements = tiling.rows * tiling.count * COLUMNS
     if tiling.block:
-        staged = (tiling.count == 1 and not plain) or tiling.count == 2
+        # Registers and programs fill a multiprocessor: waves are whole.
         if rows <= FEW_ROWS:
             return RowsConfig(4, 1)
-        return RowsConfig(4, 3 if staged and row_bytes <= STAGED_BYTES else 1, 4)
+        if dtype == torch.float32:
+            return RowsConfig(4, 1, 2)
+        if tiling.count == 1:
+            return RowsConfig(4, 1, 4, ahead=True, registers=128)
+        if tiling.count == 2:
+            return RowsConfig(4, 1, 3, ahead=True, registers=168)
+        return RowsConfig(4, 1, 2)
     if rows <= FEW_ROWS:
         return RowsConfig(max(1, min(16, elements // 512)), 1)
-    if row_bytes > STAGED_BYTES // 4:
+    if inputs * dtype.itemsize * elements > STAGED_BYTES:
         return RowsConfig(min(16, max(1, elements // 1024)), 1)
     return RowsConfig(max(1, min(16, elements // 1024)), 3, max(2, min(16, 40960 // elements)))
 
@@ -84,7 +92,7 @@ def norm_quantize(
         return y, q, sx.zero_()
     rows = _rows(x)
     tiling = Tiling.of(x.shape[-1], block)
-    config = choose(rows.shape[0], tiling, x.element_size() * x.shape[-1])
+    config = choose(rows.shape[0], tiling, x.dtype, 1)
     norm_rows[(config.programs(rows.shape[0], x.device),)](
         rows,
         rows if gain is None else gain.contiguous(),
@@ -99,6 +107,7 @@ def norm_quantize(
         gain_offset,
         LAYER=kind == "layer",
         GAIN=gain is not None,
+        OFFSET=gain_offset != 0.0,
         BIAS=bias is not None,
         ROUND_FIRST=round_first,
         KEEP=keep,
@@ -127,9 +136,7 @@ def activate_quantize(
     rows = _rows(gate)
     up_rows = rows if up is None else _rows(up)
     tiling = Tiling.of(gate.shape[-1], block)
-    row_bytes = gate.element_size() * gate.shape[-1] * (1 if up is None else 2)
-    plain = activation == "none" and up is None
-    config = choose(rows.shape[0], tiling, row_bytes, plain)
+    config = choose(rows.shape[0], tiling, gate.dtype, 1 if up is None else 2)
     activation_rows[(config.programs(rows.shape[0], gate.device),)](
         rows,
         up_rows,
@@ -179,6 +186,7 @@ def _common(
         "ROWS": tiling.rows,
         "TILES": tiling.count,
         "STAGES": config.stages,
+        "AHEAD": config.ahead,
         "DEPENDENT": dependent,
         "EARLY": rows.shape[0] <= FEW_ROWS,
         "ASM": launch.INLINE_ASM,

@@ -14,9 +14,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ternc.runtime.kernels.triton.quantize_act import bytes_of, magnitude_bits, row_scale
 from ternc.runtime.kernels.triton.rotate import (
     factors,
+    narrowed,
     rotate,
     rounded,
-    sign_bits,
     with_signs,
 )
 
@@ -59,79 +59,103 @@ def load_tiles(row_ptr, K: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
 
 
 @triton.jit
-def load_signs(
-    signs_ptr, K: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr
-):
-    """Sign bits of the columns of a row, as a tuple of tiles: for rows of few tiles."""
-    tiles = ()
-    for tile in tl.static_range(TILES):
-        tiles = tiles + (sign_bits(load_tile(signs_ptr, tile, K, ROWS), dtype),)
-    return tiles
+def larger(a, b):
+    """The greater of two; NaN before all others."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def store_integers(
-    h,
-    left,
-    right,
-    signs,
-    signs_ptr,
+def magnitudes(z, ASM: tl.constexpr):
+    """max|z| over the 16 columns that a thread holds (`factors`): [ROWS, 4] of [ROWS, 64]."""
+    ROWS: tl.constexpr = z.shape[0]
+    z = tl.reshape(tl.abs(z), [ROWS, 4, 16])
+    if ASM:
+        largest = tl.reduce(z, 2, larger)
+    else:  # the interpreter calls `larger` for every pair
+        largest = tl.max(magnitude_bits(z), axis=2).to(tl.float32, bitcast=True)
+    return largest
+
+
+@triton.jit
+def store_rotated(
+    z,
+    largest,
     q_row,
     sx_ptr,
     K: tl.constexpr,
     dtype: tl.constexpr,
-    SIGNS: tl.constexpr,
-    BLOCK: tl.constexpr,
     BITS: tl.constexpr,
     TOP: tl.constexpr,
     LEAST: tl.constexpr,
     MOST: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Tiles h of a row, fp32 with values of dtype -> rotated, rounded to dtype -> q, sx."""
-    ROWS: tl.constexpr = h[0].shape[0]
-    z = ()
-    for tile in tl.static_range(len(h)):
-        value = h[tile]
-        if BLOCK > 0:
-            value = value.to(dtype)
-            if SIGNS and len(signs) > 0:
-                value = with_signs(value, signs[tile], ASM)
-            elif SIGNS:
-                bits = sign_bits(load_tile(signs_ptr, tile, K, ROWS), dtype)
-                value = with_signs(value, bits, ASM)
-            value = rounded(rotate(value, left, right, BLOCK), dtype, ASM)
-        z = z + (value,)
+    """Tiles z of a row, of dtype -> q, sx; `largest`: `magnitudes` before they were rounded."""
     if BITS == 8:
-        largest = magnitude_bits(z[0])
-        for tile in tl.static_range(1, len(h)):
-            largest = tl.maximum(largest, magnitude_bits(z[tile]))
-        t = tl.max(tl.max(largest, axis=1), axis=0).to(tl.float32, bitcast=True)
+        # Rounding keeps the order: the largest one rounds to the largest.
+        bits = tl.max(tl.ravel(magnitude_bits(largest), can_reorder=True), axis=0)
+        t = bits.to(tl.float32, bitcast=True).to(dtype).to(tl.float32)
     else:
-        total = tl.abs(z[0]).to(tl.float64)
-        for tile in tl.static_range(1, len(h)):
-            total += tl.abs(z[tile]).to(tl.float64)
+        total = tl.abs(z[0].to(tl.float32)).to(tl.float64)
+        for tile in tl.static_range(1, len(z)):
+            total += tl.abs(z[tile].to(tl.float32)).to(tl.float64)
         t = (tl.sum(tl.sum(total, axis=1), axis=0) / K).to(tl.float32)
     inverse, scale = row_scale(t, TOP)
-    for tile in tl.static_range(len(h)):
+    for tile in tl.static_range(len(z)):
         store_tile(q_row, bytes_of(z[tile], inverse, LEAST, MOST, ASM), tile, K)
     tl.store(sx_ptr, scale)
 
 
 @triton.jit
+def store_integers(
+    h,
+    q_row,
+    sx_ptr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    TOP: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The one tile h of a row that is not rotated, fp32 with values of its dtype -> q, sx."""
+    if BITS == 8:
+        t = tl.max(tl.max(magnitude_bits(h), axis=1), axis=0).to(tl.float32, bitcast=True)
+    else:
+        t = (tl.sum(tl.sum(tl.abs(h).to(tl.float64), axis=1), axis=0) / K).to(tl.float32)
+    inverse, scale = row_scale(t, TOP)
+    store_tile(q_row, bytes_of(h, inverse, LEAST, MOST, ASM), 0, K)
+    tl.store(sx_ptr, scale)
+
+
+@triton.jit
+def rotated_tile(
+    value, signs, signs_ptr, left, right, tile: tl.constexpr, K: tl.constexpr,
+    SIGNS: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Tile of a row -> fp32; `signs`: its tiles of signs where they are at hand, else empty."""
+    if SIGNS and len(signs) > 0:
+        value = with_signs(value, signs[tile], ASM)
+    elif SIGNS:
+        value = with_signs(value, load_tile(signs_ptr, tile, K, value.shape[0]), ASM)
+    return rotate(value, left, right, BLOCK, ASM)
+
+
+@triton.jit
 def normalised(
     centred, gain, bias, rstd, offset, dtype: tl.constexpr,
-    GAIN: tl.constexpr, BIAS: tl.constexpr, ROUND_FIRST: tl.constexpr, ASM: tl.constexpr,
+    GAIN: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, ROUND_FIRST: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
-    """One tile, minus its mean -> y, fp32 with values of dtype; zeros beyond K."""
+    """One tile, minus its mean -> y fp32, to be rounded to dtype; zeros beyond K."""
     n = centred * rstd
     if ROUND_FIRST:
         n = rounded(n, dtype, ASM)
     if GAIN:
-        n = n * (gain.to(tl.float32) + offset)
+        n = n * (gain.to(tl.float32) + offset if OFFSET else gain.to(tl.float32))
     if BIAS:
         n = n + bias.to(tl.float32)
-    return rounded(n, dtype, ASM)
+    return n
 
 
 @triton.jit
@@ -150,6 +174,7 @@ def norm_rows(
     K: tl.constexpr,
     LAYER: tl.constexpr,
     GAIN: tl.constexpr,
+    OFFSET: tl.constexpr,
     BIAS: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     KEEP: tl.constexpr,
@@ -162,6 +187,7 @@ def norm_rows(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
     EARLY: tl.constexpr,
     ASM: tl.constexpr,
@@ -177,10 +203,16 @@ def norm_rows(
             gdc_launch_dependents()
     gain = load_tiles(gain_ptr, K, ROWS, TILES) if GAIN else (0,) * TILES
     bias = load_tiles(bias_ptr, K, ROWS, TILES) if BIAS else (0,) * TILES
-    signs = load_signs(signs_ptr, K, dtype, ROWS, TILES) if SIGNS and TILES < 3 else ()
+    signs = load_tiles(signs_ptr, K, ROWS, TILES) if SIGNS and TILES < 3 else ()
     first = tl.program_id(0).to(tl.int64)
+    ahead = load_tiles(x_ptr + first * stride, K, ROWS, TILES)
     for row in tl.range(first, M, tl.num_programs(0), num_stages=STAGES):
-        x = load_tiles(x_ptr + row * stride, K, ROWS, TILES)
+        if AHEAD:
+            x = ahead
+            following = tl.minimum(row + tl.num_programs(0), M - 1)
+            ahead = load_tiles(x_ptr + following * stride, K, ROWS, TILES)
+        else:
+            x = load_tiles(x_ptr + row * stride, K, ROWS, TILES)
         mean = 0.0
         if LAYER:
             total = x[0].to(tl.float32)
@@ -198,19 +230,29 @@ def norm_rows(
             squares = tl.fma(value, value, squares)
             centred = centred + (value,)
         rstd = tl.math.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / K + eps)
-        h = ()
+        z = ()
+        largest = tl.zeros([ROWS, 4], tl.float32)
         for tile in tl.static_range(TILES):
             y = normalised(
-                centred[tile], gain[tile], bias[tile], rstd, offset, dtype, GAIN, BIAS,
+                centred[tile], gain[tile], bias[tile], rstd, offset, dtype, GAIN, OFFSET, BIAS,
                 ROUND_FIRST, ASM,
             )  # fmt: skip
-            if KEEP:
-                store_tile(y_ptr + row * K, y.to(dtype), tile, K)
-            h = h + (y,)
-        store_integers(
-            h, left, right, signs, signs_ptr, q_ptr + row * K, sx_ptr + row, K, dtype, SIGNS,
-            BLOCK, BITS, TOP, LEAST, MOST, ASM,
-        )  # fmt: skip
+            if BLOCK > 0:
+                value = narrowed(y, dtype, ASM)
+                if KEEP:
+                    store_tile(y_ptr + row * K, value, tile, K)
+                y = rotated_tile(value, signs, signs_ptr, left, right, tile, K, SIGNS, BLOCK, ASM)
+                largest = larger(largest, magnitudes(y, ASM))
+                z = z + (narrowed(y, dtype, ASM),)
+            else:
+                y = rounded(y, dtype, ASM)
+                if KEEP:
+                    store_tile(y_ptr + row * K, y.to(dtype), tile, K)
+                store_integers(y, q_ptr + row * K, sx_ptr + row, K, BITS, TOP, LEAST, MOST, ASM)
+        if BLOCK > 0:
+            store_rotated(
+                z, largest, q_ptr + row * K, sx_ptr + row, K, dtype, BITS, TOP, LEAST, MOST, ASM
+            )
 
 
 @triton.jit
@@ -249,6 +291,17 @@ def activated(x, ACTIVATION: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def load_inputs(
+    gate_ptr, up_ptr, row, gate_stride, up_stride,
+    tile: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """A tile of a row of gate and of up; gate twice where there is no up."""
+    gate = load_tile(gate_ptr + row * gate_stride, tile, K, ROWS)
+    up = load_tile(up_ptr + row * up_stride, tile, K, ROWS) if UP else gate
+    return gate, up
+
+
+@triton.jit
 def activation_rows(
     gate_ptr,
     up_ptr,
@@ -270,6 +323,7 @@ def activation_rows(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
     EARLY: tl.constexpr,
     ASM: tl.constexpr,
@@ -283,20 +337,40 @@ def activation_rows(
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
-    signs = load_signs(signs_ptr, K, dtype, ROWS, TILES) if SIGNS and TILES < 3 else ()
+    signs = load_tiles(signs_ptr, K, ROWS, TILES) if SIGNS and TILES < 3 else ()
     first = tl.program_id(0).to(tl.int64)
+    gate, up = load_inputs(gate_ptr, up_ptr, first, gate_stride, up_stride, 0, K, ROWS, UP)
     for row in tl.range(first, M, tl.num_programs(0), num_stages=STAGES):
-        gate = load_tiles(gate_ptr + row * gate_stride, K, ROWS, TILES)
-        up = load_tiles(up_ptr + row * up_stride, K, ROWS, TILES) if UP else (0,) * TILES
-        h = ()
+        z = ()
+        largest = tl.zeros([ROWS, 4], tl.float32)
         for tile in tl.static_range(TILES):
-            value = activated(gate[tile].to(tl.float32), ACTIVATION, ASM)
+            if AHEAD:
+                value, factor = gate, up
+                place = row
+                if tile + 1 == TILES:
+                    place = tl.minimum(row + tl.num_programs(0), M - 1)
+                gate, up = load_inputs(
+                    gate_ptr, up_ptr, place, gate_stride, up_stride, (tile + 1) % TILES, K, ROWS, UP
+                )
+            else:
+                value, factor = load_inputs(
+                    gate_ptr, up_ptr, row, gate_stride, up_stride, tile, K, ROWS, UP
+                )
             if ACTIVATION != "none":
-                value = rounded(value, dtype, ASM)
+                value = activated(value.to(tl.float32), ACTIVATION, ASM)
+                value = rounded(value, dtype, ASM) if UP else narrowed(value, dtype, ASM)
             if UP:
-                value = rounded(value * up[tile].to(tl.float32), dtype, ASM)
-            h = h + (value,)
-        store_integers(
-            h, left, right, signs, signs_ptr, q_ptr + row * K, sx_ptr + row, K, dtype, SIGNS,
-            BLOCK, BITS, TOP, LEAST, MOST, ASM,
-        )  # fmt: skip
+                value = narrowed(value.to(tl.float32) * factor.to(tl.float32), dtype, ASM)
+            if BLOCK > 0:
+                y = rotated_tile(value, signs, signs_ptr, left, right, tile, K, SIGNS, BLOCK, ASM)
+                largest = larger(largest, magnitudes(y, ASM))
+                z = z + (narrowed(y, dtype, ASM),)
+            else:
+                store_integers(
+                    value.to(tl.float32), q_ptr + row * K, sx_ptr + row, K, BITS, TOP, LEAST, MOST,
+                    ASM,
+                )  # fmt: skip
+        if BLOCK > 0:
+            store_rotated(
+                z, largest, q_ptr + row * K, sx_ptr + row, K, dtype, BITS, TOP, LEAST, MOST, ASM
+            )

@@ -68,7 +68,9 @@ def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """(left [ROWS, ROWS], right [64, 64]) of `rotate`; left is not used where BLOCK <= 64.
 
     The tensor cores leave columns 8 n + 2 t + e (t < 4, e < 2) with thread t of a row: `right`
-    has its columns in such an order that these are the adjacent 16 t + 2 n + e.
+    has its columns in such an order that these are the adjacent 16 t + 2 n + e. Of 64 rows warp w
+    has 16 w + 8 h + g (h < 2, g < 8): those of `left` are in the order in which they are stored,
+    32 h + 8 w + g.
     """
     i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
     j = j % 8 // 2 * 16 + j // 8 * 2 + j % 2
@@ -76,6 +78,8 @@ def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         right = entries(i, j, 64) * POWERS_OF_TWO[BLOCK]
         right = right.to(tl.float32 if dtype == tl.float32 else PART)
         row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+        if ROWS == 64:
+            row = row // 8 % 2 * 32 + row // 16 * 8 + row % 8
         left = entries(row, column, BLOCK // 64).to(dtype)
     else:
         right = (entries(i, j, BLOCK) * POWERS_OF_TWO[BLOCK]).to(dtype)
@@ -84,25 +88,22 @@ def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sign_bits(signs, dtype: tl.constexpr):
-    """int8 +1 and -1 -> 0 and the sign bit of a dtype, as integers of its width."""
-    word: tl.constexpr = tl.int32 if dtype == tl.float32 else tl.int16
-    return (signs.to(word) >> 7) << (word.primitive_bitwidth - 1)
-
-
-@triton.jit
-def with_signs(x, bits, ASM: tl.constexpr):
-    """x with its signs flipped where `bits` has the sign bit."""
+def with_signs(x, signs, ASM: tl.constexpr):
+    """x with its signs flipped where `signs`, int8 +1 and -1, are negative."""
     if x.dtype == tl.float32 or not ASM:
-        values = x.to(bits.dtype, bitcast=True) ^ bits
+        word: tl.constexpr = tl.int32 if x.dtype == tl.float32 else tl.int16
+        bits = (signs.to(word) >> 7) << (word.primitive_bitwidth - 1)
+        values = x.to(word, bitcast=True) ^ bits
     else:
+        # Four at a time: every sign in the upper byte of a half word.
         values = tl.inline_asm_elementwise(
-            "xor.b32 $0, $1, $2;",
-            "=r,r,r",
-            [x.to(tl.int16, bitcast=True), bits],
+            "{ .reg .b32 a, b; prmt.b32 a, $4, $4, 0x1000; prmt.b32 b, $4, $4, 0x3020;"
+            " lop3.b32 $0, $2, a, 0x80008000, 0x78; lop3.b32 $1, $3, b, 0x80008000, 0x78; }",
+            "=&r,=r,r,r,r",
+            [x.to(tl.int16, bitcast=True), signs],
             dtype=tl.int16,
             is_pure=True,
-            pack=2,
+            pack=4,
         )
     return values.to(x.dtype, bitcast=True)
 
@@ -128,7 +129,47 @@ def rounded(x, dtype: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def rotate(x, left, right, BLOCK: tl.constexpr):
+def narrowed(x, dtype: tl.constexpr, ASM: tl.constexpr):
+    """fp32 -> dtype; 16-bit values stay in pairs."""
+    if ASM and dtype != tl.float32:
+        # Single conversions run at a quarter of the speed.
+        CONVERT: tl.constexpr = (
+            "cvt.rn.bf16x2.f32 $0, $2, $1;"
+            if dtype == tl.bfloat16
+            else "cvt.rn.f16x2.f32 $0, $2, $1;"
+        )
+        pairs = tl.inline_asm_elementwise(
+            CONVERT, "=r,f,f", [x], dtype=tl.int16, is_pure=True, pack=2
+        )
+        x = pairs.to(dtype, bitcast=True)
+    else:
+        x = x.to(dtype)
+    return x
+
+
+@triton.jit
+def two_parts(x, ASM: tl.constexpr):
+    """fp32 -> (high, low) whose sum is x but for 2**-17 of it."""
+    if ASM:
+        high, low = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b; cvt.rn.bf16x2.f32 $0, $3, $2; shl.b32 a, $0, 16;"
+            " and.b32 b, $0, 0xFFFF0000; sub.rn.f32 a, $2, a; sub.rn.f32 b, $3, b;"
+            " cvt.rn.bf16x2.f32 $1, b, a; }",
+            "=&r,=r,r,r",
+            [x.to(tl.int32, bitcast=True)],
+            dtype=(tl.int16, tl.int16),
+            is_pure=True,
+            pack=2,
+        )
+        high, low = high.to(tl.bfloat16, bitcast=True), low.to(tl.bfloat16, bitcast=True)
+    else:
+        high = x.to(PART)
+        low = (x - high.to(tl.float32)).to(PART)
+    return high, low
+
+
+@triton.jit
+def rotate(x, left, right, BLOCK: tl.constexpr, ASM: tl.constexpr):
     """Tile [ROWS, 64] -> fp32, every run of BLOCK columns times H / sqrt(BLOCK)."""
     if x.dtype == tl.float32:
         z = x
@@ -136,17 +177,18 @@ def rotate(x, left, right, BLOCK: tl.constexpr):
             z = tl.dot(left, z, input_precision="tf32x3")
         z = tl.dot(z, right, input_precision="tf32x3")
     elif BLOCK > 64:
-        sums = tl.dot(left, x)
-        high = rounded(sums, PART, True)
-        low = (sums - high).to(PART)
-        z = tl.dot(low, right, acc=tl.dot(high.to(PART), right))
+        high, low = two_parts(tl.dot(left, x), ASM)
+        z = tl.dot(low, right, acc=tl.dot(high, right))
     else:
         z = tl.dot(x, right)
     if REST[BLOCK] != 1.0:
         z = z * REST[BLOCK]
     # Back to the order of `factors`: nothing leaves its thread.
     ROWS: tl.constexpr = x.shape[0]
-    z = tl.permute(tl.reshape(z, [ROWS, 8, 4, 2]), (0, 2, 1, 3))
+    if ROWS == 64 and BLOCK > 64:
+        z = tl.permute(tl.reshape(z, [4, 2, 8, 8, 4, 2]), (1, 0, 2, 4, 3, 5))
+    else:
+        z = tl.permute(tl.reshape(z, [ROWS, 8, 4, 2]), (0, 2, 1, 3))
     return tl.reshape(z, [ROWS, 64])
 
 
@@ -173,8 +215,8 @@ def hadamard_tiles(
         x = tl.load(x_ptr + place, mask=place < total, other=0.0)
         if SIGNS:
             signs = tl.load(signs_ptr + place % K, mask=place < total, other=1)
-            x = with_signs(x, sign_bits(signs, x.dtype), ASM)
-        z = rotate(x, left, right, BLOCK)
+            x = with_signs(x, signs, ASM)
+        z = rotate(x, left, right, BLOCK, ASM)
         tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=place < total)
     if DEPENDENT:
         gdc_launch_dependents()
