@@ -35,7 +35,7 @@ def test_products(shape, dtype, kind):
     """Bit for bit without a norm; with one q may differ by 1 in few elements."""
     weights = [packed_on_gpu(*shape) for _ in range(3)]
     x = torch.randn(1, 1, shape[1], device="cuda", dtype=dtype) + 0.3
-    for count in (1, 3):
+    for count in (1, 3) if dtype == torch.bfloat16 else (3,):
         arguments = token_arguments(x, weights[:count], kind, "", bias=count > 1)
         seen, expected = op(count)(*arguments), token_linears.reference(*arguments)
         if count == 1:
@@ -49,12 +49,20 @@ def test_products(shape, dtype, kind):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu2", "none"])
-def test_gated(shape, dtype, activation):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated(shape, dtype):
+    check_gated(shape, dtype, "silu", ("", "rms"))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "relu2", "none"])
+def test_activations(activation):
+    check_gated((129, 500, 1, 0), torch.float16, activation, ("",))
+
+
+def check_gated(shape, dtype, activation, kinds):
     weights = [packed_on_gpu(*shape) for _ in range(2)]
     x = torch.randn(1, shape[1], device="cuda", dtype=dtype)
-    for kind in ("", "rms"):
+    for kind in kinds:
         arguments = token_arguments(x, weights, kind, activation)
         h, expected = op(1)(*arguments), token_linears.reference(*arguments)
         assert dispatch.last_kernel(weights[1].weight) == "triton_gemv"
