@@ -14,16 +14,24 @@ from ternc.train.schedule import Schedule, Stage
 OUTPUT_PROJECTIONS = (
     "*o_proj",
     "*out_proj",
+    "*c_proj",
+    "*out_lin",
     "*.out",
+    "*.o",
     "*.wo",
+    "*att*.dense",
+    "*output.dense",
     "*down_proj",
     "*.down",
     "*.w2",
     "*fc2",
+    "*lin2",
     "*linear2",
+    "*ffn_output",
+    "*4h_to_h",
 )
-"""Projections behind attention and behind an activation function: where BitNet v2 (arXiv
-2504.18415) puts its transform.
+"""Projections behind attention and behind an activation function, by the names that they have in
+common architectures: where BitNet v2 (arXiv 2504.18415) puts its transform.
 """
 
 

@@ -45,15 +45,23 @@ def feature_distance(
     student: Mapping[str, torch.Tensor],
     teacher: Mapping[str, torch.Tensor],
     projections: nn.ModuleDict | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over layers and tokens of ||a - b||^2, a and b of unit length; features [..., C]."""
+    """Mean over layers and tokens of ||a - b||^2, a and b of unit length; features [..., C].
+
+    Args:
+        mask: 1 for tokens, 0 for padding; leaves out the padding of features of its shape [..., C].
+    """
     terms = []
     for name, features in student.items():
         key = name.replace(".", "_")
         if projections is not None and key in projections:
             features = projections[key](features)
         a, b = (F.normalize(value.float(), dim=-1) for value in (features, teacher[name].detach()))
-        terms.append((a - b).square().sum(-1).mean())
+        distance = (a - b).square().sum(-1)
+        tokens = torch.ones_like(distance) if mask is None else mask
+        masked = tokens.shape == distance.shape
+        terms.append(_mean(distance, tokens) if masked else distance.mean())
     return torch.stack(terms).mean()
 
 
@@ -112,7 +120,10 @@ class Distiller(nn.Module):
                     "before the first call of a compiled model"
                 )
             distance = feature_distance(
-                self._student_features, self._teacher_features, self.projections
+                self._student_features,
+                self._teacher_features,
+                self.projections,
+                example.kwargs.get("attention_mask"),
             )
             found["feature"] = config.gamma * distance
         if config.balance:
@@ -135,6 +146,11 @@ class Distiller(nn.Module):
         inner = unwrap(student)
         output = call(inner, example)
         weights = [site.weight for site in sites(inner) if site.weight.requires_grad]
+        if not weights:
+            raise TrainingError(
+                "balance=True compares gradients at the model's sites, and it has none; "
+                "ternc.train.training_report(model) says why"
+            )
         wanted = self.config.balance_target * _gradient_norm(task(output), weights)
         norms = {
             name: _gradient_norm(term, weights)

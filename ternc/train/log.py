@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from ternc.errors import MissingExtraError
+from ternc.train.sharding import rank
 
 INTERVAL = 3.0
 """Seconds between two lines of progress."""
@@ -74,7 +73,7 @@ def tensorboard(folder: str | os.PathLike[str]) -> Callable[[Any, Mapping[str, A
 
     def write(_trainer: Any, row: Mapping[str, Any]) -> None:
         nonlocal writer
-        if dist.is_initialized() and dist.get_rank() != 0:
+        if rank() != 0:
             return
         writer = writer or SummaryWriter(folder)
         for name, value in row.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import warnings
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ from ternc.quantization import ModuleSite, Ties, copy_model, survey
 from ternc.reporting import Report, Row, Totals
 from ternc.runtime import ops
 from ternc.site import Decision
-from ternc.train.config import TrainConfig, as_train_config
+from ternc.train.config import Hadamard, TrainConfig, as_train_config
 from ternc.train.linear import QATLinear, SiteSettings
 from ternc.train.schedule import BlendState
 from ternc.train.site import final_states, layers
@@ -82,6 +83,8 @@ def prepare(
                 parent._modules[name] = module
             model = module if "" in site.paths else model
     switch_off_fast_paths(model)
+    if config.hadamard is not None and made:
+        _tell_where_none_is_rotated(list(made.values()), [r.name for r in rows], config.hadamard)
     if not made and hasattr(model, "_ternc_train_config"):
         return model  # prepared before: it keeps the configuration that its layers were made with
     model._ternc_train_config = config  # type: ignore[assignment]
@@ -282,6 +285,18 @@ def _activation_formats(config: TrainConfig) -> tuple[float, ...]:
     last = float(config.weights.activation_bits or FLOAT)
     formats = config.activation_schedule.formats
     return formats if last in formats else (*formats, last)
+
+
+def _tell_where_none_is_rotated(
+    made: list[QATLinear], names: list[str], hadamard: Hadamard
+) -> None:
+    """Warns: a transform that was asked for and is in no layer would go unnoticed."""
+    if not any(_matches(name, hadamard.layers) for name in names):
+        warnings.warn(
+            f"hadamard: no name of the {len(made)} prepared layers ({', '.join(names[:3])}, ...) "
+            f"matches {', '.join(hadamard.layers)}; name some in Hadamard(layers=...)",
+            stacklevel=3,
+        )
 
 
 def _matches(name: str, globs: tuple[str, ...]) -> bool:

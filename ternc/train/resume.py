@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from ternc.errors import CheckpointError
 from ternc.train import checkpoint
 from ternc.train.sharded_checkpoint import Empty, read_sharded, write_sharded
+from ternc.train.sharding import rank
 
 if TYPE_CHECKING:
     from ternc.train.trainer import Trainer
@@ -28,7 +28,7 @@ MODEL_PREFIX = "model."
 def save_run(trainer: Trainer, folder: Path) -> None:
     """Writes a folder; every process writes its random state, the first one what is not sharded."""
     folder.mkdir(parents=True, exist_ok=True)
-    first, sharded = not dist.is_initialized() or dist.get_rank() == 0, _is_sharded(trainer)
+    first, sharded = rank() == 0, _is_sharded(trainer)
     if first:
         (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
     checkpoint.save_tensors(folder / _random_file(), trainer.random_states())
@@ -125,4 +125,4 @@ def _empty_tensors(trainer: Trainer) -> Empty:
 
 
 def _random_file() -> str:
-    return f"random.{dist.get_rank() if dist.is_initialized() else 0}.safetensors"
+    return f"random.{rank()}.safetensors"

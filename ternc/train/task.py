@@ -1,7 +1,8 @@
 """A batch of a loader -> what the model is called with, and the targets its logits are scored on.
 
 mapping            model(**batch without "labels"); labels are those of the same positions, as
-                   transformers has them: logits at t are scored on the label at t + 1
+                   transformers has them: logits at t are scored on the label at t + 1, or at t
+                   where the model fills gaps, names tokens or has an encoder (`predicts_next`)
 (inputs, targets)  model(inputs); logits and targets at the same positions
 tensor [B, T]      next-token prediction: inputs are all but the last, targets all but the first
 """
@@ -32,8 +33,20 @@ class Example:
     """Logits at t belong to the target at t + 1."""
 
 
-def example_of(batch: Any) -> Example:
+def predicts_next(model: Any) -> bool:
+    """Whether the logits of a position belong to the label of the next, in batches that are
+    mappings: what transformers says of the model's loss decides; one that says nothing is causal.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return getattr(model, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
+
+
+def example_of(batch: Any, next_token: bool = True) -> Example:
     """Takes a batch apart.
+
+    Args:
+        next_token: `predicts_next` of the model.
 
     Raises:
         InputError: it is none of the three forms.
@@ -41,7 +54,7 @@ def example_of(batch: Any) -> Example:
     if isinstance(batch, Mapping):
         kwargs = {key: value for key, value in batch.items() if key != "labels"}
         labels = batch.get("labels")
-        shifted = labels is not None and labels.dim() > 1
+        shifted = next_token and labels is not None and labels.dim() > 1
         return Example((), kwargs, labels, shifted)
     if isinstance(batch, torch.Tensor):
         if batch.dim() == 2 and batch.dtype in (torch.int64, torch.int32, torch.uint8):
@@ -87,9 +100,12 @@ def scored(
     return logits.reshape(len(targets), -1), targets, targets != ignore_index
 
 
-def cross_entropy(output: Any, batch: Any, ignore_index: int = -100) -> torch.Tensor:
+def cross_entropy(
+    output: Any, batch: Any, ignore_index: int = -100, next_token: bool = True
+) -> torch.Tensor:
     """Mean over valid tokens, in fp32."""
-    logits, targets, _ = scored(logits_of(output), example_of(batch), ignore_index)
+    example = example_of(batch, next_token)
+    logits, targets, _ = scored(logits_of(output), example, ignore_index)
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index)
 
 

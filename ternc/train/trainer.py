@@ -8,6 +8,7 @@ DR-QAP -> ESTE-M -> clip -> optimiser -> log.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ from ternc.train.optimizer import make_optimizers, set_rates
 from ternc.train.preparation import check_schedules, finish, prepare, set_schedule, states_at
 from ternc.train.regularize import make_penalty
 from ternc.train.schedule import Schedule
-from ternc.train.sharding import full
+from ternc.train.sharding import full, rank, world_size
 from ternc.train.site import final_quantizers, sites, unwrap
 from ternc.train.task import (
     Example,
@@ -40,6 +41,7 @@ from ternc.train.task import (
     cross_entropy,
     example_of,
     logits_of,
+    predicts_next,
     scored,
     to_device,
 )
@@ -90,9 +92,10 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = TrainingLog(self.folder if _rank() == 0 else None, progress)
+        self.log = TrainingLog(self.folder if rank() == 0 else None, progress)
         self.log_every, self._callbacks = log_every, list(callbacks)
-        self._loss = loss or cross_entropy
+        self._next = predicts_next(self.inner)
+        self._loss = loss or functools.partial(cross_entropy, next_token=self._next)
         self.teacher: nn.Module | None = None
         self.distiller: Distiller | None = None
         self.penalty = make_penalty(self.sites, self.config)
@@ -156,7 +159,7 @@ class Trainer:
             if save_every is not None and self.epoch % save_every == 0:
                 self.save(self.folder / f"epoch-{self.epoch}")  # type: ignore[operator]
         finish(self.inner)
-        if self.folder is not None and _rank() == 0:
+        if self.folder is not None and rank() == 0:
             with contextlib.suppress(ImportError):
                 plot_curves(self.log.rows, self.folder / "curves.png")
         return self.log.rows
@@ -174,7 +177,7 @@ class Trainer:
         with final_quantizers(self.inner) if final else contextlib.nullcontext():
             for batch in loader:
                 batch = to_device(batch, self.device)
-                example = example_of(batch)
+                example = example_of(batch, self._next)
                 with self._autocast():
                     output = call(self.inner, example)
                     value = self._loss(output, batch)
@@ -284,7 +287,7 @@ class Trainer:
             self._record(values)
 
     def _backward(self, batch: Any, share: float, values: dict[str, torch.Tensor]) -> None:
-        example = example_of(batch)
+        example = example_of(batch, self._next)
         with self._autocast():
             output = call(self.model, example)
             terms = {"loss": self._loss(output, batch)}
@@ -313,21 +316,23 @@ class Trainer:
         for batch in batches:
             loss = self._task_loss(batch)
             target = gradients.teacher_gradients(self.inner, self.teacher, loss)
-            weight = config.beta / (len(batches) * _world())
+            weight = config.beta / (len(batches) * world_size())
             value = add(self.inner, loss, target, weight)
             values["gradient"] = values.get("gradient", 0) + config.beta * value / len(batches)
+        # A compiled student is guarded on finding no features of an earlier forward.
+        self.distiller.release()  # type: ignore[union-attr]
 
     def _task_loss(self, batch: Any) -> gradients.ScalarLoss:
         def loss(model: nn.Module) -> torch.Tensor:
             with self._autocast():
-                return self._loss(call(model, example_of(batch)), batch)
+                return self._loss(call(model, example_of(batch, self._next)), batch)
 
         return loss
 
     def _balance(self, batch: Any) -> None:
         if self.step % BALANCE_EVERY:
             return
-        example: Example = example_of(batch)
+        example: Example = example_of(batch, self._next)
         with self._autocast():
             self.distiller.measure_balance(  # type: ignore[union-attr]
                 self.inner, example, lambda output: self._loss(output, batch)
@@ -388,11 +393,3 @@ class Trainer:
 
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
         return getattr(self.model, "no_sync", contextlib.nullcontext)()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

@@ -89,6 +89,17 @@ def test_padding_has_no_part():
     )
 
 
+def test_padding_has_no_part_in_features():
+    features, known = torch.randn(2, 6, 5), torch.randn(2, 6, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    changed = torch.where(mask[..., None].bool(), features, torch.randn(2, 6, 5))
+    found = feature_distance({"a": features}, {"a": known}, mask=mask)
+    assert torch.equal(found, feature_distance({"a": changed}, {"a": known}, mask=mask))
+    assert found != feature_distance({"a": features}, {"a": known})
+    alone = feature_distance({"a": features[mask.bool()]}, {"a": known[mask.bool()]})
+    assert found.item() == pytest.approx(alone.item(), rel=1e-6)
+
+
 def test_features_project_to_the_teachers_width_and_are_trained():
     torch.manual_seed(3)
     student, teacher = tiny_model(32), tiny_model(48)

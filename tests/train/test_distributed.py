@@ -1,4 +1,4 @@
-"""Two processes (gloo) make the steps of one: DDP, DDP compiled, sharded weights (FSDP2)."""
+"""Two processes (gloo) make the steps of one: DDP, sharded weights (FSDP2), each compiled too."""
 
 import os
 import socket
@@ -21,6 +21,7 @@ from ternc.train import (
     Trainer,
     prepare,
 )
+from ternc.train.sharding import full
 
 SHARDED = TrainConfig(
     schedule=Schedule(stages=[8, 1.58], stage_epochs=[1, 2]),
@@ -30,8 +31,9 @@ SHARDED = TrainConfig(
 )
 COMPILED = SHARDED.replace(schedule=Schedule(stages=[8, 1.58], stage_epochs=[1, 1]))
 DISTILLED = COMPILED.replace(distillation=Distillation(alpha=0.5, beta=0.1, gradient="hvp"))
-CONFIGS = {"ddp": DISTILLED, "compiled": COMPILED, "sharded": SHARDED}
-EPOCHS = {"ddp": 3, "compiled": 3, "sharded": 4}
+CONFIGS = {"ddp": DISTILLED, "compiled": COMPILED, "sharded": SHARDED, "resumed": SHARDED}
+EPOCHS = {"ddp": 3, "compiled": 3, "sharded": 4, "resumed": 4}
+COMPILER = {"backend": "ternc", "options": {"inner": "aot_eager"}}
 
 
 def student(config):
@@ -45,15 +47,17 @@ def teacher(config):
 
 
 def wrapped(kind, model):
-    if kind == "sharded":
+    if kind in ("sharded", "resumed"):
         from torch.distributed.fsdp import fully_shard
 
         for block in model.blocks:
+            if kind == "sharded":
+                block.compile(**COMPILER)
             fully_shard(block)
         return fully_shard(model)
     wrapped = DistributedDataParallel(model)
     if kind == "compiled":
-        wrapped = torch.compile(wrapped, backend="ternc", options={"inner": "aot_eager"})
+        wrapped = torch.compile(wrapped, **COMPILER)
     return wrapped
 
 
@@ -68,9 +72,10 @@ def worker(rank, port, folder):
             wrapped(kind, model), None, teacher(config), log_every=1, progress=False,
             folder=folder / kind,
         )  # fmt: skip
-        trainer.train(batches, batches, num_epochs=EPOCHS[kind], save_every=1)
-        if rank == 0 and kind != "sharded":
-            state = {name: p.detach() for name, p in model.named_parameters()}
+        begun = folder / "alone" / "epoch-2" if kind == "resumed" else None
+        trainer.train(batches, batches, num_epochs=EPOCHS[kind], save_every=1, resume=begun)
+        state = {name: full(p.detach()) for name, p in model.named_parameters()}
+        if rank == 0:
             torch.save((trainer.log.rows, state), folder / f"{kind}.pt")
     dist.destroy_process_group()
 
@@ -79,6 +84,7 @@ def worker(rank, port, folder):
 def folder(tmp_path_factory):
     """What both processes wrote, in all three ways: they are started once."""
     path = tmp_path_factory.mktemp("processes")
+    alone("sharded", folder=path / "alone", save_every=2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -86,10 +92,12 @@ def folder(tmp_path_factory):
     return path
 
 
-def alone(kind, **options):
+def alone(kind, folder=None, **options):
     """The run of one process on the whole batches."""
     config = CONFIGS[kind]
-    trainer = Trainer(student(config), None, teacher(config), log_every=1, progress=False)
+    trainer = Trainer(
+        student(config), None, teacher(config), log_every=1, progress=False, folder=folder
+    )
     batches = list(windows(24).split(8))
     trainer.train(batches, batches, num_epochs=EPOCHS[kind], **options)
     return trainer
@@ -99,7 +107,7 @@ def column(rows, name):
     return [row[name] for row in rows if name in row]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "compiled"])
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_two_processes_are_one(folder, kind):
     rows, state = torch.load(folder / f"{kind}.pt")
     one = alone(kind)
@@ -107,8 +115,10 @@ def test_two_processes_are_one(folder, kind):
     assert column(rows, "validation_loss") == pytest.approx(expected, rel=1e-2)
     changes = [(state[name] - p).norm() / p.norm() for name, p in one.inner.named_parameters()]
     assert max(changes) < 5e-2
-    files = {path.name for path in (folder / kind / f"epoch-{EPOCHS[kind]}").iterdir()}
-    assert {"random.0.safetensors", "random.1.safetensors", "model.safetensors"} <= files
+    written = folder / kind / f"epoch-{EPOCHS[kind]}"
+    weights = "sharded" if CONFIGS[kind] is SHARDED else "model.safetensors"
+    for name in ("random.0.safetensors", "random.1.safetensors", weights):
+        assert (written / name).exists()
 
 
 def test_a_sharded_run_goes_on_in_one_process(folder):

@@ -4,9 +4,13 @@ import itertools
 import math
 
 import pytest
+from training import loader, tiny_model
 
+import ternc
 from ternc.errors import ConfigError
 from ternc.formats.blend import ACTIVATION_BITS
+from ternc.train import TrainConfig, Trainer, prepare
+from ternc.train.callbacks import TrainingHooks
 from ternc.train.schedule import BlendState, Schedule, Stage, blend_at
 
 SPELLINGS = {
@@ -92,3 +96,27 @@ def test_ramp_then_pure_quantiser():
 def test_mistakes_are_named(values, message):
     with pytest.raises(ConfigError, match=message):
         Schedule(**values)
+
+
+UNITS = {
+    "step": (Stage(8, 6), Stage(1.58, 18)),
+    "epoch": (Stage(8, 1), Stage(1.58, 3)),
+    "fraction": (Stage(8, 0.25), Stage(1.58, 0.75)),
+}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_run_follows_its_unit(unit):
+    """Four epochs of six steps, in the Trainer and in hooks: the three spellings move alike."""
+    config = TrainConfig(schedule=Schedule(stages=UNITS[unit], unit=unit))
+    expected = [Schedule(stages=UNITS["step"], unit="step").at(step) for step in range(24)]
+    student, seen = prepare(tiny_model(), config), []
+    layer = ternc.sites(student)[0].module
+    layer.register_forward_pre_hook(lambda module, _: seen.append(module.weight_state.clone()))
+    Trainer(student, progress=False).train(loader(), num_epochs=4)
+    hooked = prepare(tiny_model(), config)
+    hooks, layer = TrainingHooks(hooked, config), ternc.sites(hooked)[0].module
+    for step, state in enumerate(expected):
+        hooks.begin_step(step, 24, 6)
+        for found in (seen[step], layer.weight_state):
+            assert found.tolist() == pytest.approx([state.source, state.target, state.blend])

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from training import loader, tiny_model, windows
+from training import loader, tiny_model
 
 import ternc
-from ternc.errors import ConfigError, MissingExtraError
+from ternc.errors import MissingExtraError
 from ternc.train import (
     Hadamard,
     Momentum,
@@ -20,7 +20,6 @@ from ternc.train import (
     finish,
     prepare,
 )
-from ternc.train.callbacks import TrainingHooks, hf_callback
 from ternc.train.log import plot_curves
 from ternc.train.metrics import TritMonitor
 from ternc.train.momentum import MomentumTransform
@@ -199,56 +198,3 @@ def test_curves(tmp_path):
         return
     plot_curves(rows, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_hooks_do_what_the_trainer_does():
-    """A plain loop around `TrainingHooks` makes the steps of `Trainer`."""
-    config = TrainConfig(
-        schedule=Schedule(stages=[8, 1.58], stage_epochs=[1, 1]),
-        regularization=Regularization(schedule="constant"),
-        momentum=Momentum(),
-        distillation=ternc.train.Distillation(alpha=1.0),
-        optimization=Optimization(clip=None),
-    )
-    torch.manual_seed(4)
-    teacher, model = tiny_model(), tiny_model()
-    twin = prepare(model, config)
-    trainer = Trainer(model, config, teacher, log_every=1, progress=False)
-    batches = [windows(4, seed=i) for i in range(4)]
-    trainer.train(batches, num_epochs=2)
-    hooks = TrainingHooks(twin, config, teacher)
-    optimizers = make_optimizers(twin, config.optimization)
-    for step in range(8):
-        batch = batches[step % 4]
-        hooks.begin_step(step, 8, 4)
-        ternc.train.optimizer.set_rates(optimizers, config.optimization, step, 8)
-        twin.zero_grad()
-        logits = twin(batch[:, :-1])
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        loss = loss + hooks.distillation_loss(logits, {"ids": batch[:, :-1]}, None)
-        loss.backward()
-        hooks.before_optimizer()
-        for optimizer in optimizers:
-            optimizer.step()
-    hooks.end()
-    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6), name
-    with pytest.raises(ConfigError, match="gamma=0"):
-        TrainingHooks(twin, config.replace(distillation=ternc.train.Distillation(gamma=1.0)))
-
-
-def test_hugging_face_callback():
-    pytest.importorskip("transformers")
-    from types import SimpleNamespace
-
-    schedule = Schedule(stages=[8, 1.58], stage_epochs=[1, 1])
-    model = prepare(tiny_model(), TrainConfig(schedule=schedule))
-    callback = hf_callback(model, TrainConfig(schedule=schedule))
-    state = SimpleNamespace(global_step=5, max_steps=20, num_train_epochs=2)
-    callback.on_step_begin(None, state, None)
-    assert ternc.sites(model)[0].quantizer == "8"
-    logs = {}
-    callback.on_log(None, state, None, logs=logs)
-    assert 0 < logs["zero_fraction"] < 1
-    callback.on_train_end(None, state, None)
-    assert ternc.sites(model)[0].quantizer == "1.58"

@@ -1,6 +1,7 @@
 """`Trainer`: resume bit for bit, accumulation, evaluation, logs, compiled students."""
 
 import csv
+import importlib.util
 import itertools
 import sys
 
@@ -122,6 +123,22 @@ def test_log_holds_what_it_says(tmp_path):
     assert any(row.get("flip_rate", 0) > 0 for row in trainer.log.rows)
     assert (tmp_path / "epoch-2" / "model.safetensors").is_file()
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
+
+
+def test_progress_and_curves(tmp_path, capsys):
+    """A line on stderr, the last step always; curves.png where matplotlib is installed."""
+    torch.manual_seed(1)
+    trainer = Trainer(tiny_model(), TrainConfig(), folder=tmp_path, log_every=2, progress=True)
+    trainer.train(loader(), num_epochs=1)
+    (*_, last) = capsys.readouterr().err.strip().splitlines()
+    row = trainer.log.rows[-1]
+    assert last.startswith("train: step 6 of 6, ")
+    for name in ("loss", "zero_fraction", "flip_rate", "learning_rate"):
+        assert f"{name} {row[name]:.4g}" in last
+    installed = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "curves.png").is_file() == installed
+    if installed:
+        assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_evaluation_is_of_the_final_quantisers():
