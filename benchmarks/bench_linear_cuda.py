@@ -11,9 +11,7 @@ peak.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -21,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import common  # noqa: E402
+import peers_cuda  # noqa: E402
 from packed_weights import packed_on_gpu  # noqa: E402
+from peers_cuda import CHECKED_TOKENS, Way  # noqa: E402
 from reference import linear_arguments  # noqa: E402
 
 from ternc.formats import Packed  # noqa: E402
@@ -36,29 +35,6 @@ from ternc.runtime.ops import linear  # noqa: E402
 
 SHAPES = ["4096x4096", "4096x14336", "14336x4096", "2560x6912", "6912x2560", "8192x28672"]
 TOKENS = [1, 8, 13, 16, 37, 64, 100, 200, 256, 2048, 8192]
-
-RAMP_US, READ_BYTES_US = 1.87, 3.15e6
-"""A cold read of b bytes takes RAMP_US + b / READ_BYTES_US (fit of one H100, 4 to 128 MiB)."""
-PEAK_OPS_US = {"bf16": 989e6, "fp8": 1979e6, "int8": 1979e6}
-"""Dense tensor-core peaks of the same GPU by its datasheet."""
-
-CHECKED_TOKENS = 64
-
-
-@dataclasses.dataclass
-class Way:
-    """One way to compute the product: a call for every copy of its weight."""
-
-    name: str
-    calls: list[Callable[[], torch.Tensor]]
-    weight_bytes: int
-    operation: str
-
-    def floor(self, rows: int, columns: int, tokens: int) -> float:
-        """Microseconds below which no kernel of this kind gets, with a warm GPU."""
-        nbytes = self.weight_bytes + 2 * tokens * (rows + columns)
-        work = 2 * rows * columns * tokens / PEAK_OPS_US[self.operation]
-        return max(RAMP_US + nbytes / READ_BYTES_US, work)
 
 
 def parse() -> argparse.Namespace:
@@ -70,12 +46,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--planes", type=int, nargs="+", default=[1])
     parser.add_argument("--groups", type=int, nargs="+", default=[0, 128], help="0: row scales")
     parser.add_argument("--commit", help="where the tree has no git folder")
-    parser.add_argument("--no-peers", action="store_true")
+    peers = list(peers_cuda.ALL)
+    parser.add_argument("--peers", nargs="*", default=peers, choices=peers)
     parser.add_argument("--json", help="file for the rows")
     return parser.parse_args()
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def packed_weight(rows: int, columns: int, planes: int, group_size: int) -> Packed:
     return packed_on_gpu(rows, columns, planes, group_size)
 
@@ -103,61 +80,6 @@ def ternc_way(
     return Way(f"ternc x{planes} {scales}", calls, nbytes, "int8")
 
 
-def bf16_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way:
-    nbytes = 2 * rows * x.shape[1]
-    weights = [torch.randn(rows, x.shape[1], device="cuda", dtype=x.dtype)
-               for _ in range(copies(nbytes))]  # fmt: skip
-    return Way("bf16", [lambda w=w: F.linear(x, w) for w in weights], nbytes, "bf16")
-
-
-def inductor_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way | None:
-    """bf16 as Inductor tunes it for one token: a Triton reduction in place of cuBLAS."""
-    if x.shape[0] != 1:
-        return None
-    nbytes = 2 * rows * x.shape[1]
-    weights = [torch.randn(rows, x.shape[1], device="cuda", dtype=x.dtype)
-               for _ in range(copies(nbytes))]  # fmt: skip
-    options = {"coordinate_descent_tuning": True}
-    run = torch.compile(lambda w: F.linear(x, w), dynamic=False, options=options)
-    return Way("bf16 inductor", [lambda w=w: run(w) for w in weights], nbytes, "bf16")
-
-
-def fp8_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way | None:
-    """Row-scaled fp8 with the activations quantised by a Triton kernel, checked loosely."""
-    columns = x.shape[1]
-    if rows % 16 or columns % 16:
-        return None
-    import fp8
-
-    weight = torch.randn(rows, columns, device="cuda")
-    scale = weight.abs().amax(1) / fp8.MOST
-    codes = (weight / scale[:, None]).to(torch.float8_e4m3fn)
-    weights = [codes.clone() for _ in range(copies(codes.nbytes))]
-
-    def run(w: torch.Tensor) -> torch.Tensor:
-        q, sx = fp8.quantize_rows(x)
-        return torch._scaled_mm(
-            q, w.T, scale_a=sx, scale_b=scale[None], out_dtype=x.dtype, use_fast_accum=True
-        )
-
-    exact = x[:CHECKED_TOKENS].double() @ weight.double().T
-    error = (run(weights[0])[:CHECKED_TOKENS].double() - exact).norm() / exact.norm()
-    assert error < 0.06, f"fp8 peer is wrong: relative error {error:.3g}"
-    return Way("fp8 rowwise", [lambda w=w: run(w) for w in weights], codes.nbytes, "fp8")
-
-
-def int8_way(x: torch.Tensor, rows: int, copies: Callable[[int], int]) -> Way | None:
-    """torch._int_mm alone: no quantisation, no scales; it wants more than 16 tokens."""
-    tokens, columns = max(x.shape[0], 32), x.shape[1]
-    if rows % 8 or columns % 8:
-        return None
-    q = torch.randint(-127, 128, (tokens, columns), device="cuda", dtype=torch.int8)
-    weights = [torch.randint(-1, 2, (rows, columns), device="cuda", dtype=torch.int8)
-               for _ in range(copies(rows * columns))]  # fmt: skip
-    calls = [lambda w=w: torch._int_mm(q, w.T) for w in weights]
-    return Way("int8 raw", calls, rows * columns, "int8")
-
-
 def measure(columns: int, rows: int, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row of the table for every way."""
     from ternc.runtime.kernels.triton import launch, timing
@@ -169,9 +91,7 @@ def measure(columns: int, rows: int, tokens: int, args: argparse.Namespace) -> l
     makers: list[Callable[[], Way | None]] = [
         lambda p=p, g=g: ternc_way(x, rows, p, g, copies) for p in args.planes for g in args.groups
     ]
-    if not args.no_peers:
-        peers = (bf16_way, inductor_way, fp8_way, int8_way)
-        makers += [lambda peer=peer: peer(x, rows, copies) for peer in peers]
+    makers += [lambda name=name: peers_cuda.ALL[name](x, rows, copies) for name in args.peers]
     found = []
     for make in makers:
         way = make()
@@ -202,7 +122,7 @@ def facts(args: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "gemlite": "not run" if importlib.util.find_spec("gemlite") else "not run: not installed",
+        "gemlite": peers_cuda.gemlite_version() if "gemlite" in args.peers else "not run",
     }
 
 
