@@ -6,6 +6,7 @@ whether it interprets.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -98,8 +99,13 @@ def test_split_and_step(split, step, resident):
     weight = kernels._packed(*arguments[1:4], 150, 1200, 0, packed.layout)
     config = GemmConfig(32, 8, split, 2, 2, None, step, 0, resident)
     product = Product((weight,), None, (torch.empty(5, 150),))
-    linear_gemm(quantize(arguments[0], product, 8, config), product, config)
-    assert_same(product.outputs[0], linear.reference(*arguments))
+    integers = quantize(arguments[0], product, 8, config)
+    linear_gemm(integers, product, config)
+    expected = linear.reference(*arguments)
+    assert_same(product.outputs[0], expected)
+    product.outputs[0].fill_(torch.nan)
+    linear_gemm(dataclasses.replace(integers, counts=None), product, config)
+    assert_same(product.outputs[0], expected)
 
 
 @inside

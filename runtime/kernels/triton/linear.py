@@ -170,7 +170,6 @@ def _multiply(
         if sx is None:
             integers = linear_gemm.quantize(x, product, activation_bits, config)
         else:
-            config = select.whole(config)
             integers = Integers(_aligned(x), sx)
         linear_gemm.linear_gemm(integers, product, config)
     for each in product.weights:

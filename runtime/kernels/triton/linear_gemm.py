@@ -1,8 +1,8 @@
 """y[m, n] = (sum_k q[m, k] W[n, k]) * sx[m] * s[n] + b[n] for M >= 2, as out^T = W q^T.
 
 The weights are the left operand, decoded from registers to registers: they never pass through
-shared memory as int8. K may be split over programs; the last one to finish a tile adds the int32
-partial sums, which is exact in any order.
+shared memory as int8. K may be split over programs: the last one to finish a tile, or a kernel
+behind, adds the int32 partial sums, which is exact in any order.
 """
 
 from __future__ import annotations
@@ -18,26 +18,22 @@ from ternc.formats.p256 import CHUNK
 from ternc.runtime.kernels.triton import launch, quantize_act
 from ternc.runtime.kernels.triton.decode import (
     HALVES,
-    NO_GROUPS,
     SHIFTS,
     keep,
     load_chunk,
     prefetch_lines,
 )
-from ternc.runtime.kernels.triton.product import (
-    Product,
-    rounded_sum,
-    segment_of,
-    segment_start,
-)
-
-TOKEN_TILES_TOGETHER: tl.constexpr = tl.constexpr(16)
-"""Programs in flight cover this many token tiles: about a square of the output, shared in L2."""
-
+from ternc.runtime.kernels.triton.linear_tile import combine, position, write_tile
+from ternc.runtime.kernels.triton.product import Product, segment_of, segment_start
 
 FEW_TOKENS = 512
 """Beyond, the next kernel's many waiting programs would take the room of this one's last tiles:
 it is not let in early (0.8x the time at M = 2048, 1517 -> 2532)."""
+
+
+COMBINED_ROWS = 16
+"""Weight rows of a program that adds the parts of tiles."""
+COMBINED = ("scale_ptrs", "bias_ptrs", "y_ptrs", "residual_ptr", "rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,17 +122,18 @@ def gemm(
     SPLIT: tl.constexpr,
     STEP: tl.constexpr,
     PREFETCH: tl.constexpr,
+    COUNTED: tl.constexpr,
     FEW: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """One program a tile [BLOCK_N, BLOCK_M] of out^T and a part of K.
 
-    q [M, columns]; with TAIL its last step is cut short, else it is padded with zeros.
+    q [M, columns]; with TAIL its last step is cut short, else it is padded with zeros. COUNTED: the
+    last part of a tile to arrive adds all; else `combine` does.
     """
     CHUNK_BYTES: tl.constexpr = 64 * PLANES if PLANES < 3 else 160
     SHIFT: tl.constexpr = SHIFTS[PLANES]
-    tiles_m = tl.cdiv(M, BLOCK_M)
     tile = tl.program_id(0)
     first_step, last_step = 0, tl.cdiv(chunks, STEP)
     if SPLIT > 1:  # noqa: SIM102
@@ -145,12 +142,7 @@ def gemm(
             tile = unsplit + (tile - unsplit) // SPLIT
             first_step = last_step * part // SPLIT
             last_step = last_step * (part + 1) // SPLIT
-    band = tile // (TOKEN_TILES_TOGETHER * tiles_n)
-    in_band = tile % (TOKEN_TILES_TOGETHER * tiles_n)
-    first_m = band * TOKEN_TILES_TOGETHER
-    band_tiles = tl.minimum(tiles_m - first_m, TOKEN_TILES_TOGETHER)
-    tile_m = first_m + in_band % band_tiles
-    tile_n = in_band // band_tiles
+    tile_n, tile_m = position(tile, tiles_n, tl.cdiv(M, BLOCK_M))
 
     # Rows beyond the end are others, and are not stored: loads need no mask. Of few tokens they
     # wrap around: repeating the last one, every program would read the same lines (1.4x the time
@@ -211,46 +203,27 @@ def gemm(
             place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
             parts = partial_ptr + (tile - unsplit).to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
             tl.store(parts + part * (BLOCK_N * BLOCK_M) + place, total)
-            tl.debug_barrier()
-            arrived = tl.atomic_add(count_ptr + tile - unsplit, 1, sem="acq_rel")
-            end = tl.where(arrived == SPLIT - 1, end, 0)  # only the last one stores
-            if arrived == SPLIT - 1:
-                total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-                for other in range(SPLIT):
-                    partial = parts + other * (BLOCK_N * BLOCK_M) + place
-                    total += tl.load(partial, cache_modifier=".cg")
-    stored = (n < end)[:, None] & (m[None, :] < M)
-    y_ptr = segment_of(y_ptrs, rows, tile_n, BLOCK_N)
-    y = scaled(
-        total,
-        sx_ptr + token,
-        segment_of(scale_ptrs, rows, tile_n, BLOCK_N) + (row if ROW_SCALES else row * 0),
-        segment_of(bias_ptrs, rows, tile_n, BLOCK_N) + row,
-        SHIFT,
-        GROUPS,
-        BIAS,
-    )
-    place = (m.to(tl.int64) * N)[None, :] + n[:, None]
-    if RESIDUAL:
-        y = rounded_sum(y, tl.load(residual_ptr + place, mask=stored, other=0.0))
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def scaled(total, sx, scale, bias, SHIFT: tl.constexpr, GROUPS: tl.constexpr, BIAS: tl.constexpr):
-    """(float(total) * sx) * s + b [n, m] in fp32; pointers to sx [m], s [n] and b [n]."""
-    if GROUPS == NO_GROUPS:
-        total = total >> SHIFT
-    y = total.to(tl.float32) * tl.load(sx)[None, :]
-    y = y * tl.load(scale)[:, None]
-    if BIAS:
-        y = y + tl.load(bias).to(tl.float32)[:, None]
-    return y
+            if COUNTED:
+                tl.debug_barrier()
+                arrived = tl.atomic_add(count_ptr + tile - unsplit, 1, sem="acq_rel")
+                end = tl.where(arrived == SPLIT - 1, end, 0)  # only the last one stores
+                if arrived == SPLIT - 1:
+                    total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+                    for other in range(SPLIT):
+                        partial = parts + other * (BLOCK_N * BLOCK_M) + place
+                        total += tl.load(partial, cache_modifier=".cg")
+            else:
+                end = tl.zeros([1], tl.int32)  # `combine` stores
+    write_tile(
+        total, n, m, token, end, M, N, sx_ptr, segment_of(scale_ptrs, rows, tile_n, BLOCK_N),
+        segment_of(bias_ptrs, rows, tile_n, BLOCK_N), segment_of(y_ptrs, rows, tile_n, BLOCK_N),
+        residual_ptr, SHIFT, GROUPS, ROW_SCALES, BIAS, RESIDUAL,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Integers:
-    """q int8 [M, >= K] with scales sx [M], and the counters of a split where there is one."""
+    """q int8 [M, >= K] with scales sx [M], and counters for a split where they were zeroed."""
 
     q: torch.Tensor
     sx: torch.Tensor
@@ -281,7 +254,8 @@ def quantize(x: torch.Tensor, product: Product, bits: int, config: GemmConfig) -
 def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> None:
     """integers -> product.outputs: one launch, nothing is zero-filled.
 
-    A split needs `integers.counts`, zeros. Rows of q are aligned to 16 bytes.
+    A split without `integers.counts`, zeros, takes one launch more. Rows of q are aligned to 16
+    bytes.
     """
     q, sx, counts = integers.q, integers.sx, integers.counts
     weight, tokens, device = product.joint, q.shape[0], q.device
@@ -292,10 +266,12 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
         partial = torch.empty(shape, dtype=torch.int32, device=device)
     dependent = launch.dependent_launch(device)
     step = config.step * CHUNK
+    pointers = product.pointers(torch.int8)
+    split = unsplit < tiles
     gemm[(unsplit + (tiles - unsplit) * config.split,)](
         q_ptr=q,
         sx_ptr=sx,
-        **product.pointers(torch.int8),
+        **pointers,
         partial_ptr=sx if partial is None else partial,
         count_ptr=sx if counts is None else counts,
         M=tokens,
@@ -314,9 +290,10 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
         RESIDUAL=product.residual is not None,
         BLOCK_N=config.rows,
         BLOCK_M=config.tokens,
-        SPLIT=config.split if unsplit < tiles else 1,
+        SPLIT=config.split if split else 1,
         STEP=config.step,
         PREFETCH=config.prefetch if launch.INLINE_ASM else 0,
+        COUNTED=counts is not None,
         FEW=tokens <= FEW_TOKENS,
         DEPENDENT=dependent,
         ASM=launch.INLINE_ASM,
@@ -326,3 +303,25 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
         launch_pdl=dependent,
         **launch.EXACT,
     )
+    if split and counts is None:
+        combine[(tiles - unsplit, config.rows // COMBINED_ROWS)](
+            sx_ptr=sx,
+            **{name: value for name, value in pointers.items() if name in COMBINED},
+            partial_ptr=partial,
+            M=tokens,
+            tiles_n=product.blocks(config.rows),
+            unsplit=unsplit,
+            SHIFT=SHIFTS.value[weight.planes],
+            GROUPS=weight.groups_kind,
+            ROW_SCALES=product.weights[0].row_scales,
+            BIAS=product.biases is not None,
+            RESIDUAL=product.residual is not None,
+            BLOCK_N=config.rows,
+            BLOCK_M=config.tokens,
+            SPLIT=config.split,
+            ROWS=COMBINED_ROWS,
+            DEPENDENT=dependent,
+            num_warps=4,
+            launch_pdl=dependent,
+            **launch.EXACT,
+        )

@@ -13,13 +13,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.runtime.kernels.triton import launch, quantize_act
 from ternc.runtime.kernels.triton.decode import NO_GROUPS
-from ternc.runtime.kernels.triton.linear_gemm import Integers, scaled
-from ternc.runtime.kernels.triton.product import (
-    Product,
-    rounded_sum,
-    segment_of,
-    segment_start,
-)
+from ternc.runtime.kernels.triton.linear_gemm import Integers
+from ternc.runtime.kernels.triton.linear_tile import write_tile
+from ternc.runtime.kernels.triton.product import Product, segment_of, segment_start
 
 LAYOUT = 28
 
@@ -72,21 +68,11 @@ def gemm_int8(
         total = tl.dot(w, q, acc=total, out_dtype=tl.int32)
     if DEPENDENT:
         gdc_launch_dependents()
-    y = scaled(
-        total,
-        sx_ptr + token,
-        segment_of(scale_ptrs, rows, tile_n, BLOCK_N) + (row if ROW_SCALES else row * 0),
-        segment_of(bias_ptrs, rows, tile_n, BLOCK_N) + row,
-        0,
-        NO_GROUPS,
-        BIAS,
-    )
-    stored = (n < N)[:, None] & (m[None, :] < M)
-    y_ptr = segment_of(y_ptrs, rows, tile_n, BLOCK_N)
-    place = (m.to(tl.int64) * N)[None, :] + n[:, None]
-    if RESIDUAL:
-        y = rounded_sum(y, tl.load(residual_ptr + place, mask=stored, other=0.0))
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=stored)
+    write_tile(
+        total, n, m, token, N, M, N, sx_ptr, segment_of(scale_ptrs, rows, tile_n, BLOCK_N),
+        segment_of(bias_ptrs, rows, tile_n, BLOCK_N), segment_of(y_ptrs, rows, tile_n, BLOCK_N),
+        residual_ptr, 0, NO_GROUPS, ROW_SCALES, BIAS, RESIDUAL,
+    )  # fmt: skip
 
 
 def quantize(x: torch.Tensor, bits: int) -> Integers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -62,11 +61,6 @@ def gemm_config(weight: Weight, tokens: int, device: torch.device) -> GemmConfig
     bucket = next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
     tuned = _tuned(device).get(table_key(f"gemm {bucket}", weight))
     return GemmConfig(*tuned) if tuned else default_gemm(weight, tokens, device)
-
-
-def whole(config: GemmConfig) -> GemmConfig:
-    """The configuration without a split: for integers that come without zeroed counters."""
-    return dataclasses.replace(config, split=1, resident=0)
 
 
 def default_gemv(weight: Weight, device: torch.device) -> GemvConfig:
