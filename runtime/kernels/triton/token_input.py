@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ternc.runtime.kernels.triton.fused_rows import normalised
 from ternc.runtime.kernels.triton.quantize_act import ROUND_TO_EVEN, magnitude_bits, row_scale
+from ternc.runtime.kernels.triton.rotate import rounded
 
 
 @triton.jit
@@ -87,12 +88,11 @@ def normalise(
     rstd = tl.math.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / K + eps)
     y = ()
     for field in tl.static_range(4):
-        y = y + (
-            normalised(
-                centred[field], gain[field], bias[field], rstd, offset, dtype, GAIN, BIAS,
-                ROUND_FIRST, ASM,
-            ),
+        value = normalised(
+            centred[field], gain[field], bias[field], rstd, offset, dtype, GAIN, True, BIAS,
+            ROUND_FIRST, ASM,
         )  # fmt: skip
+        y = y + (rounded(value, dtype, ASM),)
     return y
 
 
