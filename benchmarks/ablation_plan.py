@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from ablation_data import TUNE
@@ -17,10 +18,16 @@ FLOAT = TrainConfig(weights=Config(planes=1, exclude=("*",)))
 """No site: the same trainer, data and schedule, nothing quantised."""
 
 RATED = ("float", "bitnet", "full")
-"""Arms that get the best of the learning rates and a second seed; others use the rate of `full`."""
+"""Arms that get the best of the learning rates; a change of one uses its rate, others `full`'s."""
+
+SEEDED = (*RATED, "full-dead_zone")
+"""Arms with a second seed: the preset `full` is the last."""
 
 PTQ = {"ptq-1": 1, "ptq-2": 2, "ptq-3": 3}
 """The float arm quantised after training, by planes."""
+
+DEAD_ZONE = 1e-3
+"""Of `full` here, the recipe put to the test; the preset of that name keeps what helped."""
 
 COSTLY = ("full+hvp",)
 """Five times the time of a step: run where they are asked for by name."""
@@ -28,12 +35,13 @@ COSTLY = ("full+hvp",)
 
 def recipes() -> dict[str, TrainConfig]:
     """Trained arm -> configuration, in the order in which they run."""
-    full = preset("full")
+    full = preset("full", dead_zone=DEAD_ZONE)
     known = full.distillation
     assert known is not None
+    bitnet = preset("bitnet_b158")
     return {
         "float": FLOAT.replace(optimization=preset("modern").optimization),
-        "bitnet": preset("bitnet_b158"),
+        "bitnet": bitnet,
         "full": full,
         "modern": preset("modern"),
         "warm_start": preset("warm_start"),
@@ -49,6 +57,9 @@ def recipes() -> dict[str, TrainConfig]:
             distillation=dataclasses.replace(known, gamma=0.1, balance=True)
         ),
         "full+muon": full.replace(optimization=dataclasses.replace(full.optimization, name="muon")),
+        "float+kl": FLOAT.replace(optimization=full.optimization, distillation=known),
+        "bitnet+kl": bitnet.replace(distillation=known),
+        "bitnet+kl+ramp": bitnet.replace(distillation=known, schedule=full.schedule),
         "full+hvp": full.replace(distillation=dataclasses.replace(known, beta=0.1, gradient="hvp")),
     }
 
@@ -67,7 +78,7 @@ class Settings:
     """98 million bytes, 1.8 passes over the training text."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     seeds: tuple[int, ...] = (0, 1)
-    """The second one for the arms of RATED alone."""
+    """The second one for the arms of SEEDED alone."""
     windows: int = 1 << 20
     """Most windows of `context` bytes of each text that are scored."""
     parts: int = 1
@@ -102,7 +113,8 @@ class Job:
         """The arm whose best rate this one takes."""
         if self.arm in PTQ:
             return "float"
-        return self.arm if self.arm in RATED else "full"
+        root = re.split("[-+]", self.arm)[0]
+        return root if root in RATED else "full"
 
 
 def plan(settings: Settings, arms: tuple[str, ...] | None = None) -> list[Job]:
@@ -123,7 +135,7 @@ def plan(settings: Settings, arms: tuple[str, ...] | None = None) -> list[Job]:
         for arm in rated
         for rate in settings.rates
     ]
-    later = [(arm, seed) for seed in others for arm in rated]
+    later = [(arm, seed) for seed in others for arm in chosen if arm in SEEDED]
     later += [(arm, first) for arm in chosen if arm not in RATED]
     for arm, seed in later:
         job = Job(f"{arm}-s{seed}", arm, seed, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -12,6 +13,37 @@ from ablation_plan import PTQ, RATED, best, recipes
 
 SCORED = "valid"
 """The text of the headline: never used to choose anything."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """A technique: the arm that has it, and the same recipe without."""
+
+    name: str
+    on: str
+    off: str
+
+
+SWITCHES = (
+    Switch("KL from the float teacher", "full", "full-kl"),
+    Switch("warm start and ramp, with a teacher", "full", "full-ramp"),
+    Switch("warm start and ramp, no teacher", "warm_start", "modern"),
+    Switch("dead-zone bias, with a teacher", "full", "full-dead_zone"),
+    Switch("dead-zone bias, no teacher", "full-kl", "warm_start"),
+    Switch("KL, the student floating point too", "float+kl", "float"),
+    Switch("KL, on BitNet b1.58", "bitnet+kl", "bitnet"),
+    Switch("warm start and ramp, on BitNet b1.58 with KL", "bitnet+kl+ramp", "bitnet+kl"),
+    Switch("groups of 128, flat rate with warm-down, no decay", "modern", "bitnet"),
+    Switch("stages 8, 4, 2, 1.58 instead of the ramp (MPQ)", "full+stages", "full"),
+    Switch("Hadamard transform (AHT-LP)", "full+hadamard", "full"),
+    Switch("gradient alignment, logits (GAKD)", "full+gradient", "full"),
+    Switch("gradient alignment, weights (GAKD)", "full+hvp", "full"),
+    Switch("features (GAKD)", "full+feature", "full"),
+    Switch("regularisation to the quantiser (DR-QAP)", "full+penalty", "full"),
+    Switch("gradient momentum (ESTE-M)", "full+momentum", "full"),
+    Switch("Muon for matrices", "full+muon", "full"),
+)
+"""Left out where an arm was not run."""
 
 
 def chosen(results: dict[str, dict]) -> dict[str, dict]:
@@ -31,7 +63,7 @@ def per_seed(results: dict[str, dict], arm: str) -> dict[int, dict]:
 def seed_deviation(results: dict[str, dict]) -> float | None:
     """Pooled standard deviation between seeds of the arms that have more than one."""
     squares, freedom = 0.0, 0
-    for arm in RATED:
+    for arm in recipes():
         scores = [result["bits_per_byte"][SCORED] for result in per_seed(results, arm).values()]
         if len(scores) > 1:
             squares += statistics.variance(scores) * (len(scores) - 1)
@@ -39,47 +71,98 @@ def seed_deviation(results: dict[str, dict]) -> float | None:
     return math.sqrt(squares / freedom) if freedom else None
 
 
+def score(results: dict[str, dict], arm: str, text: str = SCORED) -> float:
+    """Mean over an arm's seeds of bits per byte; nan where it was not run."""
+    found = per_seed(results, arm).values()
+    return statistics.fmean(r["bits_per_byte"][text] for r in found) if found else math.nan
+
+
 def table(results: dict[str, dict]) -> str:
-    """Markdown: each arm, its gap to float, share of BitNet's closed, place to `full`."""
+    """Markdown: each arm, its gap to float and share of BitNet's closed; then every switch."""
     arms = chosen(results)
     if not arms:
         return "no result yet"
     columns = [name for name in next(iter(arms.values()))["bits_per_byte"] if name != TUNE]
-    base, other, full = (
-        arms[name]["bits_per_byte"][SCORED] if name in arms else math.nan
-        for name in ("float", "bitnet", "full")
-    )
-    heads = ["arm", "rate", *columns, "gap to float", "of BitNet's gap closed", "against full"]
+    base, other = (score(results, name) for name in ("float", "bitnet"))
+    heads = ["arm", "rate", "seeds", *columns, "gap to float", "of BitNet's gap closed"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for arm, result in arms.items():
-        scores = result["bits_per_byte"]
-        gap = scores[SCORED] - base
+        gap = score(results, arm) - base
         closed = 1 - gap / (other - base) if other != base else math.nan
-        cells = [arm, f"{result['rate']:g}", *(f"{scores[name]:.4f}" for name in columns)]
-        cells += [f"{gap:+.4f}", f"{closed:.0%}", f"{scores[SCORED] - full:+.4f}"]
+        cells = [arm, f"{result['rate']:g}", str(len(per_seed(results, arm)))]
+        cells += [f"{score(results, arm, name):.4f}" for name in columns]
+        cells += [f"{gap:+.4f}", f"{closed:.0%}"]
         lines.append("| " + " | ".join(cells).replace("nan%", "-").replace("+nan", "-") + " |")
-    lines += ["", *_notes(results)]
+    lines += ["", *_switches(results), *_notes(results)]
     return "\n".join(lines)
 
 
+def effect(results: dict[str, dict], switch: Switch) -> float:
+    """Bits per byte that a switch adds at the seeds that both arms have; less than 0 is a gain."""
+    on, off = (per_seed(results, arm) for arm in (switch.on, switch.off))
+    both = on.keys() & off.keys()
+    found = [on[s]["bits_per_byte"][SCORED] - off[s]["bits_per_byte"][SCORED] for s in both]
+    return statistics.fmean(found) if found else math.nan
+
+
+def verdict(value: float, deviation: float | None) -> str:
+    """What two deviations of seeds allow to say of an effect."""
+    if deviation is None or math.isnan(value):
+        return "-"
+    if abs(value) < 2 * deviation:
+        return "within the noise"
+    return "helps" if value < 0 else "harms"
+
+
+def _switches(results: dict[str, dict]) -> list[str]:
+    """Table of the techniques, each against the same recipe without it."""
+    deviation = seed_deviation(results)
+    lines = ["| switch | with | without | bits per byte | |", "|---|---|---|---|---|"]
+    for switch in SWITCHES:
+        value = effect(results, switch)
+        if not math.isnan(value):
+            said = verdict(value, deviation)
+            lines.append(f"| {switch.name} | {switch.on} | {switch.off} | {value:+.4f} | {said} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
 def _notes(results: dict[str, dict]) -> list[str]:
-    lines = []
-    for arm in RATED:
+    """Targets and rules, seeds, rates; a line each."""
+    base, other, full = (score(results, name) for name in ("float", "bitnet", "full"))
+    first = _difference_at_first_seed(results)
+    lines = [
+        f"Float is {other - base:.4f} bits per byte better than BitNet b1.58 ({first:.4f} at the "
+        "first seed alone); under 0.03 the run would be too short.",
+        f"full is {full - base:+.4f} from float (target: at most +0.015) and closes "
+        f"{1 - (full - base) / (other - base):.0%} of BitNet's gap (target: 50 %).",
+    ]
+    lines = [line for line in lines if "nan" not in line]
+    for arm in recipes():
         found = per_seed(results, arm)
         if len(found) > 1:
-            scores = [result["bits_per_byte"][SCORED] for result in found.values()]
-            listed = ", ".join(f"{score:.4f}" for score in scores)
-            lines.append(
-                f"{arm}, seeds {sorted(found)}: {listed}; mean {statistics.mean(scores):.4f}."
-            )
+            listed = ", ".join(f"{r['bits_per_byte'][SCORED]:.4f}" for r in found.values())
+            lines.append(f"{arm}, seeds {sorted(found)}: {listed}.")
     if (deviation := seed_deviation(results)) is not None:
-        lines.append(f"Pooled standard deviation between seeds: {deviation:.4f}.")
+        lines.append(
+            f"Pooled standard deviation between seeds: {deviation:.4f}; a switch counts from "
+            f"{2 * deviation:.4f} on."
+        )
     for arm in RATED:
         rates = {r["rate"]: r["bits_per_byte"][TUNE] for r in _first_seed(results, arm)}
         if len(rates) > 1:
             listed = ", ".join(f"{rate:g}: {rates[rate]:.4f}" for rate in sorted(rates))
-            lines.append(f"{arm}, learning rate: bits per byte on the tuning text: {listed}.")
-    return lines
+            edge = min(rates, key=rates.__getitem__) in (min(rates), max(rates))
+            remark = " (the best is the last one tried on that side)" if edge else ""
+            lines.append(f"{arm}, learning rate: bits per byte to choose by: {listed}{remark}.")
+    return [f"- {line}" for line in lines]
+
+
+def _difference_at_first_seed(results: dict[str, dict]) -> float:
+    arms = chosen(results)
+    if not {"float", "bitnet"} <= arms.keys():
+        return math.nan
+    left, right = (arms[name]["bits_per_byte"][SCORED] for name in ("bitnet", "float"))
+    return left - right
 
 
 def _first_seed(results: dict[str, dict], arm: str) -> list[dict]:
@@ -133,9 +216,12 @@ def _heading(results: dict[str, dict]) -> list[str]:
         "# Training ablation",
         "",
         "Byte-level decoder of 25 M weights, trained from scratch on books; bits per byte of the",
-        "packed models (float ones as they are) on books and text not trained on, first seed. The",
-        "teacher is the best float arm, its training not counted. Rates are chosen on a part that",
-        "is not scored.",
+        "packed models (float ones as they are) on books and text not trained on; a mean where",
+        "an arm has several seeds, and gaps are to such means. `full` here is the warm start with",
+        "a teacher and the dead-zone bias; others are changes of it, at its rate. The teacher is",
+        "the best float arm; its own training is not counted: a recipe with it costs the bytes of",
+        "two runs. Rates are chosen on a part that is not scored; switches are compared at equal",
+        "seeds.",
         "",
         f"Steps of every arm: {steps}; million bytes: {[round(value, 1) for value in bytes_seen]}. "
         f"On {devices}.",

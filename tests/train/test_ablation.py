@@ -80,7 +80,31 @@ def test_every_arm_runs_and_goes_on(corpus, tmp_path):
     here, there = (ablation_arm.load_teacher(SMALL, tmp_path / name) for name in ("out", "other"))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(here(torch.arange(9)[None]), there(torch.arange(9)[None]))
-    assert ablation_table.table(results).count("| full") == 12
+    lines = ablation_table.table(results).splitlines()
+    assert sum(line.startswith("| full") for line in lines) == 12
+    for switch in ablation_table.SWITCHES:
+        value = ablation_table.effect(results, switch)
+        assert any(f"| {switch.name} |" in line and f" {value:+.4f} |" in line for line in lines)
+
+
+def test_means_and_effects():
+    """Gaps are to means of seeds; a switch is compared at the seeds that both arms have."""
+    scores = {"float": (1.0, 1.2), "bitnet": (1.3, 1.5), "full": (1.10, 1.14), "full-kl": (1.20,)}
+    results = {
+        f"{arm}-s{seed}": {
+            "arm": arm, "seed": seed, "rate": 1e-3, "bits_per_byte": {"tune": 1.0, "valid": value}
+        }
+        for arm, values in scores.items() for seed, value in enumerate(values)
+    }  # fmt: skip
+    table = ablation_table.table(results)
+    assert "| full | 0.001 | 2 | 1.1200 | +0.0200 | 93% |" in table
+    assert "Float is 0.3000 bits per byte better than BitNet b1.58 (0.3000 at the first" in table
+    deviation = ablation_table.seed_deviation(results)
+    assert deviation == pytest.approx(((0.02 + 0.02 + 0.0008) / 3) ** 0.5)
+    (switch,) = (s for s in ablation_table.SWITCHES if (s.on, s.off) == ("full", "full-kl"))
+    assert ablation_table.effect(results, switch) == pytest.approx(-0.1)
+    said = [ablation_table.verdict(v, 0.04) for v in (-0.1, -0.07, 0.1)]
+    assert said == ["helps", "within the noise", "harms"]
 
 
 def test_teacher_in_pieces(monkeypatch, tmp_path):
