@@ -40,6 +40,7 @@ TERNC_INLINE void store_i32(int32_t* p, i32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
 }
 TERNC_INLINE i32 add_i32(i32 a, i32 b) { return _mm256_add_epi32(a, b); }
+TERNC_INLINE i32 sub_i32(i32 a, i32 b) { return _mm256_sub_epi32(a, b); }
 TERNC_INLINE i32 mul_i32(i32 a, i32 b) { return _mm256_mullo_epi32(a, b); }
 template <int S>
 TERNC_INLINE i32 shift_i32_left(i32 a) {

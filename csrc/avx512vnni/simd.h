@@ -41,6 +41,7 @@ TERNC_INLINE i32 load_u8_i32(const uint8_t* p) {
 }
 TERNC_INLINE void store_i32(int32_t* p, i32 a) { _mm512_storeu_si512(p, a); }
 TERNC_INLINE i32 add_i32(i32 a, i32 b) { return _mm512_add_epi32(a, b); }
+TERNC_INLINE i32 sub_i32(i32 a, i32 b) { return _mm512_sub_epi32(a, b); }
 TERNC_INLINE i32 mul_i32(i32 a, i32 b) { return _mm512_mullo_epi32(a, b); }
 template <int S>
 TERNC_INLINE i32 shift_i32_left(i32 a) {

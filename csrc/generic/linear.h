@@ -44,40 +44,58 @@ constexpr int64_t EXPANDED_BYTES = PIECE_COLUMNS / STEP_COLUMNS * step_bytes(EXP
 // Bytes of a step in memory.
 constexpr int stored_bytes(int planes) { return step_bytes(planes == EXPANDED ? DENSE : planes); }
 
-// Row factors of one block: scale (1 where scales are free) and bias.
+// Row factors of one block: scale (1 where scales are free) and bias, in whole vectors.
 struct RowFactors {
-  float scale[MAX_BLOCK_ROWS], bias[MAX_BLOCK_ROWS];
-  int64_t first, count;  // rows of the weight that the block holds
+  const float *scale, *bias;  // bias: null where there is none
+  int64_t first, count;       // rows of the weight that the block holds
+  float scales[MAX_BLOCK_ROWS], biases[MAX_BLOCK_ROWS];
 };
 
 TERNC_NOINLINE void load_factors(const Weight& weight, const Output& out, int rows, int64_t block,
                                  RowFactors& factors) {
-  factors.first = block * rows;
-  const int64_t left = weight.rows - factors.first;
-  factors.count = left < rows ? left : rows;
-  for (int64_t r = 0; r < factors.count; ++r)
-    factors.scale[r] = weight.scale_kind == ScaleKind::row      ? weight.scale[factors.first + r]
-                       : weight.scale_kind == ScaleKind::tensor ? weight.scale[0]
-                                                                : 1.0f;
-  if (out.bias != nullptr)
-    widen_values(out.bias, out.bias_dtype, factors.first, factors.count, factors.bias);
+  const int64_t first = block * rows, left = weight.rows - first;
+  const int64_t count = left < rows ? left : rows;
+  factors.first = first;
+  factors.count = count;
+  if (count <= 0) return;  // padding alone
+  factors.scale = factors.scales;
+  factors.bias = out.bias == nullptr ? nullptr : factors.biases;
+  if (weight.scale_kind != ScaleKind::row) {
+    const float scale = weight.scale_kind == ScaleKind::tensor ? weight.scale[0] : 1.0f;
+    for (int r = 0; r < rows; r += LANES) store_f32(factors.scales + r, splat_f32(scale));
+  } else if (count == rows) {
+    factors.scale = weight.scale + first;
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      factors.scales[r] = r < count ? weight.scale[first + r] : 0.0f;
+  }
+  if (out.bias == nullptr) return;
+  for (int64_t r = count; r < rows; ++r) factors.biases[r] = 0.0f;
+  widen_values(out.bias, out.bias_dtype, first, count, factors.biases);
 }
 
-// y[token, rows of the block] = (total * sx) * s + b; free scales are in the total already.
+// y[token, rows of the block] = (total * sx) * s + b; free scales are in the total already. total:
+// whole vectors.
 TERNC_NOINLINE void store_outputs(const float* total, float sx, const RowFactors& factors,
                                   const Weight& weight, const Output& out, int64_t token) {
-  float y[MAX_BLOCK_ROWS];
-  for (int64_t r = 0; r < factors.count; ++r) y[r] = (total[r] * sx) * factors.scale[r];
-  if (out.bias != nullptr)
-    for (int64_t r = 0; r < factors.count; ++r) y[r] += factors.bias[r];
+  float values[MAX_BLOCK_ROWS];
+  const int64_t count = factors.count, begin = token * weight.rows + factors.first;
+  const bool plain = out.dtype == Dtype::f32 && out.residual == nullptr;
+  float* y = plain && count % LANES == 0 ? static_cast<float*>(out.values) + begin : values;
+  const f32 step = splat_f32(sx);
+  for (int64_t r = 0; r < count; r += LANES) {
+    f32 value = mul_f32(mul_f32(load_f32(total + r), step), load_f32(factors.scale + r));
+    if (factors.bias != nullptr) value = add_f32(value, load_f32(factors.bias + r));
+    store_f32(y + r, value);
+  }
+  if (y != values) return;
   if (out.residual != nullptr) {
     float residual[MAX_BLOCK_ROWS];
-    widen_values(out.residual, out.dtype, token * weight.rows + factors.first, factors.count,
-                 residual);
-    round_values(y, factors.count, out.dtype);
-    for (int64_t r = 0; r < factors.count; ++r) y[r] += residual[r];
+    widen_values(out.residual, out.dtype, begin, count, residual);
+    round_values(y, count, out.dtype);
+    for (int64_t r = 0; r < count; ++r) y[r] += residual[r];
   }
-  store_values(y, factors.count, out.dtype, out.values, token * weight.rows + factors.first);
+  store_values(y, count, out.dtype, out.values, begin);
 }
 
 // total[r] += sum[r] * s[row, group] for the rows of one vector; free scales are [N, groups].

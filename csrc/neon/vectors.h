@@ -38,6 +38,7 @@ TERNC_INLINE i32 load_u8_i32(const uint8_t* p) {
 }
 TERNC_INLINE void store_i32(int32_t* p, i32 a) { vst1q_s32(p, a); }
 TERNC_INLINE i32 add_i32(i32 a, i32 b) { return vaddq_s32(a, b); }
+TERNC_INLINE i32 sub_i32(i32 a, i32 b) { return vsubq_s32(a, b); }
 TERNC_INLINE i32 mul_i32(i32 a, i32 b) { return vmulq_s32(a, b); }
 template <int S>
 TERNC_INLINE i32 shift_i32_left(i32 a) {

@@ -51,6 +51,7 @@ TERNC_INLINE i32 load_i32(const int32_t* p) { return uint32_t(*p); }
 TERNC_INLINE i32 load_u8_i32(const uint8_t* p) { return *p; }
 TERNC_INLINE void store_i32(int32_t* p, i32 a) { *p = int32_t(a); }
 TERNC_INLINE i32 add_i32(i32 a, i32 b) { return a + b; }
+TERNC_INLINE i32 sub_i32(i32 a, i32 b) { return a - b; }
 TERNC_INLINE i32 mul_i32(i32 a, i32 b) { return a * b; }
 template <int S>
 TERNC_INLINE i32 shift_i32_left(i32 a) {
