@@ -78,7 +78,6 @@ def config_of(job: Job, settings: Settings, out: Path) -> TrainConfig:
     return recipe.replace(
         optimization=dataclasses.replace(recipe.optimization, learning_rate=rate),
         autocast="bfloat16" if settings.device == "cuda" else None,
-        seed=job.seed,
     )
 
 

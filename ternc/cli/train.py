@@ -143,7 +143,7 @@ def _config(namespace: argparse.Namespace) -> Any:
 
     config = TrainConfig() if namespace.preset is None else preset(namespace.preset)
     rate = dataclasses.replace(config.optimization, learning_rate=namespace.learning_rate)
-    config = config.replace(optimization=rate, seed=namespace.seed)
+    config = config.replace(optimization=rate)
     if namespace.device == "cuda":
         config = config.replace(autocast="bfloat16")
     if namespace.distil and config.distillation is None:

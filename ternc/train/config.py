@@ -180,7 +180,6 @@ class TrainConfig:
     accumulate: int = 1
     """Batches of the loader in one optimiser step."""
     autocast: Literal["bfloat16"] | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         _choice("scale", self.scale, ("fit", "learnt", "absmean"))
