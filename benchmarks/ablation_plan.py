@@ -29,6 +29,9 @@ PTQ = {"ptq-1": 1, "ptq-2": 2, "ptq-3": 3}
 DEAD_ZONE = 1e-3
 """Of `full` here, the recipe put to the test; the preset of that name keeps what helped."""
 
+STRONG = 3e4
+"""A penalty whose gradient is a few hundredths of the task's; at 0.1, its default, a millionth."""
+
 COSTLY = ("full+hvp",)
 """Five times the time of a step: run where they are asked for by name."""
 
@@ -57,6 +60,7 @@ def recipes() -> dict[str, TrainConfig]:
             distillation=dataclasses.replace(known, gamma=0.1, balance=True)
         ),
         "full+muon": full.replace(optimization=dataclasses.replace(full.optimization, name="muon")),
+        "full+strong_penalty": full.replace(regularization=Regularization(strength=STRONG)),
         "float+kl": FLOAT.replace(optimization=full.optimization, distillation=known),
         "bitnet+kl": bitnet.replace(distillation=known),
         "bitnet+kl+ramp": bitnet.replace(distillation=known, schedule=full.schedule),

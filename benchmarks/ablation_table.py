@@ -40,6 +40,7 @@ SWITCHES = (
     Switch("gradient alignment, weights (GAKD)", "full+hvp", "full"),
     Switch("features (GAKD)", "full+feature", "full"),
     Switch("regularisation to the quantiser (DR-QAP)", "full+penalty", "full"),
+    Switch("the same, 300,000 times as strong", "full+strong_penalty", "full"),
     Switch("gradient momentum (ESTE-M)", "full+momentum", "full"),
     Switch("Muon for matrices", "full+muon", "full"),
 )

@@ -81,7 +81,7 @@ def test_every_arm_runs_and_goes_on(corpus, tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(here(torch.arange(9)[None]), there(torch.arange(9)[None]))
     lines = ablation_table.table(results).splitlines()
-    assert sum(line.startswith("| full") for line in lines) == 12
+    assert sum(line.startswith("| full") for line in lines) == 13
     for switch in ablation_table.SWITCHES:
         value = ablation_table.effect(results, switch)
         assert any(f"| {switch.name} |" in line and f" {value:+.4f} |" in line for line in lines)

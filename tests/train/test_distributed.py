@@ -25,7 +25,7 @@ from ternc.train.sharding import full
 
 SHARDED = TrainConfig(
     schedule=Schedule(stages=[8, 1.58], stage_epochs=[1, 2]),
-    regularization=Regularization(schedule="constant"),
+    regularization=Regularization(strength=1e3, schedule="constant"),
     momentum=Momentum(),
     optimization=Optimization(learning_rate=3e-3),
 )
