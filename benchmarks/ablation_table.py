@@ -61,11 +61,11 @@ def per_seed(results: dict[str, dict], arm: str) -> dict[int, dict]:
     return {seed: result for seed, result in found.items() if result is not None}
 
 
-def seed_deviation(results: dict[str, dict]) -> float | None:
+def seed_deviation(results: dict[str, dict], text: str = SCORED) -> float | None:
     """Pooled standard deviation between seeds of the arms that have more than one."""
     squares, freedom = 0.0, 0
     for arm in recipes():
-        scores = [result["bits_per_byte"][SCORED] for result in per_seed(results, arm).values()]
+        scores = [result["bits_per_byte"][text] for result in per_seed(results, arm).values()]
         if len(scores) > 1:
             squares += statistics.variance(scores) * (len(scores) - 1)
             freedom += len(scores) - 1
@@ -99,11 +99,11 @@ def table(results: dict[str, dict]) -> str:
 
 
 def effect(results: dict[str, dict], switch: Switch) -> float:
-    """Bits per byte that a switch adds at the seeds that both arms have; less than 0 is a gain."""
-    on, off = (per_seed(results, arm) for arm in (switch.on, switch.off))
-    both = on.keys() & off.keys()
-    found = [on[s]["bits_per_byte"][SCORED] - off[s]["bits_per_byte"][SCORED] for s in both]
-    return statistics.fmean(found) if found else math.nan
+    """Bits per byte that a switch adds, by means of seeds; less than 0 is a gain.
+
+    Equal seeds are not paired: runs of one seed part as far as those of two do.
+    """
+    return score(results, switch.on) - score(results, switch.off)
 
 
 def verdict(value: float, deviation: float | None) -> str:
@@ -111,7 +111,7 @@ def verdict(value: float, deviation: float | None) -> str:
     if deviation is None or math.isnan(value):
         return "-"
     if abs(value) < 2 * deviation:
-        return "within the noise"
+        return "within noise"
     return "helps" if value < 0 else "harms"
 
 
@@ -148,6 +148,14 @@ def _notes(results: dict[str, dict]) -> list[str]:
             f"Pooled standard deviation between seeds: {deviation:.4f}; a switch counts from "
             f"{2 * deviation:.4f} on."
         )
+    for text in sorted({t for r in results.values() for t in r["bits_per_byte"]} - {TUNE, SCORED}):
+        if (far := seed_deviation(results, text)) is not None:
+            lines.append(f"Between seeds on {text}: {far:.4f}; not by it is anything chosen.")
+    if "full+penalty" in chosen(results):
+        lines.append(
+            "At its default strength the penalty's gradient is less than a ten-thousandth of the "
+            "task's: full+penalty is one more run of full, and shows how far two such runs part."
+        )
     for arm in RATED:
         rates = {r["rate"]: r["bits_per_byte"][TUNE] for r in _first_seed(results, arm)}
         if len(rates) > 1:
@@ -172,6 +180,9 @@ def _first_seed(results: dict[str, dict], arm: str) -> list[dict]:
     return [result for result in found if result["seed"] == first]
 
 
+COLOURS = dict(zip(RATED, ("#0072b2", "#d55e00", "#009e73"), strict=True))
+
+
 def plot(results: dict[str, dict], path: Path) -> None:
     """PNG: bits per byte of every arm, and the training losses of float, BitNet and full."""
     import matplotlib
@@ -182,15 +193,16 @@ def plot(results: dict[str, dict], path: Path) -> None:
     arms = chosen(results)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.32 * len(arms) + 1.8))
     shown = [arm for arm in arms if arm not in PTQ]
-    scores = [arms[arm]["bits_per_byte"][SCORED] for arm in shown]
     deviation = seed_deviation(results)
-    for arm, value in zip(shown, scores, strict=True):
-        colour = "#0072b2" if arm in RATED else "#777777"
-        left.errorbar(value, arm, xerr=2 * deviation if deviation else None, fmt="o", color=colour)
+    for arm in shown:
+        colour, reach = COLOURS.get(arm, "#777777"), 2 * deviation if deviation else None
+        left.errorbar(score(results, arm), arm, xerr=reach, fmt="o", color=colour)
+        for one in per_seed(results, arm).values():
+            left.plot(one["bits_per_byte"][SCORED], arm, "|", color=colour, ms=11)
     left.invert_yaxis()
     left.grid(axis="y", color="#dddddd", lw=0.6)
-    left.set_xlabel("bits per byte, held-out books (bars: 2 deviations of seeds)")
-    for arm, colour in zip(RATED, ("#0072b2", "#d55e00", "#009e73"), strict=True):
+    left.set_xlabel("bits per byte, held-out books (ticks: seeds, bars: 2 deviations)")
+    for arm, colour in COLOURS.items():
         if arm in arms:
             steps, losses = zip(*arms[arm]["losses"], strict=True)
             right.plot(steps, [loss / math.log(2) for loss in losses], color=colour, label=arm)
@@ -221,8 +233,7 @@ def _heading(results: dict[str, dict]) -> list[str]:
         "an arm has several seeds, and gaps are to such means. `full` here is the warm start with",
         "a teacher and the dead-zone bias; others are changes of it, at its rate. The teacher is",
         "the best float arm; its own training is not counted: a recipe with it costs the bytes of",
-        "two runs. Rates are chosen on a part that is not scored; switches are compared at equal",
-        "seeds.",
+        "two runs. Rates are chosen on a part that is not scored.",
         "",
         f"Steps of every arm: {steps}; million bytes: {[round(value, 1) for value in bytes_seen]}. "
         f"On {devices}.",

@@ -4,7 +4,12 @@
     modern         mean-magnitude scales in groups of 128, flat learning rate with a warm-down
     warm_start     modern, floating point for the first 40 % of the steps, then a ramp over 10 %
     stages         modern, 8 -> 4 -> 2 -> 1.58 bits
-    full           warm_start with the teacher's KL and the dead-zone bias
+    full           warm_start with the teacher's KL
+
+What each part is worth is measured by benchmarks/ablation.py (docs/training.md has the table): a
+part belongs to a preset if it gains two deviations of seeds, as the warm start does (without a
+teacher) and the KL. Groups and the flat rate gain nothing by themselves; they are what the other
+parts were measured on. All other techniques are fields of `TrainConfig` that no preset sets.
 
 `warm_start` is the recommendation where there is no teacher: the shape of 16 -> 1.58 continual
 training (ACL Findings 2025), of which the seed's four stages are a slow variant. A model that was
@@ -47,7 +52,7 @@ def _stages() -> TrainConfig:
 
 
 def _full() -> TrainConfig:
-    return _warm_start().replace(distillation=Distillation(), dead_zone=1e-3)
+    return _warm_start().replace(distillation=Distillation())
 
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
