@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -183,29 +184,25 @@ def windows(
 def variants(run: Run) -> Iterator[tuple[str, int | str, Callable[[], Made]]]:
     """(method, planes or bits, function that makes the model); what matters most comes first."""
     yield "float", "", lambda: (run.model, 16.0)
-    for planes in (2, 1, 3):
+    for planes in (2, 1):
         yield "ternc", planes, lambda k=planes: ours(run, k)
         yield "ternc + tuning", planes, lambda k=planes: ours(run, k, tuned=True)
-        if planes == 1:
-            yield (
-                "ternc + reconstruction",
-                planes,
-                lambda k=planes: ours(run, k, reconstructed=True),
-            )
+    yield "ternc", 3, lambda: ours(run, 3)
     for bits in (3, 4):
-        stored = bits + (16 + bits) / GROUP
-        yield "int gptq", bits, in_place(run, gptq, bits, stored)
-        yield "int rounding", bits, plain(run, lambda w, b=bits: integer(w, b), stored)
+        yield "int gptq", bits, in_place(run, gptq, bits, bits + (16 + bits) / GROUP)
+    for planes in (1, 2, 3):
+        yield "greedy", planes, plain(run, lambda w, k=planes: greedy(w, k), 1.6 * planes)
+    for bits in (3, 4):
+        rule = functools.partial(integer, bits=bits)
+        yield "int rounding", bits, plain(run, rule, bits + (16 + bits) / GROUP)
+    yield "absmean", 1, plain(run, lambda w: absmean(w, 1), 1.6 + 16 / GROUP)
+    yield "ternc + reconstruction", 1, lambda: ours(run, 1, reconstructed=True)
+    for planes in (1, 2, 3):
+        bits = planes * (1.6 + 16 / GROUP)
+        yield "reference stack", planes, in_place(run, reference_stack, planes, bits)
     for planes in (1, 2, 3):
         yield "ternc rtn, no data", planes, lambda k=planes: without_data(run, k)
-        yield "greedy", planes, plain(run, lambda w, k=planes: greedy(w, k), 1.6 * planes)
-    yield "absmean", 1, plain(run, lambda w: absmean(w, 1), 1.6 + 16 / GROUP)
-    for planes in (1, 2, 3):
-        yield (
-            "reference stack",
-            planes,
-            in_place(run, reference_stack, planes, planes * (1.6 + 16 / GROUP)),
-        )
+    yield "ternc + tuning", 3, lambda: ours(run, 3, tuned=True)
 
 
 def in_place(run: Run, method: Callable[..., nn.Module], number: int, bits: float):

@@ -52,6 +52,7 @@ COLUMNS = {
     "overlap_int8": ("top 10 a8", ".4f"),
     "seconds": ("s", ".0f"),
     "cpu_seconds": ("CPU s", ".0f"),
+    "threads": ("threads", "d"),
 }
 """Number of a row -> (header, format); None is shown as a dash."""
 
@@ -80,39 +81,46 @@ def main() -> int:
     say(f"{len(train)} calibration sentences, {tokens} tokens; {len(scored)} scored")
     settings = {
         "machine": machine(),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "calibration": {"sentences": len(train), "tokens": tokens},
         "scored_sentences": len(scored),
         "tuning": {"epochs": options.epochs, "rate": options.rate},
     }
-    known = earlier(settings) if options.only else {}
-    order = []
+    known = earlier(settings)
     with tempfile.TemporaryDirectory() as kept:
-        for name, planes, make in variants(model, calibration, options, Path(kept)):
-            key = f"{name} {planes}"
-            order.append(key)
+        found = list(variants(model, calibration, options, Path(kept)))
+        order = [f"{name} {planes}" for name, planes, _ in found]
+        if unknown := set(options.only or ()) - set(order):
+            raise SystemExit(f"no row {sorted(unknown)[0]!r}; there are {', '.join(order)}")
+        for key, (name, planes, make) in zip(order, found, strict=True):
             if options.only and key not in options.only:
                 continue
             say(key)
-            start, worked = time.perf_counter(), time.process_time()
-            made, bits = make()
-            known[key] = {
-                "method": name,
-                "planes": planes,
-                "bits": bits,
-                "seconds": time.perf_counter() - start,
-                "cpu_seconds": time.process_time() - worked,
-            }
-            known[key] |= score(made, batches, wanted) | {"commit": commit()}
+            known[key] = {"method": name, "planes": planes} | row(make, batches, wanted)
             say(json.dumps(known[key]))
-    rows = [known[key] for key in order if key in known]
+            write(settings, [known[other] for other in order if other in known])
+    print(RECORD.with_suffix(".md").read_text())
+    return 0
+
+
+def row(make: Callable, batches, wanted) -> dict:
+    """Makes one model and scores it."""
+    start, worked = time.perf_counter(), time.process_time()
+    made, bits = make()
+    spent = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - worked,
+        "threads": torch.get_num_threads(),
+    }
+    return {"bits": bits} | spent | score(made, batches, wanted) | {"commit": commit()}
+
+
+def write(settings: dict, rows: list[dict]) -> None:
+    """Record and table: after every row, so that an interrupted run keeps what it made."""
     result = settings | {"rows": rows, "line": line(rows)}
-    print(table(result))
     RESULTS.mkdir(exist_ok=True)
     RECORD.write_text(json.dumps(result, indent=1) + "\n")
     RECORD.with_suffix(".md").write_text(table(result) + "\n")
-    return 0
 
 
 def earlier(settings: dict) -> dict[str, dict]:
@@ -133,7 +141,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="of tuning")
     parser.add_argument("--rate", type=float, default=Tuning.rate, help="of tuning")
     parser.add_argument(
-        "--only", action="append", help="this row anew, as 'ternc 2'; more than once"
+        "--only",
+        action="append",
+        help="make this row anew, as 'ternc 2', and leave the others; more than once",
     )
     return parser.parse_args()
 
@@ -281,7 +291,8 @@ def table(result) -> str:
         base = reference.get(row["planes"])
         less = "" if base is None else f"{1 - (1 - row['cosine']) / (1 - base['cosine']):+.0%}"
         numbers = [
-            "-" if row[key] is None else f"{row[key]:{form}}" for key, (_, form) in COLUMNS.items()
+            "-" if row.get(key) is None else f"{row[key]:{form}}"
+            for key, (_, form) in COLUMNS.items()
         ]
         cells.append((row["method"], row["planes"], *numbers, less))
     headers = ("method", "planes", *(header for header, _ in COLUMNS.values()), "1 - cos less")
@@ -289,8 +300,8 @@ def table(result) -> str:
     facts = (
         f"{result['calibration']['sentences']} calibration sentences "
         f"({result['calibration']['tokens']} tokens), {result['scored_sentences']} scored; "
-        f"{result['machine']}, {result['threads']} threads, torch {result['torch']}. Seconds of "
-        "tuning come on top of those of the row above it."
+        f"{result['machine']}, torch {result['torch']}. Seconds of tuning come on top of those of "
+        f"the row above it. Commits: {', '.join(commits(result['rows']))}."
     )
     if (auto := result["line"]) is not None:
         facts += (
@@ -298,6 +309,15 @@ def table(result) -> str:
             f"between one and two planes there: {auto['cosine_on_the_line']:.4f}."
         )
     return "\n".join((f"{text}\n\n{facts}", *at_equal_bits(result["rows"])))
+
+
+def commits(rows) -> list[str]:
+    """Commit by commit, which rows were made there; the one that made most comes without a list."""
+    made: dict[str, list[str]] = {}
+    for row in rows:
+        made.setdefault(row["commit"], []).append(f"{row['method']} {row['planes']}")
+    main, *others = sorted(made, key=lambda commit: -len(made[commit]))
+    return [main, *(f"{commit} ({', '.join(made[commit])})" for commit in others)]
 
 
 def machine() -> str:

@@ -1,6 +1,7 @@
 """A sharded folder: mapped, quantised with and without a text, interrupted, with the same files."""
 
 import hashlib
+import itertools
 import json
 
 import pytest
@@ -87,27 +88,31 @@ def test_a_damaged_index_is_refused(folder, tmp_path):
         mapped("LlamaForCausalLM", tmp_path)
 
 
-def test_two_runs_and_an_interrupted_one_write_identical_files(folder, text, tmp_path, monkeypatch):
+def test_two_runs_and_one_interrupted_at_every_layer_write_identical_files(
+    folder, text, tmp_path, monkeypatch
+):
     options = ["--calibration", str(text), "--context", "32", "--sequences", "24"]
     first = quantize(folder, tmp_path / "first", *options)
     assert quantize(folder, tmp_path / "second", *options) == first
 
-    kept = tmp_path / "kept"
-    write, calls = resume.Store.write, []
+    kept, out = tmp_path / "kept", tmp_path / "third"
+    write = resume.Store.write
+    for done in itertools.count():
+        written = []
 
-    def interrupted(store, decisions):
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        calls.append(list(decisions))
-        write(store, decisions)
+        def one_group_then_stop(store, decisions, written=written):
+            if written:
+                raise KeyboardInterrupt
+            written.append(write(store, decisions))
 
-    monkeypatch.setattr(resume.Store, "write", interrupted)
-    assert status(folder, tmp_path / "third", *options, "--resume", str(kept)) != 0
-    monkeypatch.setattr(resume.Store, "write", write)
-    assert not (tmp_path / "third").exists() and len(list(kept.glob("*.safetensors"))) == 3
-    assert quantize(folder, tmp_path / "third", *options, "--resume", str(kept)) == first
+        monkeypatch.setattr(resume.Store, "write", one_group_then_stop)
+        if status(folder, out, *options, "--resume", str(kept)) == 0:
+            break
+        assert not out.exists() and len(list(kept.glob("*.safetensors"))) == done + 1
+    assert done == 7, "two blocks of four groups: every one was the last before an interruption"
+    assert digests(out) == first
 
-    loaded = ternc.load(tmp_path / "third")
+    loaded = ternc.load(out)
     assert all(
         "gptq" in row.reason or "als" in row.reason for row in ternc.report(loaded).rewritten
     )

@@ -257,7 +257,9 @@ class _GroupFits:
             )
             for rotation in (None, self._rotation)
         }
-        return min(errors, key=lambda rotation: errors[rotation])
+        chosen = min(errors, key=lambda rotation: errors[rotation])
+        self._metrics = {key: kept for key, kept in self._metrics.items() if key[0] == chosen}
+        return chosen
 
     def candidates(
         self,
@@ -298,7 +300,5 @@ class _GroupFits:
     def _metric(self, rotation: Rotation | None, centred: bool) -> Metric:
         key = (rotation, centred)
         if key not in self._metrics:
-            fitted = self._moments.fitted
-            rotated = fitted if rotation is None else fitted.rotated(rotation)
-            self._metrics[key] = Metric.of(rotated, centred)
+            self._metrics[key] = Metric.of(self._moments.fitted, centred, rotation)
         return self._metrics[key]

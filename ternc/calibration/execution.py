@@ -8,7 +8,7 @@ be run one at a time from kept inputs, instead of the whole model again for ever
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,15 +23,6 @@ Leaves = list[Any]
 
 class StopForward(BaseException):
     """Ends a forward whose rest is not needed; no `except Exception` of a model swallows it."""
-
-
-@dataclasses.dataclass
-class BlockCall:
-    """One call of a block: what went in and what came out, as lists of leaves."""
-
-    inputs: Leaves
-    spec: pytree.TreeSpec
-    outputs: Leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,36 +96,28 @@ def record(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> Exe
     Args:
         layers: the linear modules to calibrate, by name.
     """
-    inputs: list[tuple[str, torch.Tensor]] = []
-    calls = dict.fromkeys(layers, 0)
+    inputs = _SeenInputs()
     containers = list(_containers(model, layers))
-    block_calls: dict[nn.Module, list[BlockCall]] = {
-        block: [] for container in containers for block in container.children()
-    }
+    links = {container: _Links(container) for container in containers}
     handles = []
     for name, layer in layers.items():
-        handles.append(layer.register_forward_pre_hook(_noting(name, inputs), with_kwargs=True))
-    for block, seen in block_calls.items():
-        handles.append(block.register_forward_hook(_keeping(seen), with_kwargs=True))
+        handles.append(layer.register_forward_pre_hook(inputs.noting(name), with_kwargs=True))
+    for container, seen in links.items():
+        for index, block in enumerate(container.children()):
+            handles.append(block.register_forward_hook(seen.noting(index), with_kwargs=True))
     try:
         call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[int, dict[str, None]] = {}
-    for name, x in inputs:  # `inputs` keeps every tensor alive: equal ids are one tensor
-        if not calls[name]:
-            groups.setdefault(id(x), {})[name] = None
-        calls[name] += 1
     chains: list[Chain] = []
     taken: set[nn.Module] = set()
     for container in containers:
-        if taken.isdisjoint(container.modules()):
-            chain = _chain(container, block_calls)
-            if chain is not None and _replays(chain, block_calls):
-                chains.append(chain)
-                taken.update(container.modules())
-    return Execution([tuple(names) for names in groups.values()], calls, chains)
+        if taken.isdisjoint(container.modules()) and (chain := links.pop(container).chain()):
+            chains.append(chain)
+            taken.update(container.modules())
+    calls = {name: inputs.calls.get(name, 0) for name in layers}
+    return Execution([tuple(names) for names in inputs.groups], calls, chains)
 
 
 def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
@@ -142,19 +125,30 @@ def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _noting(name: str, inputs: list[tuple[str, torch.Tensor]]) -> Callable[..., None]:
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append((name, input_of(args, kwargs)))
+class _SeenInputs:
+    """Which layers are given one and the same tensor; no tensor is kept alive for that."""
 
-    return note
+    def __init__(self) -> None:
+        self.groups: list[dict[str, None]] = []
+        self.calls: dict[str, int] = {}
+        self._group_of: dict[int, tuple[weakref.ref[torch.Tensor], dict[str, None]]] = {}
 
+    def noting(self, name: str) -> Callable[..., None]:
+        """A forward pre-hook of the layer `name`."""
 
-def _keeping(seen: list[BlockCall]) -> Callable[..., None]:
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        seen.append(BlockCall(leaves, spec, pytree.tree_leaves(output)))
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = input_of(args, kwargs)
+            seen, group = self._group_of.get(id(x), (None, {}))
+            if seen is None or seen() is not x:  # new, or at the address of one that is gone
+                group = {}
+                self._group_of[id(x)] = weakref.ref(x), group
+            if name not in self.calls:
+                if not group:
+                    self.groups.append(group)
+                group[name] = None
+            self.calls[name] = self.calls.get(name, 0) + 1
 
-    return keep
+        return note
 
 
 def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
@@ -169,51 +163,78 @@ def _containers(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[n
     yield from sorted(found, key=lambda module: -held[module])
 
 
-def _chain(container: nn.Module, block_calls: dict[nn.Module, list[BlockCall]]) -> Chain | None:
-    """The chain that the recorded calls show, or None where a block is fed in another way."""
-    blocks = list(container._modules.items())
-    calls = [block_calls[block] for _, block in blocks if block is not None]
-    if any(len(seen) != 1 for seen in calls) or len({id(seen) for seen in calls}) != len(calls):
+class _Links:
+    """How the blocks of one container feed each other; of the calls, two at a time are kept."""
+
+    def __init__(self, container: nn.Module) -> None:
+        self._container = container
+        self._specs: list[pytree.TreeSpec] = []
+        self._links: list[list[Link]] = []
+        self._first: Leaves = []
+        self._inputs: Leaves = []
+        self._outputs: Leaves = []
+        self._broken = False
+
+    def noting(self, index: int) -> Callable[..., None]:
+        """A forward hook of block `index`."""
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs, spec = pytree.tree_flatten((args, kwargs))
+            self._note(index, inputs, spec, pytree.tree_leaves(output))
+
+        return note
+
+    def _note(self, index: int, inputs: Leaves, spec: pytree.TreeSpec, outputs: Leaves) -> None:
+        if self._broken or index != len(self._specs):
+            self._break()
+            return
+        if index == 0:
+            self._first = inputs
+        else:
+            found = [self._link(leaf, position) for position, leaf in enumerate(inputs)]
+            links = [link for link in found if link is not None]
+            if len(links) < len(found):
+                self._break()
+                return
+            self._links.append(links)
+        self._specs.append(spec)
+        self._inputs, self._outputs = inputs, outputs
+
+    def _break(self) -> None:
+        self._broken, self._first, self._inputs, self._outputs = True, [], [], []
+
+    def _link(self, leaf: Any, index: int) -> Link | None:
+        """Where a leaf comes from; None where it is neither of the block before nor a constant."""
+        if leaf is None or isinstance(leaf, (bool, str)):
+            return Link("constant", value=leaf)
+        if isinstance(leaf, (int, float)):
+            same = index < len(self._inputs) and self._inputs[index] == leaf
+            return Link("input", index) if same else None
+        for source, leaves in (("output", self._outputs), ("input", self._inputs)):
+            for position, other in enumerate(leaves):
+                if other is leaf:
+                    return Link(source, position)
         return None
-    links = []
-    for (before,), (after,) in itertools.pairwise(calls):
-        link = [_link(leaf, index, before) for index, leaf in enumerate(after.inputs)]
-        if None in link:
+
+    def chain(self) -> Chain | None:
+        """The chain, where each block was called once, in order, fed by the one before, and running
+        block after block gives again, bit for bit, what the model computed."""
+        keys = list(self._container._modules)
+        if self._broken or len(self._specs) != len(keys):
             return None
-        links.append(link)
-    keys = [key for key, _ in blocks]
-    return Chain(container, keys, [seen[0].spec for seen in calls], links)  # type: ignore[arg-type]
-
-
-def _link(leaf: Any, index: int, before: BlockCall) -> Link | None:
-    """Where a leaf comes from; None where it is neither of the block before nor a constant."""
-    if leaf is None or isinstance(leaf, (bool, str)):
-        return Link("constant", value=leaf)
-    if isinstance(leaf, (int, float)):
-        same = index < len(before.inputs) and before.inputs[index] == leaf
-        return Link("input", index) if same else None
-    for source, leaves in (("output", before.outputs), ("input", before.inputs)):
-        for position, other in enumerate(leaves):
-            if other is leaf:
-                return Link(source, position)
-    return None
+        chain = Chain(self._container, keys, self._specs, self._links)
+        leaves, last = self._first, len(keys) - 1
+        for index in range(last):
+            leaves = chain.advance(index, leaves)
+        outputs = pytree.tree_leaves(chain.run(last, leaves))
+        same = len(outputs) == len(self._outputs) and all(
+            torch.equal(new, old) if isinstance(old, torch.Tensor) else new is old or new == old
+            for new, old in zip(outputs, self._outputs, strict=True)
+        )
+        return chain if same else None
 
 
 def _follow(link: Link, inputs: Leaves, outputs: Leaves) -> Any:
     if link.source == "constant":
         return link.value
     return (outputs if link.source == "output" else inputs)[link.index]
-
-
-def _replays(chain: Chain, block_calls: dict[nn.Module, list[BlockCall]]) -> bool:
-    """Whether running block after block gives again, bit for bit, what the model computed."""
-    (first,) = block_calls[chain.block(0)]
-    (last,) = block_calls[chain.block(len(chain.keys) - 1)]
-    leaves = first.inputs
-    for index in range(len(chain.keys) - 1):
-        leaves = chain.advance(index, leaves)
-    outputs = pytree.tree_leaves(chain.run(len(chain.keys) - 1, leaves))
-    return len(outputs) == len(last.outputs) and all(
-        torch.equal(new, old) if isinstance(old, torch.Tensor) else new is old or new == old
-        for new, old in zip(outputs, last.outputs, strict=True)
-    )

@@ -23,6 +23,7 @@ from ternc.calibration.refit import refit_codes, refit_steps
 from ternc.config import Config
 from ternc.formats import fit as data_free
 from ternc.formats.quantized import Quantized
+from ternc.formats.rotation import Rotation
 from ternc.runtime.ops.fit import snap
 
 SWEEPS = 8
@@ -46,15 +47,17 @@ class Metric:
     """Upper Cholesky factor of the inverse, fp32 [K, K]."""
 
     @classmethod
-    def of(cls, moments: Moments, centred: bool) -> Metric:
+    def of(cls, moments: Moments, centred: bool, rotation: Rotation | None = None) -> Metric:
         """The metric of inputs with these moments.
 
         Args:
             centred: a bias takes up the mean of the error, so that only its spread counts.
+            rotation: of the inputs, after the moments were taken.
         """
-        second = moments.metric(centred)
-        few = moments.count < ENOUGH_ROWS * len(second)
-        hessian = damped(second, SHORT_DAMPING if few else DAMPING)
+        few = moments.count < ENOUGH_ROWS * len(moments.mean)
+        rotated = moments if rotation is None else moments.rotated(rotation)
+        hessian = damped(rotated.metric(centred), SHORT_DAMPING if few else DAMPING)
+        del rotated
         return cls(hessian, inverse_factor(hessian))
 
 

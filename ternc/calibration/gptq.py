@@ -34,9 +34,10 @@ def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor U of inv(H), U^T U = inv(H); computed in fp64, fp32 [K, K]."""
-    lower = torch.linalg.cholesky(hessian.double())
-    inverse = torch.cholesky_inverse(lower)
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    # One expression: no more than two fp64 matrices are alive at a time.
+    return torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(hessian.double())), upper=True
+    ).float()
 
 
 def compensate(w: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tensor:

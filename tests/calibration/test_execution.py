@@ -1,5 +1,7 @@
 """What a recorded call says: groups, order, chains, and that a chain replays the model."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -77,6 +79,19 @@ def test_a_chain_with_state_is_not_replayed():
     model = Model()
     model.blocks[1] = Counting(8)
     assert recorded(model, torch.randn(5, 8)).chains == []
+
+
+def test_recording_keeps_no_input_alive_that_the_model_lets_go_of():
+    torch.manual_seed(0)
+    model, seen, alive = Model(), [], []
+    for block in model.blocks:
+        block.down.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+        block.q.register_forward_pre_hook(
+            lambda *_: alive.append(sum(ref() is not None for ref in seen))
+        )
+    execution = recorded(model, torch.randn(5, 8))
+    assert alive[:3] == [0, 0, 0], "inputs of earlier blocks were kept"
+    assert len(execution.chains[0].keys) == 3 and len(execution.groups) == 8
 
 
 def true_inputs(model, name, batches):
