@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,10 @@ SHAPES = ["4096x4096", "4096x14336", "14336x4096", "2560x6912", "6912x2560", "81
 TOKENS = [1, 8, 13, 16, 37, 64, 100, 200, 256, 2048, 8192]
 
 
+ALONE_TOKENS = 16
+"""Up to here every ternc kernel is also timed with none overlapping the one before."""
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -48,8 +53,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", help="where the tree has no git folder")
     peers = list(peers_cuda.ALL)
     parser.add_argument("--peers", nargs="*", default=peers, choices=peers)
+    parser.add_argument("--lock", help="file: compile beside other processes, time alone")
     parser.add_argument("--json", help="file for the rows")
     return parser.parse_args()
+
+
+_checked: set[tuple[int, ...]] = set()
 
 
 @functools.lru_cache(maxsize=8)
@@ -60,14 +69,17 @@ def packed_weight(rows: int, columns: int, planes: int, group_size: int) -> Pack
 def ternc_way(
     x: torch.Tensor, rows: int, planes: int, group_size: int, copies: Callable[[int], int]
 ) -> Way:
-    """Checked bit for bit against the eager reference on the first tokens."""
+    """Checked bit for bit against the eager reference on the first tokens, once a problem."""
     packed = packed_weight(rows, x.shape[1], planes, group_size)
     arguments = linear_arguments(x, packed)
-    seen = torch.ops.ternc.linear(*arguments)
-    kernel = dispatch.last_kernel(packed.weight)
-    expected = linear.reference(x[:CHECKED_TOKENS], *arguments[1:])
-    assert torch.equal(seen[:CHECKED_TOKENS], expected), "the kernel differs from the reference"
-    assert kernel != "reference", "no kernel ran"
+    problem = (*x.shape, rows, planes, group_size)
+    if problem not in _checked:
+        seen = torch.ops.ternc.linear(*arguments)
+        kernel = dispatch.last_kernel(packed.weight)
+        expected = linear.reference(x[:CHECKED_TOKENS], *arguments[1:])
+        assert torch.equal(seen[:CHECKED_TOKENS], expected), "the kernel differs"
+        assert kernel != "reference", "no kernel ran"
+        _checked.add(problem)
     nbytes = sum(t.nbytes for t in (packed.weight, packed.multiplier) if t is not None)
     calls = []
     for _ in range(copies(nbytes)):
@@ -80,8 +92,10 @@ def ternc_way(
     return Way(f"ternc x{planes} {scales}", calls, nbytes, "int8")
 
 
-def measure(columns: int, rows: int, tokens: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row of the table for every way."""
+def measure(
+    columns: int, rows: int, tokens: int, args: argparse.Namespace, timed: bool = True
+) -> list[dict[str, Any]]:
+    """One row of the table for every way; none, and only checks, where not `timed`."""
     from ternc.runtime.kernels.triton import launch, timing
 
     def copies(nbytes: int) -> int:
@@ -97,9 +111,13 @@ def measure(columns: int, rows: int, tokens: int, args: argparse.Namespace) -> l
         way = make()
         if way is None:
             continue
+        if not timed:
+            way.calls[0]()
+            torch.cuda.synchronize()
+            continue
         us = timing.graph_time(way.calls)
         row = {"K": columns, "N": rows, "M": tokens, "way": way.name, "us": us}
-        if way.name.startswith("ternc"):
+        if way.name.startswith("ternc") and tokens <= ALONE_TOKENS:
             with launch.alone():
                 row["us, not overlapped"] = timing.graph_time(way.calls)
         floor = way.floor(rows, columns, tokens)
@@ -138,8 +156,13 @@ def main() -> None:
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     shapes += [(columns, rows) for rows, columns in common.drawn_shapes(args.drawn)]
     table = []
-    for columns, rows in shapes:
-        for tokens in args.tokens:
+    if args.lock:
+        with common.turn(args.lock, alone=False):
+            for (columns, rows), tokens in itertools.product(shapes, args.tokens):
+                measure(columns, rows, tokens, args, timed=False)
+                torch.cuda.empty_cache()
+    with common.turn(args.lock, alone=True):
+        for (columns, rows), tokens in itertools.product(shapes, args.tokens):
             found = measure(columns, rows, tokens, args)
             table += found
             times = ", ".join(f"{row['way']} {row['us']:.2f}" for row in found)

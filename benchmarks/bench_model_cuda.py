@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import gc
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import attention  # noqa: E402
+import common  # noqa: E402
 
 import ternc  # noqa: E402
 from ternc.backend import ternc_backend  # noqa: E402
@@ -41,6 +43,10 @@ PEAK_OPS_US = {"ternc": 1979e6, "bf16": 989e6}
 """Of one H100: read speed, dense tensor-core peaks of int8 and bf16."""
 CONTEXT, POSITION = 512, 300
 """Places in the KV cache, and those filled before the first token that is timed."""
+
+ROUNDS = 5
+"""Medians are of as many."""
+WARM_PROMPTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +204,7 @@ def prefill(step: Step, prompt: int, repeats: int) -> float:
     """Seconds for a prompt."""
     tokens = torch.randint(0, 1000, (1, prompt), device="cuda")
     position = torch.arange(prompt, device="cuda")
-    for _ in range(3):
+    for _ in range(WARM_PROMPTS):
         torch.compiler.cudagraph_mark_step_begin()
         step(tokens, position)
     torch.cuda.synchronize()
@@ -210,13 +216,11 @@ def prefill(step: Step, prompt: int, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def kernels_of_a_token(step: Step) -> list[list[Any]]:
-    """[name, launches, microseconds] of what one token runs on the GPU, longest first."""
-    token = torch.full((1, 1), 17, device="cuda")
-    position = torch.full((1,), POSITION, device="cuda")
+def kernels_of(step: Step, tokens: torch.Tensor, position: torch.Tensor) -> list[list[Any]]:
+    """[name, launches, microseconds] of what one step runs on the GPU, longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         torch.compiler.cudagraph_mark_step_begin()
-        step(token, position)
+        step(tokens, position)
         torch.cuda.synchronize()
     found: dict[str, list[float]] = collections.defaultdict(list)
     for event in profile.events():
@@ -224,6 +228,16 @@ def kernels_of_a_token(step: Step) -> list[list[Any]]:
             found[event.name].append(event.time_range.elapsed_us())
     order = sorted(found, key=lambda name: -sum(found[name]))
     return [[name[:100], len(found[name]), round(sum(found[name]), 1)] for name in order]
+
+
+def kernels_of_a_token(step: Step) -> list[list[Any]]:
+    token = torch.full((1, 1), 17, device="cuda")
+    return kernels_of(step, token, torch.full((1,), POSITION, device="cuda"))
+
+
+def kernels_of_a_prompt(step: Step, prompt: int) -> list[list[Any]]:
+    tokens = torch.randint(0, 1000, (1, prompt), device="cuda")
+    return kernels_of(step, tokens, torch.arange(prompt, device="cuda"))
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -235,6 +249,20 @@ def weight_bytes(model: nn.Module) -> int:
         elif isinstance(module, nn.Linear):
             count += module.weight.nbytes
     return count
+
+
+def prompt_row(
+    step: Step, way: str, args: argparse.Namespace, shape: Shape
+) -> dict[str, float | list[list[Any]]]:
+    """What a prompt takes, and its floor."""
+    seconds = statistics.median(prefill(step, args.prompt, args.repeats) for _ in range(ROUNDS))
+    narrow = shape.kv_heads * shape.head_width
+    weights = shape.width * (2 * shape.width + 2 * narrow + 3 * shape.hidden)
+    work = 2 * weights * shape.layers * args.prompt
+    floor = work / PEAK_OPS_US[way.split()[0].strip(",")]
+    kernels = kernels_of_a_prompt(step, args.prompt)
+    times = {"prefill ms": seconds * 1e3, "prefill floor ms": floor / 1e3}
+    return times | {"prompt kernels": kernels}
 
 
 def measure(model: nn.Module, way: str, args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
@@ -249,19 +277,19 @@ def measure(model: nn.Module, way: str, args: argparse.Namespace, shape: Shape) 
     row: dict[str, Any] = {"way": way}
     cache = 4 * shape.layers * shape.kv_heads * shape.head_width * POSITION
     row["floor us"] = (weight_bytes(model) + cache) / READ_BYTES_US
-    seconds = decode(compiled, args.tokens)
-    row |= {"us a token": seconds * 1e6, "tokens/s": 1 / seconds}
-    row["kernels"] = kernels_of_a_token(compiled)
-    row["launches a token"] = sum(count for _, count, _ in row["kernels"])
-    row["GPU us a token"] = sum(us for *_, us in row["kernels"])
+    with common.turn(args.lock, alone=False):
+        decode(compiled, 1)
+        if args.prompt:
+            prefill(compiled, args.prompt, 1)
+    with common.turn(args.lock, alone=True):
+        seconds = statistics.median(decode(compiled, args.tokens) for _ in range(ROUNDS))
+        row |= {"us a token": seconds * 1e6, "tokens/s": 1 / seconds}
+        row["kernels"] = kernels_of_a_token(compiled)
+        row["launches a token"] = sum(count for _, count, _ in row["kernels"])
+        row["GPU us a token"] = sum(us for *_, us in row["kernels"])
+        if args.prompt:
+            row |= prompt_row(compiled, way, args, shape)
     print(json.dumps(row), flush=True)
-    if args.prompt:
-        seconds = prefill(compiled, args.prompt, args.repeats)
-        narrow = shape.kv_heads * shape.head_width
-        weights = shape.width * (2 * shape.width + 2 * narrow + 3 * shape.hidden)
-        work = 2 * weights * shape.layers * args.prompt
-        peak = PEAK_OPS_US[way.split()[0].strip(",")]
-        row |= {"prefill ms": seconds * 1e3, "prefill floor ms": work / peak / 1e3}
     row["compile and run s"] = time.perf_counter() - start
     torch.compiler.reset()
     return row
@@ -273,10 +301,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     ways = ["bf16 eager", "bf16 inductor", "ternc", "ternc, int8 head"]
     parser.add_argument("--ways", nargs="+", default=ways, choices=ways)
-    parser.add_argument("--tokens", type=int, default=128, help="decoded and timed")
+    parser.add_argument("--tokens", type=int, default=64, help="decoded and timed")
     parser.add_argument("--prompt", type=int, default=2048, help="0: no prefill")
-    parser.add_argument("--repeats", type=int, default=10, help="of the prefill")
+    parser.add_argument("--repeats", type=int, default=4, help="of the prefill")
     parser.add_argument("--layers", type=int, help="instead of the shape's own")
+    parser.add_argument("--lock", help="file: compile beside other processes, time alone")
+    parser.add_argument("--commit", help="where the tree has no git folder")
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args()
     if args.device != "cuda":
@@ -300,12 +330,17 @@ def main() -> None:
                 row = {"model": name} | measure(model, way, args, shape)
                 rows.append(row)
                 if args.json:
-                    facts = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+                    facts = {
+                        "commit": args.commit or common.commit(),
+                        "gpu": torch.cuda.get_device_name(),
+                        "torch": torch.__version__,
+                        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    }
                     Path(args.json).write_text(json.dumps({"machine": facts, "rows": rows}))
             del model
         gc.collect()
         torch.cuda.empty_cache()
-    shown = [{k: v for k, v in row.items() if k != "kernels"} for row in rows]
+    shown = [{k: v for k, v in row.items() if "kernels" not in k} for row in rows]
     print(tabulate.tabulate(shown, headers="keys", floatfmt=".1f"))
 
 

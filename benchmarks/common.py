@@ -6,14 +6,16 @@ reads a warm weight; contenders take turns in every round, so that a slow spell 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,20 @@ def interleave(
             seconds = time.perf_counter() - start
             fast = fast and (limits is None or limits.tiles_are_fast())
             (contender.seconds if fast else contender.slow).append(seconds)
+
+
+@contextlib.contextmanager
+def turn(lock: str | None, alone: bool) -> Iterator[None]:
+    """Inside, no other process holds the file `lock`, or with `alone` false none of them alone.
+
+    Several benchmarks then compile side by side and are timed one after another. None: no lock.
+    """
+    if lock is None:
+        yield
+        return
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def commit() -> str:
