@@ -40,7 +40,8 @@ TOKENS = [1, 2, 3, 7, 13, 37, 64, 65, 130, 257]
 def test_integer_activations(shape, dtype, bits):
     packed = packed_on_gpu(*shape)
     bias = torch.randn(shape[0], device="cuda", dtype=dtype) if shape[0] % 2 else None
-    for tokens in TOKENS:
+    # Types differ in how they are read and written: every tile in one of them, some in the others.
+    for tokens in TOKENS if dtype == torch.bfloat16 else (1, 13, 130):
         x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
         arguments = linear_arguments(x, packed, bias, bits)
         assert_same(torch.ops.ternc.linear(*arguments), linear_op.reference(*arguments))
@@ -51,7 +52,7 @@ def test_integer_activations(shape, dtype, bits):
 def test_floating_point_activations(shape, dtype):
     """Within the sum of one rounding of the output and the fp32 accumulation of K terms."""
     packed = packed_on_gpu(*shape)
-    for tokens in (1, 5, 70):
+    for tokens in (1, 5, 70) if dtype == torch.bfloat16 else (5,):
         x = torch.randn(tokens, shape[1], device="cuda", dtype=dtype)
         arguments = linear_arguments(x, packed, None, 0)
         expected = linear_op.reference(*arguments)

@@ -162,8 +162,8 @@ def _multiply(
         linear_float(x, product)
     elif tokens == 1 and not select.gemv_unsupported(weight, activation_bits, sx is not None):
         kernel = "triton_gemv"
-        x = x if sx is None else _aligned(x)
-        linear_gemv(x, sx, product, select.gemv_config(weight, device, sx is not None))
+        x, kind = (x, select.GEMV) if sx is None else (_aligned(x), select.INTEGERS)
+        linear_gemv(x, sx, product, select.gemv_config(weight, device, kind))
     else:
         kernel = "triton_gemm"
         config = select.gemm_config(weight, tokens, device)

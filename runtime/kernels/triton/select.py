@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ternc.runtime.kernels.triton import launch, linear_int8
+from ternc.runtime.kernels.triton.decode import NO_GROUPS
 from ternc.runtime.kernels.triton.linear_gemm import GemmConfig
 from ternc.runtime.kernels.triton.linear_gemv import MAX_CHUNKS, GemvConfig
 from ternc.runtime.kernels.triton.weight import Weight
@@ -20,8 +21,8 @@ BUCKETS = (8, 16, 32, 64, 128, 192, 256, 512, 1024, 2048)
 """Largest M of every row of the table; the last row serves every larger M."""
 
 
-INTEGERS = "gemv integers"
-"""Kernel of the table's rows for one token whose input is integers."""
+GEMV, INTEGERS, GATED = "gemv", "gemv integers", "gemv gated"
+"""Kernels of the table's rows for one token: in general, of integers, of act(gate) * up."""
 
 
 def unsupported(weight: Weight, activation_bits: int) -> str | None:
@@ -48,11 +49,10 @@ def gemv_unsupported(weight: Weight, activation_bits: int, integers: bool = Fals
     return None
 
 
-def gemv_config(weight: Weight, device: torch.device, integers: bool = False) -> GemvConfig:
-    """Tile of the one-token kernel; an input of integers may have one of its own."""
+def gemv_config(weight: Weight, device: torch.device, kind: str = GEMV) -> GemvConfig:
+    """Tile of the one-token kernel; a special kind may have one of its own."""
     table = _tuned(device)
-    tuned = table.get(table_key(INTEGERS, weight)) if integers else None
-    tuned = tuned or table.get(table_key("gemv", weight))
+    tuned = table.get(table_key(kind, weight)) or table.get(table_key(GEMV, weight))
     return GemvConfig(*tuned) if tuned else default_gemv(weight, device)
 
 
@@ -81,28 +81,43 @@ def default_gemm(weight: Weight, tokens: int, device: torch.device) -> GemmConfi
     def tiles(rows: int, columns: int) -> int:
         return -(-weight.rows // rows) * -(-tokens // columns)
 
+    def split(count: int) -> int:
+        return _split(count, weight, processors)
+
+    # Decoding several planes or groups takes the registers that two chunks at once would need.
+    single = weight.planes == 3 or (_heavy(weight) and tiles(64, 64) >= 1.5 * processors)
+    stages, step = (4, 1) if single else (3, 2)
     if tokens <= 8:
-        return GemmConfig(32, 8, _split(tiles(32, 8), weight.chunks, processors), 2, 4, None, 2, 2)
+        return GemmConfig(32, 8, split(tiles(32, 8)), 2, 4, None, step, 2)
     if tokens <= 16:
-        split = _split(tiles(64, 16), weight.chunks, processors)
-        return GemmConfig(64, 16, split, 4, 4, None, 2, 2)
-    if tokens <= 32 or (tokens <= 64 and tiles(64, 64) < 0.75 * processors):
-        split = _split(tiles(64, 32), weight.chunks, processors)
-        return GemmConfig(64, 32, split, 4, 3, None, 2, 2)
+        return GemmConfig(64, 16, split(tiles(64, 16)), 4, 4, None, step, 2)
+    if tokens <= 32 or (tokens <= 64 and not single and tiles(64, 64) < 0.75 * processors):
+        return GemmConfig(64, 32, split(tiles(64, 32)), 4, stages, None, step, 2)
     # A token tile that is mostly empty costs as much as a full one.
     wide = -(-tokens // 128) * 128 <= 1.3 * tokens or tokens > 512
     if wide and tiles(128, 128) >= 1.5 * processors:
         return GemmConfig(128, 128, 1, 8, 3, 128)
     if tokens > 64 and tiles(128, 64) >= 1.5 * processors:
         return GemmConfig(128, 64, 1, 8, 3, None, 1, 2)
-    split = _split(2 * tiles(64, 64), weight.chunks, processors)
-    return GemmConfig(64, 64, split, 4, 3, None, 2, 2)
+    few = 2 * tiles(64, 64) if not _heavy(weight) else tiles(64, 64)
+    return GemmConfig(64, 64, split(few), 4, stages, None, step, 2)
 
 
-def _split(tiles: int, chunks: int, processors: int) -> int:
-    """Parts of K: a power of two; parts keep 8 chunks, programs stay within four a processor."""
+def _heavy(weight: Weight) -> bool:
+    """Decoding takes as long as the products: more programs help before the memory is busy."""
+    return weight.planes > 1 or weight.groups_kind != NO_GROUPS.value
+
+
+def _split(tiles: int, weight: Weight, processors: int) -> int:
+    """Parts of K: a power of two; enough for about two programs a processor, or four small ones;
+    parts keep 8 chunks, or 3 where decoding is heavy.
+    """
     split = 1
-    while tiles * split <= 2 * processors and chunks > 16 * split:
+    if _heavy(weight):
+        while tiles * split <= 1.25 * processors and weight.chunks > 6 * split:
+            split *= 2
+        return split
+    while tiles * split <= 2 * processors and weight.chunks > 16 * split:
         split *= 2
     return split
 
@@ -118,10 +133,17 @@ def table_key(kernel: str, weight: Weight) -> str:
 
 
 @functools.cache
-def _table(name: str) -> dict[str, Any]:
-    """The table of a GPU by its name, empty where it was never tuned."""
-    path = table_path(name)
-    return json.loads(path.read_text())["configurations"] if path.is_file() else {}
+def _table(name: str, capability: int, processors: int) -> dict[str, Any]:
+    """The table of a GPU by its name, over those of GPUs with as many processors of its kind."""
+    found: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for path in sorted(TABLES.glob("*.json")):
+        table = json.loads(path.read_text())
+        if path == table_path(name):
+            own = table["configurations"]
+        elif (table["capability"], table["processors"]) == (capability, processors):
+            found |= table["configurations"]
+    return found | own
 
 
 @functools.cache
@@ -130,4 +152,5 @@ def _device_name(index: int) -> str:
 
 
 def _tuned(device: torch.device) -> dict[str, Any]:
-    return _table(_device_name(device.index or 0))
+    index = device.index or 0
+    return _table(_device_name(index), launch.capability(index), launch.processors(index))

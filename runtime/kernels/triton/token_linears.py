@@ -61,7 +61,8 @@ def token_linears(
         biases=tuple(b for b in some if b is not None) or None,
         outputs=tuple(y.view(1, -1) for y in outputs),
     )
-    config = select.gemv_config(product.joint, x.device)
+    kernel = select.GATED if activation else select.GEMV
+    config = select.gemv_config(product.joint, x.device, kernel)
     linear_gemv(x.reshape(1, columns).contiguous(), None, product, config, before, activation)
     for each in packed:
         dispatch.record(each.bytes, "triton_gemv")

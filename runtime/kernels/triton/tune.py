@@ -23,7 +23,7 @@ from ternc.formats import Quantized, pack
 from ternc.formats.quantized import group_count
 from ternc.runtime.kernels.triton import launch, linear_gemm, linear_gemv, select, timing
 from ternc.runtime.kernels.triton.linear_gemm import GemmConfig
-from ternc.runtime.kernels.triton.linear_gemv import GemvConfig
+from ternc.runtime.kernels.triton.linear_gemv import GemvConfig, Norm
 from ternc.runtime.kernels.triton.product import Product
 from ternc.runtime.kernels.triton.weight import Weight
 
@@ -42,12 +42,15 @@ class Problem:
     rows: int
     planes: int
     group_size: int
-    integers: bool = False
-    """One token's input comes as integers."""
+    kind: str = select.GEMV
+    """Of one token's product: as it is, of integers, or act(gate) * up behind a norm, where `rows`
+    are those of gate and up together."""
 
 
 def random_weight(problem: Problem, copies: int = 1) -> list[Weight]:
-    """`copies` random weights of the problem, in the CUDA layout, on the GPU."""
+    """`copies` random weights of the problem, in the CUDA layout, on the GPU; of the gated kind
+    their bytes are those of gate, then up.
+    """
     rows, columns = problem.rows, problem.columns
     most = CODE_MAX[problem.planes]
     groups = group_count(columns, problem.group_size)
@@ -100,10 +103,18 @@ def configurations(problem: Problem, tokens: int) -> list[GemmConfig | GemvConfi
 
 
 def run(
-    weight: Weight, x: torch.Tensor, config: GemmConfig | GemvConfig, sx: torch.Tensor | None
-) -> torch.Tensor:
+    weight: Weight, x: torch.Tensor, config: GemmConfig | GemvConfig, sx: torch.Tensor | None,
+    gated: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """One call with 8-bit activations; with sx, x holds integers."""
-    y = torch.empty((x.shape[0], weight.rows), dtype=torch.bfloat16, device=x.device)
+    rows = weight.rows // 2 if gated else weight.rows
+    y = torch.empty((x.shape[0], rows), dtype=torch.bfloat16, device=x.device)
+    if gated:
+        assert isinstance(config, GemvConfig)
+        norm = Norm("rms", 1e-5, x[0], round_first=True)
+        product = Product(halves(weight), None, (y,))
+        linear_gemv.linear_gemv(x, None, product, config, norm, "silu")
+        return y
     product = Product((weight,), None, (y,))
     if isinstance(config, GemvConfig):
         linear_gemv.linear_gemv(x, sx, product, config)
@@ -112,10 +123,26 @@ def run(
     return y
 
 
+def halves(weight: Weight) -> tuple[Weight, Weight]:
+    """Gate and up of a weight with the rows of both."""
+    rows = weight.rows // 2
+    first, second = (
+        dataclasses.replace(
+            weight,
+            bytes=weight.bytes[part],
+            scale=weight.scale[part],
+            multiplier=None if weight.multiplier is None else weight.multiplier[part],
+            rows=rows,
+        )
+        for part in (slice(0, rows), slice(rows, 2 * rows))
+    )
+    return first, second
+
+
 def random_input(problem: Problem, tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x [M, K] bf16, or for one token's integers q int8 and its scale."""
     shape = (tokens, problem.columns)
-    if not problem.integers:
+    if problem.kind != select.INTEGERS:
         return torch.randn(shape, device="cuda", dtype=torch.bfloat16), None
     q = torch.randint(-127, 128, shape, device="cuda", dtype=torch.int8)
     return q, torch.rand(tokens, device="cuda")
@@ -126,12 +153,13 @@ def measure(
     given: tuple[torch.Tensor, torch.Tensor | None],
     config: GemmConfig | GemvConfig,
     budget_ms: float,
+    gated: bool,
 ) -> float | None:
     """Microseconds a call; None where the configuration needs more than the GPU has."""
     from triton.runtime.errors import OutOfResources
 
     x, sx = given
-    calls = [lambda w=w: run(w, x, config, sx) for w in weights]
+    calls = [lambda w=w: run(w, x, config, sx, gated) for w in weights]
     try:
         return timing.graph_time(calls, budget_ms)
     except OutOfResources:
@@ -142,7 +170,7 @@ def compile_one(problem: Problem, tokens: int, config: GemmConfig | GemvConfig) 
     """Run once, in a process of its own: fills Triton's cache. Returns the error, if any."""
     try:
         x, sx = random_input(problem, tokens)
-        run(random_weight(problem)[0], x, config, sx)
+        run(random_weight(problem)[0], x, config, sx, problem.kind == select.GATED)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -155,7 +183,7 @@ def compile_all(problems: list[Problem], token_counts: list[int], processes: int
     for problem in problems:
         for tokens in token_counts:
             for config in configurations(problem, tokens):
-                kind = (problem.planes, problem.group_size, problem.integers)
+                kind = (problem.planes, problem.group_size, problem.kind)
                 # The one-token kernel is compiled for a K; the other for any.
                 key = (config, kind, problem.columns if tokens == 1 else 0)
                 small = dataclasses.replace(problem, rows=1024)
@@ -176,22 +204,23 @@ def tune(problem: Problem, token_counts: list[int]) -> dict[str, tuple]:
         weights = random_weight(problem, copies if tokens <= 512 else min(copies, 4))
         given = random_input(problem, tokens)
         times = {}
+        gated = problem.kind == select.GATED
         for config in configurations(problem, tokens):
-            us = measure(weights, given, config, 8.0)
+            us = measure(weights, given, config, 8.0, gated)
             if us is not None:
                 times[config] = us
         order = sorted(times, key=times.__getitem__)
         line = " ".join(f"{dataclasses.astuple(c)}={times[c]:.2f}" for c in order[:4])
-        print(f"{problem.columns}->{problem.rows} p{problem.planes} g{problem.group_size} "
-              f"M={tokens}: {line}", flush=True)  # fmt: skip
+        name = f"{problem.columns}->{problem.rows} p{problem.planes} g{problem.group_size}"
+        print(f"{name} {problem.kind if tokens == 1 else ''} M={tokens}: {line}", flush=True)
         rule: GemmConfig | GemvConfig
         if tokens == 1:
-            kernel = select.INTEGERS if problem.integers else "gemv"
+            kernel = problem.kind
             rule = select.default_gemv(weights[0], weights[0].bytes.device)
         else:
             kernel = f"gemm {tokens}"
             rule = select.default_gemm(weights[0], tokens, weights[0].bytes.device)
-        by_rule = times.get(rule) or measure(weights, given, rule, 8.0) or float("inf")
+        by_rule = times.get(rule) or measure(weights, given, rule, 8.0, gated) or float("inf")
         if by_rule > MARGIN * times[order[0]]:
             found[select.table_key(kernel, weights[0])] = dataclasses.astuple(order[0])
         print(f"    rule {dataclasses.astuple(rule)} {by_rule:.2f}", flush=True)
@@ -205,21 +234,23 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, *select.BUCKETS])
     parser.add_argument("--planes", type=int, default=1)
     parser.add_argument("--group-size", type=int, default=0)
-    parser.add_argument("--integers", action="store_true", help="one token, already quantised")
+    kinds = (select.GEMV, select.INTEGERS, select.GATED)
+    parser.add_argument("--kind", choices=kinds, default=select.GEMV, help="of one token's product")
     parser.add_argument("--out", type=Path, help="default: the table that this GPU reads")
     args = parser.parse_args()
     problems = []
     for shape in args.shapes:
         columns, rows = map(int, shape.split("x"))
-        problem = Problem(columns, rows, args.planes, args.group_size, args.integers)
+        problem = Problem(columns, rows, args.planes, args.group_size, args.kind)
         problems.append(problem)
-    if args.integers:
+    if args.kind != select.GEMV:
         args.tokens = [1]
     compile_all(problems, args.tokens, os.cpu_count() or 1)
     name = torch.cuda.get_device_name()
     path = args.out or select.table_path(name)
     table = json.loads(path.read_text()) if path.is_file() else {"configurations": {}}
     table |= {"device": name, "torch": torch.__version__}
+    table |= {"capability": launch.capability(0), "processors": launch.processors(0)}
     for problem in problems:
         table["configurations"] |= tune(problem, args.tokens)
         lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in table["configurations"].items()]
