@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.runtime.kernels.triton import launch
 
-PARTS = 16
+PARTS = 8
 """Parts of a head's cache: places in the cache are a multiple of it times 16."""
 
 
@@ -85,18 +85,17 @@ def _join(
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """The parts of a head of the cache -> the outputs of its queries."""
+    query, part = tl.arange(0, GROUP)[:, None], tl.arange(0, PARTS)[None, :]
     k = tl.arange(0, WIDTH)
-    first = head * PARTS * GROUP
-    part = tl.arange(0, PARTS)
-    for query in tl.static_range(GROUP):
-        row = first + part * GROUP + query
-        largest = tl.load(sums_ptr + 2 * row, cache_modifier=".cg")
-        share = tl.exp(largest - tl.max(largest, axis=0))
-        total = tl.sum(share * tl.load(sums_ptr + 2 * row + 1, cache_modifier=".cg"), axis=0)
-        mixed = tl.load(mixed_ptr + row[:, None] * WIDTH + k[None, :], cache_modifier=".cg")
-        out = tl.sum(mixed * share[:, None], axis=0) / total
-        place = (head * GROUP + query) * WIDTH + k
-        tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty))
+    row = (head * PARTS + part) * GROUP + query
+    largest = tl.load(sums_ptr + 2 * row, cache_modifier=".cg")
+    total = tl.load(sums_ptr + 2 * row + 1, cache_modifier=".cg")
+    mixed = tl.load(mixed_ptr + row[:, :, None] * WIDTH + k[None, None, :], cache_modifier=".cg")
+    share = tl.exp(largest - tl.max(largest, axis=1)[:, None])
+    share = share / tl.sum(share * total, axis=1)[:, None]
+    out = tl.sum(mixed * share[:, :, None], axis=1)
+    place = (head * GROUP + tl.arange(0, GROUP))[:, None] * WIDTH + k[None, :]
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty))
 
 
 @torch.library.custom_op("benchmark::token_attention", mutates_args=("keys", "values", "arrived"))
