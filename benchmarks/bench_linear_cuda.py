@@ -11,6 +11,7 @@ peak.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import sys
@@ -48,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="*", default=SHAPES, help="in_features x out_features")
     parser.add_argument("--drawn", type=int, default=4, help="shapes drawn from the commit")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--planes", type=int, nargs="+", default=[1])
+    parser.add_argument("--planes", type=int, nargs="*", default=[1])
     parser.add_argument("--groups", type=int, nargs="+", default=[0, 128], help="0: row scales")
     parser.add_argument("--commit", help="where the tree has no git folder")
     peers = list(peers_cuda.ALL)
@@ -111,13 +112,16 @@ def measure(
         way = make()
         if way is None:
             continue
+        lonely = way.name.startswith("ternc") and tokens <= ALONE_TOKENS
         if not timed:
+            with launch.alone() if lonely else contextlib.nullcontext():
+                way.calls[0]()
             way.calls[0]()
             torch.cuda.synchronize()
             continue
         us = timing.graph_time(way.calls)
         row = {"K": columns, "N": rows, "M": tokens, "way": way.name, "us": us}
-        if way.name.startswith("ternc") and tokens <= ALONE_TOKENS:
+        if lonely:
             with launch.alone():
                 row["us, not overlapped"] = timing.graph_time(way.calls)
         floor = way.floor(rows, columns, tokens)
