@@ -134,6 +134,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     settings = Settings.smoke() if arguments.smoke else Settings(compiled=not arguments.eager)
     settings = dataclasses.replace(settings, device=arguments.device)
     changes = {name: getattr(arguments, name) for name in ("steps", "batch", "layers")}
+    changes["rates"] = tuple(arguments.rates) if arguments.rates else None
     settings = dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
     if arguments.check:
         once = {"rates": settings.rates[-1:], "seeds": settings.seeds[:1], "windows": 32}
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", help=", ".join(dict.fromkeys(job.arm for job in plan(Settings()))))
     for name in ("steps", "batch", "layers"):
         add(f"--{name}", type=int)
+    add("--rates", type=float, nargs="+", help="learning rates of the arms that get several")
     add("--smoke", action="store_true", help="a tiny model, seconds an arm")
     add("--check", action="store_true", help="three steps of every arm, then stop; 1 if one fails")
     add("--time", choices=("whole", "blocks"), help="time steps of the model compiled so")

@@ -135,6 +135,24 @@ def test_bench_times_every_form(folders, kind, capsys):
     assert ("random weights" in found["note"]) == (kind == "packed")
 
 
+def test_bench_of_models_without_cache_or_tokens(tmp_path, capsys):
+    torch.manual_seed(0)
+    text = transformers.DistilBertConfig(
+        vocab_size=64, dim=16, n_layers=1, n_heads=2, hidden_dim=24, max_position_embeddings=16
+    )
+    image = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    transformers.DistilBertModel(text).save_pretrained(tmp_path / "text")
+    transformers.ViTModel(image).save_pretrained(tmp_path / "image")
+    for name, tokens in (("text", [5]), ("image", [None])):
+        command = ["bench", str(tmp_path / name), "--tokens", "5", "--rounds", "1", "--json"]
+        assert main([*command, "--inner", "eager", "--device", "cpu"]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert [row["tokens"] for row in rows] == 3 * tokens
+
+
 def test_bench_of_a_layer_goes_round_its_copies(monkeypatch):
     monkeypatch.setattr(bench, "ROTATED", 1 << 16)
     copies, seen = bench._copies(nn.Linear(64, 48)), []

@@ -15,6 +15,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,8 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.rounds < 1 or min(namespace.tokens) < 1 or min(namespace.layer or [1]) < 1:
         raise InputError("--rounds, --tokens and --layer take positive numbers")
     subject = _layer(namespace) if namespace.layer else _model(namespace)
-    rows = [row for count in namespace.tokens for row in _measure(subject, count, namespace)]
+    counts = namespace.tokens if subject.takes_tokens else [None]
+    rows = [row for count in counts for row in _measure(subject, count, namespace)]
     result = {
         "subject": subject.name,
         "note": subject.note,
@@ -85,15 +87,17 @@ class Subject:
     note: str
     forms: dict[str, list[nn.Module]]
     """"float" and "packed": copies to be called in turn."""
-    inputs: Callable[[int], Inputs]
-    """Tokens -> the arguments of a forward."""
+    inputs: Callable[[Any], Inputs]
+    """Tokens, or None -> the arguments of a forward."""
+    takes_tokens: bool = True
 
 
 @dataclasses.dataclass
 class Row:
     """One form at one number of tokens."""
 
-    tokens: int
+    tokens: int | None
+    """None: the model takes something else."""
     form: str
     milliseconds: float
     speed: float
@@ -155,10 +159,12 @@ def _model(namespace: argparse.Namespace) -> Subject:
         for name, form in (("float", dense), ("packed", packed))
     }
     inputs = functools.partial(_model_inputs, dense, namespace.device, dtype)
-    return Subject(type(found).__name__, f"{note}, {dtype}" + _unpacked(packed), forms, inputs)
+    takes_tokens = getattr(dense, "main_input_name", "input_ids") == "input_ids"
+    name, note = type(found).__name__, f"{note}, {dtype}" + _unpacked(packed)
+    return Subject(name, note, forms, inputs, takes_tokens)
 
 
-def _model_inputs(model: Any, device: str, dtype: Any, tokens: int) -> Inputs:
+def _model_inputs(model: Any, device: str, dtype: Any, tokens: int | None) -> Inputs:
     """Arguments of a forward of one sequence, in the model's own names.
 
     Raises:
@@ -167,27 +173,29 @@ def _model_inputs(model: Any, device: str, dtype: Any, tokens: int) -> Inputs:
     from ternc.cli.huggingface import example_inputs
 
     known = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(known, int) and tokens > known:
+    if isinstance(known, int) and tokens is not None and tokens > known:
         raise InputError(f"--tokens {tokens}: the model has {known} positions")
     torch.manual_seed(0)
     made = dict(example_inputs(model))
     for name, value in made.items():
-        if name.endswith("input_ids"):
+        if name.endswith("input_ids") and tokens is not None:
             made[name] = torch.randint(model.config.vocab_size, (1, tokens), device=device)
         elif isinstance(value, torch.Tensor):
             made[name] = value.to(device, dtype if value.is_floating_point() else None)
     if "input_ids" in made:
         made = {name: value for name, value in made.items() if name.endswith("input_ids")}
-        made["use_cache"] = False
+        if "use_cache" in inspect.signature(model.forward).parameters:
+            made["use_cache"] = False
     return (), made
 
 
-def _measure(subject: Subject, tokens: int, namespace: argparse.Namespace) -> Iterator[Row]:
+def _measure(subject: Subject, tokens: int | None, namespace: argparse.Namespace) -> Iterator[Row]:
     """Compile, compare, then time in turn."""
     from ternc.backend import ternc_backend
     from ternc.demo.measure import interleaved_medians
 
-    say(f"{subject.name}, {tokens} tokens: compiling")
+    what = subject.name if tokens is None else f"{subject.name}, {tokens} tokens"
+    say(f"{what}: compiling")
     torch._dynamo.reset()
     forms = dict(subject.forms)
     if namespace.inner == "inductor":
@@ -205,7 +213,7 @@ def _measure(subject: Subject, tokens: int, namespace: argparse.Namespace) -> It
                 difference[name] = _distance(_output(forms[name][0](*args, **kwargs)), expected)
         for name in ("packed", "ternc"):
             kernels[name] = _kernels(subject.forms["packed"][0], forms[name][0], inputs)
-        say(f"{subject.name}, {tokens} tokens: timing")
+        say(f"{what}: timing")
         calls = {name: _call(copies, inputs, namespace.device) for name, copies in forms.items()}
         # Every copy is warm: compiled code is shared, what is made on first use is not.
         warm_up = max(3, *(len(copies) for copies in forms.values()))
@@ -282,7 +290,7 @@ def _table(result: dict[str, Any], rows: list[Row]) -> str:
 
     lines = [
         (
-            row.tokens,
+            "-" if row.tokens is None else row.tokens,
             row.form,
             f"{row.milliseconds:.3f}",
             f"{row.speed:.2f}",
