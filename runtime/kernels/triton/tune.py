@@ -184,10 +184,11 @@ def compile_all(problems: list[Problem], token_counts: list[int], processes: int
         for tokens in token_counts:
             for config in configurations(problem, tokens):
                 kind = (problem.planes, problem.group_size, problem.kind)
-                # The one-token kernel is compiled for a K; the other for any.
-                key = (config, kind, problem.columns if tokens == 1 else 0)
+                # The one-token kernel is compiled for a K, and its rows say whether programs walk
+                # over blocks; the other serves any shape.
                 small = dataclasses.replace(problem, rows=1024)
-                jobs.setdefault(key, (small, min(tokens, 48), config))
+                given, shape = (small, None) if tokens > 1 else (problem, problem)
+                jobs.setdefault((config, kind, shape), (given, min(tokens, 48), config))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         for error in pool.map(compile_one, *zip(*jobs.values(), strict=True)):
