@@ -31,7 +31,7 @@ ROTATED_BYTES = 192 << 20
 """Weights of a measurement: several times the L2 cache."""
 
 MARGIN = 1.02
-"""A configuration must be this much faster than the rule's to enter the table."""
+"""A configuration must be this much faster than the one in use to enter the table."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def compile_all(problems: list[Problem], token_counts: list[int], processes: int
 
 
 def tune(problem: Problem, token_counts: list[int]) -> dict[str, tuple]:
-    """Key of the table -> fastest configuration, where it beats the rule."""
+    """Key of the table -> fastest configuration, where it beats the one in use."""
     found = {}
     weight_bytes = random_weight(problem)[0].bytes.numel()
     for tokens in token_counts:
@@ -214,17 +214,18 @@ def tune(problem: Problem, token_counts: list[int]) -> dict[str, tuple]:
         line = " ".join(f"{dataclasses.astuple(c)}={times[c]:.2f}" for c in order[:4])
         name = f"{problem.columns}->{problem.rows} p{problem.planes} g{problem.group_size}"
         print(f"{name} {problem.kind if tokens == 1 else ''} M={tokens}: {line}", flush=True)
-        rule: GemmConfig | GemvConfig
+        now: GemmConfig | GemvConfig
+        device = weights[0].bytes.device
         if tokens == 1:
             kernel = problem.kind
-            rule = select.default_gemv(weights[0], weights[0].bytes.device)
+            now = select.gemv_config(weights[0], device, kernel)
         else:
             kernel = f"gemm {tokens}"
-            rule = select.default_gemm(weights[0], tokens, weights[0].bytes.device)
-        by_rule = times.get(rule) or measure(weights, given, rule, 8.0, gated) or float("inf")
-        if by_rule > MARGIN * times[order[0]]:
+            now = select.gemm_config(weights[0], tokens, device)
+        by_now = times.get(now) or measure(weights, given, now, 8.0, gated) or float("inf")
+        if by_now > MARGIN * times[order[0]]:
             found[select.table_key(kernel, weights[0])] = dataclasses.astuple(order[0])
-        print(f"    rule {dataclasses.astuple(rule)} {by_rule:.2f}", flush=True)
+        print(f"    now {dataclasses.astuple(now)} {by_now:.2f}", flush=True)
         del weights
     return found
 
