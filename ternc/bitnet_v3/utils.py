@@ -226,7 +226,7 @@ def evaluate_downstream_tasks(
 
     Raises:
         ConfigError: an unknown task.
-        InputError: a question that is malformed.
+        InputError: a question that is malformed, a token outside of the vocabulary.
     """
     encode = tokenize or (lambda text: list(text.encode()))
     training = model.training
@@ -271,11 +271,17 @@ def _answer(
     model: nn.Module, question: Mapping[str, Any], encode: Callable[[str], Sequence[int]]
 ) -> int:
     device = next(iter(model.state_dict().values())).device
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
     scores = []
     prompt = list(encode(question["prompt"]))
     for choice in question["choices"]:
         tokens = list(encode(choice))
         ids = torch.tensor([prompt + tokens], device=device)
+        if isinstance(known, int) and int(ids.max()) >= known:
+            raise InputError(
+                f"token {int(ids.max())} is not in the model's vocabulary of {known}; give "
+                "tokenize=, text -> ids"
+            )
         logits = logits_of(model(ids))[0, len(prompt) - 1 : -1].float()
         chosen = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
         scores.append(chosen.mean().item())

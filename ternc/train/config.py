@@ -73,7 +73,9 @@ class Distillation:
     """Scale each extra term to `balance_target` times the gradient norm of the task's loss."""
     balance_target: float = 0.3
     cache: bool = False
-    """Keep the teacher's logits by batch content: for data that is seen more than once."""
+    """Keep the teacher's logits of every sequence in memory: for data that is seen several times,
+    in any order and in the same widths.
+    """
     ignore_index: int = -100
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ teacher's at the same places, through projections where the widths differ.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -167,18 +167,24 @@ class Distiller(nn.Module):
         self._teacher_features.clear()
 
     def _teacher_logits(self, example: Example) -> torch.Tensor:
-        key = _digest(example) if self.config.cache else b""
-        known = self._logits.get(key) if key else None
-        if known is not None:
-            return known.to(next(iter(_tensors(example))).device)
+        if not self.config.cache:
+            return self._ask_teacher(example)
+        keys = _digests(example)
+        known = [self._logits[key] for key in keys if key in self._logits]
+        if len(known) == len(keys):
+            return torch.cat(known).to(next(iter(_tensors(example))).device)
+        logits = self._ask_teacher(example)
+        for key, part in zip(keys, logits.cpu().chunk(len(keys)), strict=True):
+            self._logits[key] = part
+        return logits
+
+    def _ask_teacher(self, example: Example) -> torch.Tensor:
         in_training = [module for module in self.teacher.modules() if module.training]
         for module in in_training:
             module.training = False
         logits = logits_of(call(self.teacher, example))
         for module in in_training:
             module.training = True
-        if key:
-            self._logits[key] = logits.to("cpu")
         return logits
 
     def _watch_features(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -243,10 +249,19 @@ def _tensors(example: Example) -> Iterator[torch.Tensor]:
             yield value
 
 
-def _digest(example: Example) -> bytes:
-    """Content of the inputs of an example."""
+def _digests(example: Example) -> list[bytes]:
+    """Content of the inputs, sequence by sequence: a shuffled batch has the same ones. One for the
+    whole where the inputs do not all have a row a sequence.
+    """
+    tensors = [tensor.detach().cpu() for tensor in _tensors(example)]
+    rows = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
+    parts = zip(*tensors, strict=True) if len(rows) == 1 and rows != {0} else [tensors]
+    return [_digest(part) for part in parts]
+
+
+def _digest(tensors: Iterable[torch.Tensor]) -> bytes:
     digest = hashlib.sha256()
-    for tensor in _tensors(example):
+    for tensor in tensors:
         digest.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.digest()

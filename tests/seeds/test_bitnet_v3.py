@@ -10,7 +10,7 @@ from torch import nn
 import ternc
 import ternc.bitnet_v3 as bitnet_v3
 from ternc.bitnet_v3.core import quantize_activations, quantize_weights
-from ternc.errors import CheckpointError, ConfigError, TrainingError
+from ternc.errors import CheckpointError, ConfigError, InputError, TrainingError
 
 PAGE = """
 core modules models training utils BitNetV3Config BitNetV3Model BitNetV3Trainer EnhancedHBitLinear
@@ -235,6 +235,8 @@ def test_downstream_tasks(tmp_path):
 
     found = bitnet_v3.evaluate_downstream_tasks(Loves(), ["mine"], data=tmp_path)
     assert found["mine"]["accuracy"] == 1.0 and found["mine"]["chance"] == 0.5
+    with pytest.raises(InputError, match="vocabulary of 64; give tokenize="):
+        bitnet_v3.evaluate_downstream_tasks(model())
     with pytest.raises(ConfigError, match="no sample"):
         bitnet_v3.evaluate_downstream_tasks(made, ["else"])
 

@@ -151,6 +151,23 @@ def test_cached_logits_are_the_teachers():
     assert len(calls) == 2
 
 
+def test_cached_logits_serve_shuffled_batches():
+    calls = []
+    teacher = tiny_model()
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    student = prepare(tiny_model())
+    distiller = Distiller(student, teacher, Distillation(cache=True))
+    ids = windows(6)
+    plain = {"ids": ids[:, :-1], "labels": ids[:, 1:]}
+    expected = distiller._teacher_logits(example_of(plain))
+    for order in ([5, 0, 3], [1, 1]):
+        shuffled = {name: tensor[order] for name, tensor in plain.items()}
+        assert torch.equal(distiller._teacher_logits(example_of(shuffled)), expected[order])
+    assert len(calls) == 1
+    distiller._teacher_logits(example_of({"ids": ids[:2, :-2], "labels": ids[:2, 1:-1]}))
+    assert len(calls) == 2, "another width is another sequence"
+
+
 def test_mistakes_are_named():
     student = prepare(tiny_model())
     with pytest.raises(TrainingError, match="cache"):
