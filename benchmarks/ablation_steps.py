@@ -23,6 +23,9 @@ STEPS = 8
 
 WARM_UP = 4
 
+WITH_TEACHER = ", with its teacher"
+"""The same recipe with the teacher's forward pass and the terms it adds to the loss."""
+
 
 @dataclasses.dataclass
 class Runner:
@@ -49,8 +52,12 @@ def measure(corpus: Corpus, settings: Settings, whole: bool, arms: tuple[str, ..
     _compile(teacher, "inductor", settings, whole)
     runners: dict[str, Runner] = {}
     for arm in ("float", *arms):
-        recipe = recipes()[arm].replace(distillation=None)
-        runners[arm] = Runner(_trainer(recipe, settings, whole), batches)
+        recipe = recipes()[arm]
+        alone = recipe.replace(distillation=None)
+        runners[arm] = Runner(_trainer(alone, settings, whole), batches)
+        if recipe.distillation is not None:
+            taught = _trainer(recipe, settings, whole, teacher)
+            runners[arm + WITH_TEACHER] = Runner(taught, batches)
     compile_seconds = {name: runner.sample(WARM_UP) * WARM_UP for name, runner in runners.items()}
     forward = []
     for _ in range(ROUNDS):
@@ -76,11 +83,13 @@ def measure(corpus: Corpus, settings: Settings, whole: bool, arms: tuple[str, ..
     }
 
 
-def _trainer(config: TrainConfig, settings: Settings, whole: bool) -> Trainer:
+def _trainer(
+    config: TrainConfig, settings: Settings, whole: bool, teacher: torch.nn.Module | None = None
+) -> Trainer:
     config = config.replace(autocast="bfloat16" if settings.device == "cuda" else None)
     model = ternc.train.prepare(new_model(settings), config, inplace=True)
     _compile(model, ternc_backend if ternc.sites(model) else "inductor", settings, whole)
-    trainer = Trainer(model, config, progress=False, log_every=1 << 30)
+    trainer = Trainer(model, config, teacher, progress=False, log_every=1 << 30)
     trainer.total_steps = trainer._steps_per_epoch = 1 << 20
     trainer._states = (None, None)
     model.train()
