@@ -18,6 +18,7 @@ from reference import random_quantized
 from ternc.formats import pack
 from ternc.formats.int8 import fit_int8
 from ternc.formats.quantized import expand_groups
+from ternc.formats.scales import round_to_storage
 from ternc.runtime.ops import (
     activate_quantize,
     fit,
@@ -236,6 +237,17 @@ def test_fit(planes, group_size):
     assert_same(kernels.fake_quantize(w, planes, group_size), values.float())
     w[1, 3] = torch.nan
     assert kernels.fake_quantize(w, planes, group_size)[1].isnan().any()
+
+
+@inside
+@pytest.mark.parametrize("top", [1e-44, 3e-39, 0.7, 2.0**14, 2e37])
+def test_scales_are_rounded_as_files_hold_them(top):
+    from ternc.runtime.kernels.triton.snap import snap
+
+    scale = torch.rand(9) * top
+    scale[3:5] = torch.tensor([top, 0.0])
+    _, stored = snap(torch.randn(9, 4), scale, None, 1, 0, torch.int8)
+    assert torch.equal(stored, round_to_storage(scale))
 
 
 @inside

@@ -1,8 +1,8 @@
-"""fit(w) -> codes, scale, multiplier and fake_quantize(w) -> their values: two launches and few
-small operations, nothing read on the host.
+"""fit(w) -> codes, scale, multiplier and fake_quantize(w) -> their values: two launches, nothing
+read on the host.
 
 First every row's step or scale and multipliers (the row is held in registers), then, with scales
-rounded to what files hold, the codes or values. The search is the reference's
+rounded to what files hold, the codes or values (snap.py). The search is the reference's
 (ternc/runtime/ops/fit.py) with sums in another order.
 """
 
@@ -13,34 +13,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ternc.config import CODE_MAX
 from ternc.errors import KernelError
 from ternc.formats.quantized import group_count, is_finite
-from ternc.formats.scales import round_to_storage
 from ternc.runtime.kernels.triton import launch
-from ternc.runtime.kernels.triton.quantize_act import ROUND_TO_EVEN
+from ternc.runtime.kernels.triton.snap import MOST_CODES, rounded_codes, snap
 from ternc.runtime.ops import fit as fit_op
 
 WIDEST = 16384
 """Padded columns of a row that a program holds; wider rows are fitted by the reference."""
 
-BLOCK = 1024
-
-MOST_CODES: tl.constexpr = tl.constexpr((0, *CODE_MAX.values()))
-"""By planes: the largest code."""
 RATIOS: tl.constexpr = tl.constexpr(fit_op.RATIOS)
 RATIO_COUNT: tl.constexpr = tl.constexpr(len(fit_op.RATIOS))
 _TOPS = ((), *fit_op.TOP_MULTIPLIERS.values())
 TOPS: tl.constexpr = tl.constexpr(_TOPS)
 TOP_COUNTS: tl.constexpr = tl.constexpr(tuple(map(len, _TOPS)))
 """By planes: multipliers tried for the group of largest step."""
-
-
-@triton.jit
-def rounded_codes(quotient, MOST: tl.constexpr):
-    """rint(quotient) clipped to +-MOST."""
-    near = tl.minimum(tl.maximum(quotient, -MOST - 1.0), MOST + 1.0)
-    return tl.minimum(tl.maximum((near + ROUND_TO_EVEN) - ROUND_TO_EVEN, -MOST), MOST)
 
 
 @triton.jit
@@ -150,55 +137,19 @@ def fit_rows(
         gdc_launch_dependents()
 
 
-@triton.jit
-def snap_rows(
-    w_ptr,
-    scale_ptr,
-    multiplier_ptr,
-    out_ptr,
-    K,
-    groups,
-    group_size,
-    PLANES: tl.constexpr,
-    GROUPED: tl.constexpr,
-    ROW_SCALES: tl.constexpr,
-    VALUES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    """BLOCK columns of a row of w [N, K] -> codes int8, or with VALUES s * (m * codes)."""
-    MOST: tl.constexpr = MOST_CODES[PLANES]
-    n = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if DEPENDENT:
-        gdc_wait()
-    w = tl.load(w_ptr + n * K + k, mask=k < K, other=0.0).to(tl.float32)
-    s = tl.load(scale_ptr + (n if ROW_SCALES else 0))
-    m = tl.full([BLOCK], 1.0, tl.float32)
-    if GROUPED:
-        place = multiplier_ptr + n * groups + k // group_size
-        m = tl.load(place, mask=k < K, other=0).to(tl.float32)
-    step = s * m
-    codes = rounded_codes(tl.where(step == 0.0, 0.0, tl.math.div_rn(w, step)), MOST)
-    result = s * (m * codes) if VALUES else codes
-    tl.store(out_ptr + n * K + k, result.to(out_ptr.dtype.element_ty), mask=k < K)
-    if DEPENDENT:
-        gdc_launch_dependents()
-
-
 def scales(
     w: torch.Tensor, planes: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """w [N, K], contiguous -> scale as stored, fp32 [N] or [1], multiplier uint8 [N, G] or None."""
+    """w [N, K], contiguous -> scale fp32 [N] or [1], not rounded; multiplier uint8 [N, G], None."""
     rows, columns = w.shape
     if group_size == -1:
-        return round_to_storage(fit_op.optimal_step(w.view(1, -1).float(), planes)), None
+        return fit_op.optimal_step(w.view(1, -1).float(), planes), None
     groups = group_count(columns, group_size) or 1
     length = launch.power_of_two(group_size or columns)
     padded = launch.power_of_two(groups) * length
     if padded > WIDEST:
         scale, multiplier = fit_op.fit_rows(w, planes, group_size)
-        return round_to_storage(scale), None if multiplier is None else multiplier.to(torch.uint8)
+        return scale, None if multiplier is None else multiplier.to(torch.uint8)
     scale = torch.empty((rows,), dtype=torch.float32, device=w.device)
     multiplier = None
     if group_size:
@@ -220,41 +171,7 @@ def scales(
         launch_pdl=dependent,
         **launch.EXACT,
     )
-    return round_to_storage(scale), multiplier
-
-
-def snap(
-    w: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    planes: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """w [N, K], contiguous -> its codes (dtype int8) or its values in a float dtype."""
-    rows, columns = w.shape
-    out = torch.empty((rows, columns), dtype=dtype, device=w.device)
-    block = min(launch.power_of_two(columns), BLOCK)
-    dependent = launch.dependent_launch(w.device)
-    snap_rows[(rows, triton.cdiv(columns, block))](
-        w,
-        scale,
-        scale if multiplier is None else multiplier,
-        out,
-        columns,
-        1 if multiplier is None else multiplier.shape[1],
-        max(group_size, 1),
-        PLANES=planes,
-        GROUPED=multiplier is not None,
-        ROW_SCALES=scale.numel() == rows,
-        VALUES=dtype != torch.int8,
-        BLOCK=block,
-        DEPENDENT=dependent,
-        num_warps=max(1, min(4, block // 256)),
-        launch_pdl=dependent,
-        **launch.EXACT,
-    )
-    return out
+    return scale, multiplier
 
 
 def fit(
@@ -269,8 +186,8 @@ def fit(
             f"ternc::fit: weight {list(w.shape)} holds NaN or infinity; repair or exclude it"
         )
     w = w.contiguous()
-    scale, multiplier = scales(w, planes, group_size)
-    codes = snap(w, scale, multiplier, planes, group_size, torch.int8)
+    fitted, multiplier = scales(w, planes, group_size)
+    codes, scale = snap(w, fitted, multiplier, planes, group_size, torch.int8)
     if multiplier is None:
         multiplier = w.new_empty((len(w), 0), dtype=torch.uint8)
     return codes, scale, multiplier
@@ -283,5 +200,4 @@ def fake_quantize(w: torch.Tensor, planes: int, group_size: int) -> torch.Tensor
     """
     fit_op.check_fit(w, planes, group_size, 0)
     w = w.contiguous()
-    scale, multiplier = scales(w, planes, group_size)
-    return snap(w, scale, multiplier, planes, group_size, w.dtype)
+    return snap(w, *scales(w, planes, group_size), planes, group_size, w.dtype)[0]
