@@ -46,19 +46,20 @@ def choose(rows: int, tiling: Tiling, dtype: torch.dtype, inputs: int) -> RowsCo
     `inputs`: rows of `dtype` that are read for one that is written.
     """
     elements = tiling.rows * tiling.count * COLUMNS
+    narrow = dtype != torch.float32
+    if rows <= FEW_ROWS:
+        return RowsConfig(4 if tiling.block else max(1, min(16, elements // 512)), 1)
     if tiling.block:
-        # Registers and programs fill a multiprocessor: waves are whole.
-        if rows <= FEW_ROWS:
-            return RowsConfig(4, 1)
-        if dtype == torch.float32:
+        # Registers and programs fill a multiprocessor: no program waits for another to end.
+        if not narrow:
             return RowsConfig(4, 1, 2)
         if tiling.count == 1:
             return RowsConfig(4, 1, 4, ahead=True, registers=128)
         if tiling.count == 2:
             return RowsConfig(4, 1, 3, ahead=True, registers=168)
-        return RowsConfig(4, 1, 2)
-    if rows <= FEW_ROWS:
-        return RowsConfig(max(1, min(16, elements // 512)), 1)
+        return RowsConfig(4, 1, 2, ahead=True)
+    if narrow and inputs == 1 and elements in (4096, 8192):
+        return RowsConfig(4, 1, *((5, True, 96) if elements == 4096 else (4, True)))
     if inputs * dtype.itemsize * elements > STAGED_BYTES:
         return RowsConfig(min(16, max(1, elements // 1024)), 1)
     return RowsConfig(max(1, min(16, elements // 1024)), 3, max(2, min(16, 40960 // elements)))

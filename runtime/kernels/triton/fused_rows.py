@@ -207,7 +207,7 @@ def norm_rows(
     first = tl.program_id(0).to(tl.int64)
     ahead = load_tiles(x_ptr + first * stride, K, ROWS, TILES)
     for row in tl.range(first, M, tl.num_programs(0), num_stages=STAGES):
-        if AHEAD:
+        if AHEAD and TILES < 3:  # more do not fit the registers
             x = ahead
             following = tl.minimum(row + tl.num_programs(0), M - 1)
             ahead = load_tiles(x_ptr + following * stride, K, ROWS, TILES)

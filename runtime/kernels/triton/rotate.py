@@ -28,11 +28,16 @@ PART: tl.constexpr = tl.constexpr(tl.float32 if launch.INTERPRETED else tl.bfloa
 """What sums of 16-bit values are cut into; Triton's interpreter multiplies no bf16."""
 
 
-_POWERS = {2**k: 2.0 ** -(k // 2) for k in range(13)}
-POWERS_OF_TWO: tl.constexpr = tl.constexpr(_POWERS)
-"""By block: the exact part of 1 / sqrt(block), which `right` takes."""
-REST: tl.constexpr = tl.constexpr({b: b**-0.5 / power for b, power in _POWERS.items()})
+_EXPONENTS = {2**k: -(k // 2) for k in range(13)}
+EXPONENTS: tl.constexpr = tl.constexpr(_EXPONENTS)
+"""By block: of the power of two in 1 / sqrt(block), which `right` takes."""
+REST: tl.constexpr = tl.constexpr({b: b**-0.5 / 2.0**e for b, e in _EXPONENTS.items()})
 """By block: what is left of it, 1 or 1 / sqrt(2)."""
+
+EXPONENT_BITS: tl.constexpr = tl.constexpr({16: (127, 7), 32: (127, 23)})
+"""By width of a bf16 or fp32: bias and place of the exponent."""
+ODD: tl.constexpr = tl.constexpr(0x6996)
+"""Bit x: whether the bits of x < 16 are odd in number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +59,18 @@ class Tiling:
 
 
 @triton.jit
-def entries(i, j, BLOCK: tl.constexpr):
-    """blockdiag(H_BLOCK) at rows i and columns j: -1 where the bits of i & j are odd in number."""
-    odd = i & j & (BLOCK - 1)
-    odd ^= odd >> 4
-    odd ^= odd >> 2
-    odd ^= odd >> 1
-    return tl.where((i ^ j) < BLOCK, 1.0 - 2.0 * (odd & 1).to(tl.float32), 0.0)
+def entries(i, j, BLOCK: tl.constexpr, EXPONENT: tl.constexpr, dtype: tl.constexpr):
+    """blockdiag(H_BLOCK) 2**EXPONENT at rows i, columns j: below 0 where i & j has odd parity."""
+    both = i & j & (BLOCK - 1)
+    odd = (ODD >> ((both ^ (both >> 4)) & 15)) & 1
+    # Written as bits: conversions from integers would be most of a short kernel.
+    exact: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float32
+    bias: tl.constexpr = EXPONENT_BITS[exact.primitive_bitwidth][0]
+    place: tl.constexpr = EXPONENT_BITS[exact.primitive_bitwidth][1]
+    word: tl.constexpr = tl.int16 if dtype == tl.bfloat16 else tl.int32
+    sign = odd << (exact.primitive_bitwidth - 1)
+    bits = tl.where((i ^ j) < BLOCK, sign | ((bias + EXPONENT) << place), 0)
+    return bits.to(word).to(exact, bitcast=True).to(dtype)
 
 
 @triton.jit
@@ -75,14 +85,14 @@ def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     i, j = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
     j = j % 8 // 2 * 16 + j // 8 * 2 + j % 2
     if BLOCK > 64:
-        right = entries(i, j, 64) * POWERS_OF_TWO[BLOCK]
-        right = right.to(tl.float32 if dtype == tl.float32 else PART)
+        part: tl.constexpr = tl.float32 if dtype == tl.float32 else PART
+        right = entries(i, j, 64, EXPONENTS[BLOCK], part)
         row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
         if ROWS == 64:
             row = row // 8 % 2 * 32 + row // 16 * 8 + row % 8
-        left = entries(row, column, BLOCK // 64).to(dtype)
+        left = entries(row, column, BLOCK // 64, 0, dtype)
     else:
-        right = (entries(i, j, BLOCK) * POWERS_OF_TWO[BLOCK]).to(dtype)
+        right = entries(i, j, BLOCK, EXPONENTS[BLOCK], dtype)
         left = right
     return left, right
 
@@ -200,6 +210,7 @@ def hadamard_tiles(
     total,
     K,
     SIGNS: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
@@ -210,20 +221,25 @@ def hadamard_tiles(
     if DEPENDENT:
         gdc_wait()
     first = tl.program_id(0).to(tl.int64)
+    # Column of a tile's first element, in units that divide it and K, and in 32 bits: a remainder
+    # of 64 bits takes long.
+    units = K // UNIT
+    column = (first * (4096 // UNIT) % units).to(tl.int32)
+    step = (tl.num_programs(0) * (4096 // UNIT) % units).to(tl.int32)
     for tile in tl.range(first, tl.cdiv(total, 4096), tl.num_programs(0)):
         place = tile * 4096 + inside
         x = tl.load(x_ptr + place, mask=place < total, other=0.0)
         if SIGNS:
-            signs = tl.load(signs_ptr + place % K, mask=place < total, other=1)
-            x = with_signs(x, signs, ASM)
-        z = rotate(x, left, right, BLOCK, ASM)
-        tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=place < total)
+            x = with_signs(x, tl.load(signs_ptr + (column * UNIT + inside) % K), ASM)
+            column = (column + step) % units
+        z = narrowed(rotate(x, left, right, BLOCK, ASM), z_ptr.dtype.element_ty, ASM)
+        tl.store(z_ptr + place, z, mask=place < total)
     if DEPENDENT:
         gdc_launch_dependents()
 
 
-RESIDENT = 5
-"""Programs a multiprocessor."""
+RESIDENT, REGISTERS = 4, 128
+"""Programs a multiprocessor, and what leaves room for so many."""
 
 
 def hadamard(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.Tensor:
@@ -243,11 +259,13 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.T
         z.numel(),
         x.shape[-1],
         SIGNS=signs is not None,
+        UNIT=16 if x.shape[-1] % 16 == 0 else 1,
         BLOCK=block,
         DEPENDENT=dependent,
         ASM=launch.INLINE_ASM,
         num_warps=4,
         num_stages=3,
+        maxnreg=None if x.dtype == torch.float32 else REGISTERS,
         launch_pdl=dependent,
         **launch.EXACT,
     )
