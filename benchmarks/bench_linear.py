@@ -86,10 +86,13 @@ def ternc_contender(
 def measure(
     size: tuple[int, int], tokens: int, options: argparse.Namespace, limits: Limits
 ) -> list[dict[str, Any]]:
-    """One row a contender; the limits of the same rounds are in every row."""
+    """One row a contender, with the limits of the same rounds, or why it is not here."""
     rows, columns = size
     x = torch.randn(tokens, columns)
-    contenders = [peer for name in options.peers if (peer := peers.ALL[name](rows, x, options.hot))]
+    torch.compiler.reset()  # an earlier table's stacks count as recompilations
+    built = {name: peers.ALL[name](rows, x, options.hot) for name in options.peers}
+    missing = {name: why for name, why in built.items() if isinstance(why, str)}
+    contenders = [peer for peer in built.values() if not isinstance(peer, str)]
     contenders += [
         ternc_contender(rows, x, layout, group_size, bits, options.hot)
         for layout in [*(LANES + planes for planes in options.planes), *[DENSE] * options.dense]
@@ -100,10 +103,10 @@ def measure(
     common.interleave(contenders, options.rounds, limits, rows * columns // 4)
     base = contenders[0].best
     work = 2 * tokens * rows * columns
-    return [
-        {
-            "K x N": f"{columns}x{rows}",
-            "tokens": tokens,
+    place = {"K x N": f"{columns}x{rows}", "tokens": tokens}
+    rows_found = [
+        place
+        | {
             "kernel": c.name,
             "bits/w": 8 * c.nbytes / (rows * columns),
             "best us": c.best * 1e6,
@@ -119,6 +122,8 @@ def measure(
         }
         for c in contenders
     ]
+    absent = [place | {"kernel": name, "note": f"not run: {why}"} for name, why in missing.items()]
+    return rows_found + absent
 
 
 def percent(rate: float, limit: float | None) -> float | None:
@@ -127,6 +132,7 @@ def percent(rate: float, limit: float | None) -> float | None:
 
 def describe(table: list[dict[str, Any]], limits: Limits) -> str:
     """The limits over the whole run in one line."""
+    table = [row for row in table if "note" not in row]
     reads = [row["read GB/s"] for row in table]
     text = f"read limit {min(reads):.1f} to {max(reads):.1f} GB/s (best samples of each table)"
     if rates := [row["multiply GOP/s"] for row in table if row["multiply GOP/s"]]:
@@ -158,7 +164,7 @@ def main() -> None:
     facts = common.machine(options.threads) | {"hot": options.hot, "multiply": limits.unit}
     common.show(table, facts, options.json)
     if options.plot:
-        roofline.draw(table, facts, options.plot)
+        roofline.draw([row for row in table if "note" not in row], facts, options.plot)
 
 
 if __name__ == "__main__":

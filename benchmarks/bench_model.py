@@ -1,10 +1,11 @@
-"""Whole decoders on the CPU: ternc beside eager and Inductor, decode and prefill, tokens a second.
+"""Whole decoders on the CPU beside eager torch, Inductor and llama.cpp: tokens a second.
 
     python benchmarks/bench_model.py --shapes gpt2-small --rounds 5 --output benchmarks/results/x
 
-Every way to run a shape is a process of its own (model_child.py), alive during the whole run; they
-take turns, and the machine's limits are sampled in every round. A way whose process would not fit
-memory is not run, and the table says so. `--output` names files without their suffix: .json, .md.
+Every way to run a shape is a process of its own (model_child.py, llama_child.py). As many as fit
+memory are alive together and take turns, with the machine's limits sampled in every round; the
+next group follows. `--output` names files without their suffix: .json, .md; `--gguf` the folder of
+gguf_models.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -29,16 +31,21 @@ sys.path[:0] = [str(ROOT)]
 
 import common  # noqa: E402
 import decoders  # noqa: E402
+import gguf_models  # noqa: E402
+import llama_child  # noqa: E402
 from limits import Limits  # noqa: E402
-from model_child import PACKED, STEPS, WAYS  # noqa: E402
+from model_child import COSINE, PACKED, STEPS, WAYS  # noqa: E402
 
 from ternc.runtime import cpu, ops  # noqa: E402
 
 PARAMETERS = {"gpt2-small": 0.163e9, "llama-1.1b": 1.1e9, "bitnet-2b4t": 2.41e9}
 """Elements that a process holds, for the memory it is going to need."""
-HELD = {torch.float32: 1.25, torch.bfloat16: 1.4}
+HELD = {torch.float32: 1.25, torch.bfloat16: 1.6}
 """Peak over size of the weights; a packed model is built in bf16 and then shrinks."""
 READ_BYTES = 64 << 20
+RUNTIME_BYTES = 0.5e9
+"""What a process holds beside its weights."""
+NAMES = (*WAYS, *llama_child.WAYS)
 OUTSIDE = 0.15
 """Most of a step of decode that may pass outside of kernels and attention."""
 
@@ -55,6 +62,8 @@ class Way:
         default_factory=lambda: {"decode": [], "prefill": []}
     )
     outside: float | None = None
+    group: int = 0
+    cosine: float | None = None
 
     def ask(self, what: str) -> dict[str, Any]:
         """The answer to one line; a child that died answers nothing and is not asked again."""
@@ -73,22 +82,73 @@ class Way:
         return {}
 
 
-def start(shape: str, name: str, options: argparse.Namespace) -> Way:
-    """Starts the child and waits until it has compiled, or says why there is none."""
+def needed(shape: str, name: str, options: argparse.Namespace) -> float:
+    """Bytes of the child at its peak."""
+    if name in llama_child.WAYS:
+        path = gguf_models.path_of(options.gguf, shape, llama_child.WAYS[name])
+        return 2 * path.stat().st_size + RUNTIME_BYTES  # the file and its repacked weights
+    if name in PACKED and options.packed and (options.packed / shape).is_dir():
+        return PARAMETERS[shape] + RUNTIME_BYTES
     dtype = WAYS[name][0]
-    need = PARAMETERS[shape] * dtype.itemsize * HELD[dtype]
-    if need > (free := available_memory()):
-        return Way(name, None, f"not run: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} are free")
-    script = str(Path(__file__).with_name("model_child.py"))
-    command = [sys.executable, script, "--shape", shape, "--way", name]
+    return PARAMETERS[shape] * dtype.itemsize * HELD[dtype] + RUNTIME_BYTES
+
+
+def missing(shape: str, name: str, folder: Path | None) -> str:
+    """Why a way cannot run on this machine, if it cannot."""
+    if name not in llama_child.WAYS:
+        return ""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "not run: llama-cpp-python is not installed"
+    path = folder and gguf_models.path_of(folder, shape, llama_child.WAYS[name])
+    return "" if path and path.is_file() else "not run: no file of this shape in --gguf"
+
+
+def launch(shape: str, name: str, options: argparse.Namespace) -> Way:
+    """Starts the child, which builds and compiles before it says that it is ready."""
+    llama = name in llama_child.WAYS
+    script = Path(__file__).with_name("llama_child.py" if llama else "model_child.py")
+    command = [sys.executable, str(script), "--shape", shape, "--way", name]
     command += ["--threads", str(options.threads), "--prompt", str(options.prompt)]
+    if folder := options.gguf if llama else options.packed:
+        command += ["--folder" if llama else "--packed", str(folder)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     errors = None if options.verbose else subprocess.DEVNULL
-    process = subprocess.Popen(command, text=True, stderr=errors, **pipes)  # type: ignore
-    way = Way(name, process)
-    way.facts = way.answer().get("ready", {})
-    print(f"{shape}, {name}: {way.missing or 'ready'}", file=sys.stderr, flush=True)
-    return way
+    return Way(name, subprocess.Popen(command, text=True, stderr=errors, **pipes))  # type: ignore
+
+
+def start(shape: str, names: list[str], options: argparse.Namespace) -> list[Way]:
+    """Starts the first of `names`, as many as fit memory, and takes them off the list."""
+    ways: list[Way] = []
+    starting: list[Way] = []
+
+    def finish_one() -> None:
+        way = starting.pop(0)
+        way.facts = way.answer().get("ready", {})
+        print(f"{shape}, {way.name}: {way.missing or 'ready'}", file=sys.stderr, flush=True)
+
+    while names:
+        name = names[0]
+        if why := missing(shape, name, options.gguf):
+            ways.append(Way(names.pop(0), None, why))
+            continue
+        while len(starting) == options.starts:
+            finish_one()
+        need = needed(shape, name, options)
+        claimed = sum(needed(shape, way.name, options) for way in starting)
+        while starting and need > available_memory() - claimed:
+            finish_one()
+            claimed = sum(needed(shape, way.name, options) for way in starting)
+        if need > (free := available_memory()):
+            if any(way.process for way in ways):
+                break
+            why = f"not run: needs {need / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+            ways.append(Way(names.pop(0), None, why))
+            continue
+        starting.append(launch(shape, names.pop(0), options))
+        ways.append(starting[-1])
+    while starting:
+        finish_one()
+    return ways
 
 
 def available_memory() -> float:
@@ -97,22 +157,46 @@ def available_memory() -> float:
 
 
 def measure(shape: str, options: argparse.Namespace, limits: Limits) -> list[dict[str, Any]]:
+    """Rows of one shape, group by group."""
     limits.clear()
-    ways = [start(shape, name, options) for name in options.ways]
-    with alone(options.lock):
-        for _ in range(options.rounds):
-            limits.sample(READ_BYTES)
-            for way in ways:
-                for work, found in way.seconds.items():
-                    if not way.missing:
-                        found.extend(way.ask(work).get("seconds", []))
-        for way in ways:
-            if "ternc" in way.name and not way.missing:
-                way.outside = way.ask("outside").get("share")
-    for way in ways:
-        if way.process is not None:
-            way.process.communicate("quit\n")
+    names, ways = list(options.ways), []
+    while names:
+        group = start(shape, names, options)
+        for way in group:
+            way.group = len({w.group for w in ways if w.process}) + 1
+        with alone(options.lock):
+            take_turns(group, options.rounds, limits)
+        for way in group:
+            if way.process is not None:
+                way.process.communicate("quit\n")
+        ways += group
+    compare(ways)
     return [*limit_rows(shape, ways, limits, options), *(row(shape, w, options) for w in ways)]
+
+
+def take_turns(ways: list[Way], rounds: int, limits: Limits) -> None:
+    for _ in range(rounds):
+        limits.sample(READ_BYTES)
+        for way in ways:
+            for work, found in way.seconds.items():
+                if not way.missing:
+                    found.extend(way.ask(work).get("seconds", []))
+    for way in ways:
+        if "ternc" in way.name and not way.missing:
+            way.outside = way.ask("outside").get("share")
+
+
+def compare(ways: list[Way]) -> None:
+    """Logits with those of the first row of the same weights; a row that is far off is no row."""
+    first: dict[bool, torch.Tensor] = {}
+    for way in ways:
+        way.cosine = way.facts.get("cosine")
+        if logits := way.facts.get("logits"):
+            mine = torch.tensor(logits)
+            reference = first.setdefault(WAYS[way.name][1], mine)
+            way.cosine = float(torch.nn.functional.cosine_similarity(mine, reference, dim=0))
+            if way.cosine < COSINE:
+                way.missing = f"not counted: cosine of its logits {way.cosine:.3f}"
 
 
 @contextlib.contextmanager
@@ -157,8 +241,11 @@ def row(shape: str, way: Way, options: argparse.Namespace) -> dict[str, Any]:
         "prefill median": options.prompt / statistics.median(prefill),
         "prefill best": options.prompt / min(prefill),
         "bits/weight": way.facts["bits"],
+        "group": way.group,
     }
-    if WAYS[way.name][2] is not None:
+    if way.cosine is not None:
+        found["cosine"] = way.cosine
+    if options.starts == 1 and way.name in WAYS and WAYS[way.name][2] is not None:
         found["compile s"] = sum(way.facts["first"].values())
     if way.outside is not None:
         found["outside %"] = 100 * way.outside
@@ -166,7 +253,8 @@ def row(shape: str, way: Way, options: argparse.Namespace) -> dict[str, Any]:
 
 
 COLUMNS = ("shape", "way", "decode median", "decode best", "prefill median", "prefill best")
-MORE = ("outside %", "bits/weight", "compile s", "note")
+MORE = ("cosine", "outside %", "bits/weight", "compile s", "group", "note")
+FORMATS = tuple(".4f" if column == "cosine" else ".1f" for column in (*COLUMNS, *MORE))
 NOTES = f"""
 Tokens a second, batch 1. Decode: one token, static cache of 256 places, {STEPS} tokens a sample.
 Prefill: {{prompt}} tokens without a cache, logits of the last one. `ternc` rows: linear weights
@@ -177,13 +265,17 @@ nothing set; head and embedding stay fp32, and so do layers that three planes do
 loops, the profiler's own time included (the goal is at most {100 * OUTSIDE:.0f} %).
 `no module guards`:
 `torch.compiler.skip_guard_on_all_nn_modules_unsafe`, which is the user's to choose. `bits/weight`:
-the whole model for packed rows. Limits: best samples of the same rounds. llama.cpp: not run.
+the whole model for packed rows. Limits: best samples of all rounds. `cosine`: of the logits after
+the prompt, to the first row of the same weights (the fp32 rows and the default have Gaussian ones,
+the others ternary ones); of llama.cpp, after 16 tokens, to those of the model that its file was
+made from. llama.cpp: llama-cpp-python's, linear weights in TQ2_0 or Q4_0, embedding and head in
+Q8_0, a cache in fp16. `group`: rows of one group were alive together and took turns.
 """
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any], prompt: int) -> str:
     cells = [[entry.get(column, "") for column in (*COLUMNS, *MORE)] for entry in rows]
-    table = tabulate.tabulate(cells, (*COLUMNS, *MORE), tablefmt="github", floatfmt=".1f")
+    table = tabulate.tabulate(cells, (*COLUMNS, *MORE), tablefmt="github", floatfmt=FORMATS)
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     return f"# Whole models on the CPU\n\n{listed}\n\n{table}\n{NOTES.format(prompt=prompt)}"
 
@@ -191,12 +283,15 @@ def markdown(rows: list[dict[str, Any]], facts: dict[str, Any], prompt: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=decoders.SHAPES, default=["gpt2-small"])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--machine", default="", help="a remark for the record, such as `shared`")
     parser.add_argument("--output", type=Path, help="files of the result, without suffix")
+    parser.add_argument("--gguf", type=Path, help="folder of gguf_models.py")
+    parser.add_argument("--packed", type=Path, help="folder to keep packed models in")
+    parser.add_argument("--starts", type=int, default=1, help="children that compile at once")
     parser.add_argument("--lock", type=Path, help="file to lock while sampling")
     parser.add_argument("--verbose", action="store_true", help="show what the children print")
     options = parser.parse_args()

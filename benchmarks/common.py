@@ -37,7 +37,9 @@ class Contender:
     run: Callable[[int], torch.Tensor]
     copies: int
     nbytes: int
-    """Bytes of weight that one call reads."""
+    """Bytes of weight that one product reads."""
+    products: int = 1
+    """Products of one call: a sample is its share."""
     seconds: list[float] = dataclasses.field(default_factory=list)
     slow: list[float] = dataclasses.field(default_factory=list)
     """Samples in the slow state of the tile unit; they count only where there are no others."""
@@ -76,7 +78,7 @@ def interleave(
             fast = limits is None or limits.tiles_are_fast()
             start = time.perf_counter()
             contender.run((2 * turn + 1) % contender.copies)
-            seconds = time.perf_counter() - start
+            seconds = (time.perf_counter() - start) / contender.products
             fast = fast and (limits is None or limits.tiles_are_fast())
             (contender.seconds if fast else contender.slow).append(seconds)
 

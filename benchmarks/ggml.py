@@ -2,7 +2,9 @@
 
 Its interface is C, so nothing of it is compiled here: llama-cpp-python, or $GGML_LIB_DIR, has the
 shared libraries. One graph a copy of the weight, weights in the buffer type that llama.cpp would
-choose (the repacking ones first).
+choose (the repacking ones first). Only a build with OpenMP runs on more than one thread: it then
+shares torch's threads. Threads of its own would wait in a loop for cores on which torch's threads,
+back from an earlier contender, still spin: 12 ms for a product of 0.2 ms on two cores.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -28,6 +32,10 @@ P, SIZE, I64, INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_i
 
 class _InitParams(ctypes.Structure):
     _fields_ = (("size", SIZE), ("buffer", P), ("no_alloc", ctypes.c_bool))
+
+
+class _Feature(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_char_p))
 
 
 FUNCTIONS = {
@@ -71,11 +79,17 @@ class Library:
         registry = self.backend_cpu_reg()
         self.device = self.backend_reg_dev_get(registry, 0)
         self.buffer_types = [self.backend_cpu_buffer_type()]
-        address = self.backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
-        if address:
-            extra = ctypes.CFUNCTYPE(ctypes.POINTER(P), P)(address)(self.device)
+        if extra := self._array(P, b"ggml_backend_dev_get_extra_bufts", registry, self.device):
             count = next(i for i in range(64) if not extra[i])
             self.buffer_types[:0] = extra[:count]
+        features = self._array(_Feature, b"ggml_backend_get_features", registry, registry)
+        names = itertools.takewhile(bool, (features[i].name for i in range(64)) if features else ())
+        self.shares_threads = b"OPENMP" in names
+
+    def _array(self, item: type, name: bytes, registry: int, argument: int) -> Any:
+        """What a function of the backend returns that is found by name; None without one."""
+        address = self.backend_reg_get_proc_address(registry, name)
+        return address and ctypes.CFUNCTYPE(ctypes.POINTER(item), P)(address)(argument)
 
     def context(self, tensors: int) -> int:
         """A context of tensors without memory of their own."""
@@ -93,11 +107,15 @@ def library() -> Library | None:
     return Library(Path(folder))
 
 
-def linear(kind: str, rows: int, x: torch.Tensor, hot: bool) -> common.Contender | None:
+def linear(kind: str, rows: int, x: torch.Tensor, hot: bool) -> common.Contender | str:
     """Random ternary weights [rows, K] in the block type `kind`, checked against fp32."""
     tokens, columns = x.shape
-    if columns % BLOCK or (ggml := library()) is None:
-        return None
+    if columns % BLOCK:
+        return f"a shape of no {BLOCK} columns"
+    if (ggml := library()) is None:
+        return "llama-cpp-python is not installed"
+    if torch.get_num_threads() > 1 and not ggml.shares_threads:
+        return "built without OpenMP"
     w = torch.randint(-1, 2, (rows, columns)).float()
     nbytes = ggml.row_size(TYPES[kind], columns) * rows
     stored = torch.empty(nbytes, dtype=torch.uint8)

@@ -8,11 +8,12 @@ without a cache, logits of its last token.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +27,48 @@ CACHE = 256
 """Places of the static cache."""
 STEPS = 12
 """Tokens of a sample of decode."""
+COMPARED = 4096
+"""Logits of a prompt's last token that are compared between the ways."""
+COSINE = 0.9
+"""Least agreement of a row's logits with what they are compared with; below, it is no row."""
 INT8 = ("lm_head", "*.wte", "*.embed_tokens")
 
 
 class Runner:
     """A model and how it is compiled: `way` is a key of WAYS."""
 
-    def __init__(self, shape: str, way: str, prompt: int) -> None:
+    def __init__(self, shape: str, way: str, prompt: int, packed: Path | None) -> None:
         dtype, ternary, backend, options = WAYS[way]
         start = time.perf_counter()
-        self.model = decoders.build(shape, dtype, ternary)
-        self.sizes = decoders.product_sizes(self.model)
+        with torch.device("meta"):
+            self.sizes = decoders.product_sizes(decoders.SHAPES[shape]())
         self.read_bytes = sum(self.sizes) * dtype.itemsize
         self.bits = 8.0 * dtype.itemsize
         if way in PACKED:
-            self._pack()
+            self._pack(shape, packed / shape if packed else None)
+        else:
+            self.model = decoders.build(shape, dtype, ternary)
         self.built = time.perf_counter() - start
         from transformers import StaticCache
 
         self.cache = StaticCache(self.model.config, max_cache_len=CACHE)
         self.used = CACHE
-        self.ids = torch.randint(0, 1000, (1, prompt))
+        self.ids = torch.tensor([decoders.prompt(prompt)])
         self.step = _compiled(self._decode, backend, options)
         self.prompt = _compiled(self._prefill, backend, options)
 
-    def _pack(self) -> None:
+    def _pack(self, shape: str, folder: Path | None) -> None:
+        """Quantises, or loads what an earlier process has quantised and saved."""
         import ternc
 
-        config = ternc.Config(int8=INT8)
-        self.model = ternc.quantize(self.model, config, inplace=True, progress=False).float()
+        if folder and folder.is_dir():
+            self.model = ternc.load(folder)
+        else:
+            model = decoders.build(shape, torch.bfloat16, ternary=True)
+            config = ternc.Config(int8=INT8)
+            self.model = ternc.quantize(model, config, inplace=True, progress=False).float()
+            if folder:
+                ternc.save(self.model, folder)
         report = ternc.report(self.model)
         rows = [row for row in report.rewritten if row.pattern != "embedding"]
         self.read_bytes = sum(row.bytes_after for row in rows)
@@ -83,8 +97,10 @@ class Runner:
 
     def prefill(self) -> dict[str, Any]:
         start = time.perf_counter()
-        self.prompt(self.ids)
-        return {"seconds": [time.perf_counter() - start]}
+        logits = self.prompt(self.ids)
+        seconds = time.perf_counter() - start
+        self.logits = logits[0, -1, :COMPARED].tolist()
+        return {"seconds": [seconds]}
 
     def outside(self) -> dict[str, Any]:
         """Share of a token that no kernel takes (ops, attention, Inductor's loops): of the fastest
@@ -120,10 +136,20 @@ NAMED = {"cpp.enable_kernel_profile": True}
 """Inductor's loops as events of their own where a profiler runs."""
 _FP32, _BF16 = torch.float32, torch.bfloat16
 WAYS: dict[str, tuple[torch.dtype, bool, str | None, dict[str, Any]]] = {
-    "eager fp32": (_FP32, True, None, {}),
+    "eager fp32": (_FP32, False, None, {}),
     "eager bf16": (_BF16, True, None, {}),
-    "Inductor fp32": (_FP32, True, "inductor", NAMED),
+    "Inductor fp32": (_FP32, False, "inductor", NAMED),
     "Inductor bf16": (_BF16, True, "inductor", NAMED),
+    "Inductor bf16, cpp_wrapper, no module guards": (
+        _BF16,
+        True,
+        "inductor",
+        {
+            **NAMED,
+            "cpp_wrapper": True,
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+        },
+    ),
     "ternc": (_BF16, True, "ternc", {"inductor": NAMED}),
     "ternc, cpp_wrapper": (_BF16, True, "ternc", {"inductor": {**NAMED, "cpp_wrapper": True}}),
     "ternc, cpp_wrapper, no module guards": (
@@ -148,24 +174,36 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--prompt", type=int)
+    parser.add_argument("--packed", type=Path)
     options = parser.parse_args()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else prints goes to stderr
     torch.set_num_threads(options.threads)
-    with torch.inference_mode():
-        runner = Runner(options.shape, options.way, options.prompt)
+    with torch.inference_mode(), answers() as answer:
+        runner = Runner(options.shape, options.way, options.prompt, options.packed)
         first = {}
         for work in ("decode", "prefill"):
             start = time.perf_counter()
             getattr(runner, work)()
             first[work] = time.perf_counter() - start
         facts = {"built": runner.built, "first": first, "read_bytes": runner.read_bytes}
-        facts |= {"bits": runner.bits, "sizes": runner.sizes}
-        print(json.dumps({"ready": facts}), file=answers, flush=True)
-        for line in sys.stdin:
-            if line.strip() == "quit":
-                break
-            print(json.dumps(getattr(runner, line.strip())()), file=answers, flush=True)
+        facts |= {"bits": runner.bits, "sizes": runner.sizes, "logits": runner.logits}
+        serve(runner, facts, answer)
+
+
+@contextlib.contextmanager
+def answers() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes an answer to stdout, where nothing else is written: prints go to stderr."""
+    with os.fdopen(os.dup(1), "w") as stdout:
+        os.dup2(2, 1)
+        yield lambda found: print(json.dumps(found), file=stdout, flush=True)
+
+
+def serve(runner: Any, facts: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+    """The facts, then the answer of the method that each line of stdin names."""
+    answer({"ready": facts})
+    for line in sys.stdin:
+        if line.strip() == "quit":
+            break
+        answer(getattr(runner, line.strip())())
 
 
 if __name__ == "__main__":

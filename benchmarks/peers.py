@@ -1,11 +1,12 @@
-"""What else multiplies a weight on the CPU: torch in fp32 and bf16, oneDNN's int8, ggml.
+"""What else multiplies a weight on the CPU: torch in fp32 and bf16, oneDNN's int8, torchao, ggml.
 
-Each is (rows, x [M, K], hot) -> Contender, or None where it is not here or does not take the shape.
+Each is (rows, x [M, K], hot) -> Contender, or why it is not here or does not take the shape.
 ggml's shared libraries are those of llama-cpp-python, or of the folder $GGML_LIB_DIR.
 """
 
 from __future__ import annotations
 
+import ao
 import common
 import ggml
 import torch
@@ -25,10 +26,10 @@ def linear(dtype: torch.dtype, rows: int, x: torch.Tensor, hot: bool) -> common.
     return common.Contender(name, lambda i: F.linear(x, weights[i]), len(weights), nbytes)
 
 
-def onednn_int8(rows: int, x: torch.Tensor, hot: bool) -> common.Contender | None:
+def onednn_int8(rows: int, x: torch.Tensor, hot: bool) -> common.Contender | str:
     """oneDNN's prepacked int8 linear with per-tensor quantisation of x in eager torch."""
     if not hasattr(torch.ops, "onednn") or not torch.backends.mkldnn.is_available():
-        return None
+        return "torch without oneDNN"
     columns = x.shape[1]
     w = torch.randn(rows, columns)
     scale = w.abs().amax(1) / 127
@@ -53,6 +54,9 @@ ALL = {
     "fp32": lambda rows, x, hot: linear(torch.float32, rows, x, hot),
     "bf16": lambda rows, x, hot: linear(torch.bfloat16, rows, x, hot),
     "onednn": onednn_int8,
+    "torchao_int8": lambda rows, x, hot: ao.linear("int8", rows, x, hot),
+    "torchao_pt2e": lambda rows, x, hot: ao.linear("int8 pt2e", rows, x, hot),
+    "torchao_int4": lambda rows, x, hot: ao.linear("int4", rows, x, hot),
     "tq2_0": lambda rows, x, hot: ggml.linear("TQ2_0", rows, x, hot),
     "tq1_0": lambda rows, x, hot: ggml.linear("TQ1_0", rows, x, hot),
     "q4_0": lambda rows, x, hot: ggml.linear("Q4_0", rows, x, hot),
