@@ -1,4 +1,8 @@
-"""Time of a training step: float in bf16 under torch.compile, recipes under ternc, the teacher."""
+"""Time of a training step: float in bf16 under torch.compile, recipes under ternc, the teacher.
+
+On a GPU also what the step's kernels take, by the profiler, and what the host takes to launch them:
+a busy host keeps the GPU waiting, and then the ratio of steps is the host's.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ import torch.nn.functional as F
 from ablation_arm import compile_blocks, new_model
 from ablation_data import Corpus, Windows
 from ablation_plan import Settings, recipes
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import ternc
 from ternc.backend import ternc_backend
@@ -22,6 +28,11 @@ STEPS = 8
 """Steps of a sample."""
 
 WARM_UP = 4
+PROFILED = 2
+"""Steps under the profiler."""
+
+LISTED = 40
+"""Kernels of an arm that are named."""
 
 WITH_TEACHER = ", with its teacher"
 """The same recipe with the teacher's forward pass and the terms it adds to the loss."""
@@ -43,6 +54,26 @@ class Runner:
             self.trainer._optimize([self.batches[index % len(self.batches)]])
         _wait(self.trainer.device)
         return (time.perf_counter() - start) / steps
+
+    def host_seconds(self) -> float:
+        """Seconds until the host has launched all of one step."""
+        _wait(self.trainer.device)
+        start = time.perf_counter()
+        self.trainer._optimize([self.batches[0]])
+        return time.perf_counter() - start
+
+    def kernels(self) -> dict[str, tuple[float, float]]:
+        """Microseconds and number of every kernel in a step, by name, most time first."""
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            self.sample(PROFILED)
+        sums: dict[str, tuple[float, float]] = {}
+        for event in profiled.events():
+            # Ranges that the optimiser marks are not kernels.
+            if event.device_type == DeviceType.CUDA and not event.name.startswith("Optimizer."):
+                time_, count = sums.get(event.name, (0.0, 0.0))
+                spent = event.device_time_total / PROFILED
+                sums[event.name] = time_ + spent, count + 1 / PROFILED
+        return dict(sorted(sums.items(), key=lambda item: -item[1][0]))
 
 
 def measure(corpus: Corpus, settings: Settings, whole: bool, arms: tuple[str, ...]) -> dict:
@@ -66,6 +97,7 @@ def measure(corpus: Corpus, settings: Settings, whole: bool, arms: tuple[str, ..
         forward.append(_forward(teacher, batches[0], settings))
     middle = {name: statistics.median(runner.seconds) for name, runner in runners.items()}
     return {
+        **(_on_the_device(runners) if settings.device == "cuda" else {}),
         "milliseconds": {name: 1e3 * value for name, value in middle.items()},
         "ratio_to_float": {
             name: statistics.median(
@@ -80,6 +112,25 @@ def measure(corpus: Corpus, settings: Settings, whole: bool, arms: tuple[str, ..
         "compiled": "the whole model" if whole else "block by block",
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu",
+    }
+
+
+def _on_the_device(runners: dict[str, Runner]) -> dict:
+    """Milliseconds of kernels and of the host by arm, and the kernels themselves."""
+    kernels = {name: runner.kernels() for name, runner in runners.items()}
+    spent = {name: sum(us for us, _ in found.values()) / 1e3 for name, found in kernels.items()}
+    host = {
+        name: 1e3 * statistics.median(runner.host_seconds() for _ in range(ROUNDS))
+        for name, runner in runners.items()
+    }
+    return {
+        "kernel_milliseconds": spent,
+        "kernel_ratio_to_float": {name: value / spent["float"] for name, value in spent.items()},
+        "kernel_count": {
+            name: sum(count for _, count in found.values()) for name, found in kernels.items()
+        },
+        "host_milliseconds": host,
+        "kernels": {name: dict(list(found.items())[:LISTED]) for name, found in kernels.items()},
     }
 
 
