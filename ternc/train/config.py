@@ -91,6 +91,9 @@ class Regularization:
     """Dynamic regularisation: lambda(t) sum_i w_i ||W_i - Q(W_i)||^2 / n_i, Q(W) held constant."""
 
     strength: float = 0.1
+    """Lambda. 0.1 is hardly felt: for a matrix of a quarter million weights its gradient is less
+    than a ten-thousandth of the task's, and with 1e4 some hundredths.
+    """
     schedule: Literal["ramp", "constant", "decay"] = "ramp"
     """"ramp" rises from 0 over the last `share` of training; "decay" is strength * rate**epoch."""
     share: float = 0.3

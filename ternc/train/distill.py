@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from ternc.errors import TrainingError
 from ternc.train.config import Distillation
+from ternc.train.sharding import world_size
 from ternc.train.site import sites, unwrap
 from ternc.train.task import Example, call, logits_of, scored
 
@@ -151,14 +153,17 @@ class Distiller(nn.Module):
                 "balance=True compares gradients at the model's sites, and it has none; "
                 "ternc.train.training_report(model) says why"
             )
-        wanted = self.config.balance_target * _gradient_norm(task(output), weights)
-        norms = {
-            name: _gradient_norm(term, weights)
-            for name, term in self.terms(output, example).items()
-        }
-        for name, norm in norms.items():  # after the graphs: they hold the factors
+        if any(hasattr(weight, "full_tensor") for weight in weights):
+            raise TrainingError(
+                "balance=True measures gradients that sharded weights (FSDP2) do not give; set it "
+                "to False, or use DDP"
+            )
+        terms = self.terms(output, example)
+        found = [_gradient_norm(value, weights) for value in (task(output), *terms.values())]
+        wanted, *norms = _mean_of_processes(torch.stack(found)).unbind()
+        for name, norm in zip(terms, norms, strict=True):  # after the graphs: they hold the factors
             if bool(norm > 0):
-                self.balance[_TERMS.index(name)] = wanted / norm
+                self.balance[_TERMS.index(name)] = self.config.balance_target * wanted / norm
         self.release()
 
     def release(self) -> None:
@@ -213,6 +218,13 @@ class Distiller(nn.Module):
                 self.projections[name.replace(".", "_")] = made
             _keep_output(inside[name], name, self._student_features)
             _keep_output(known, name, self._teacher_features)
+
+
+def _mean_of_processes(values: torch.Tensor) -> torch.Tensor:
+    """The same on every process: their factors must not differ."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values / world_size()
 
 
 def _gradient_norm(value: torch.Tensor, weights: list[nn.Parameter]) -> torch.Tensor:

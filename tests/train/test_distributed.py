@@ -31,6 +31,7 @@ SHARDED = TrainConfig(
 )
 COMPILED = SHARDED.replace(schedule=Schedule(stages=[8, 1.58], stage_epochs=[1, 1]))
 DISTILLED = COMPILED.replace(distillation=Distillation(alpha=0.5, beta=0.1, gradient="hvp"))
+BALANCED = COMPILED.replace(distillation=Distillation(beta=1.0, balance=True))
 CONFIGS = {"ddp": DISTILLED, "compiled": COMPILED, "sharded": SHARDED, "resumed": SHARDED}
 EPOCHS = {"ddp": 3, "compiled": 3, "sharded": 4, "resumed": 4}
 COMPILER = {"backend": "ternc", "options": {"inner": "aot_eager"}}
@@ -75,8 +76,14 @@ def worker(rank, port, folder):
         begun = folder / "alone" / "epoch-2" if kind == "resumed" else None
         trainer.train(batches, batches, num_epochs=EPOCHS[kind], save_every=1, resume=begun)
         state = {name: full(p.detach()) for name, p in model.named_parameters()}
+        if kind == "resumed":
+            with pytest.raises(ternc.errors.TrainingError, match=r"balance=True .* sharded"):
+                Trainer(model, BALANCED, student(SHARDED), progress=False).train(batches)
         if rank == 0:
             torch.save((trainer.log.rows, state), folder / f"{kind}.pt")
+    trainer = Trainer(student(BALANCED), None, teacher(BALANCED), progress=False)
+    trainer.train(batches[:1])
+    torch.save(trainer.distiller.balance, folder / f"balance.{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -119,6 +126,11 @@ def test_two_processes_are_one(folder, kind):
     weights = "sharded" if CONFIGS[kind] is SHARDED else "model.safetensors"
     for name in ("random.0.safetensors", "random.1.safetensors", weights):
         assert (written / name).exists()
+
+
+def test_every_process_has_the_same_balance(folder):
+    first, second = (torch.load(folder / f"balance.{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, torch.ones(3))
 
 
 def test_a_sharded_run_goes_on_in_one_process(folder):
