@@ -58,16 +58,19 @@ def round_to_byte(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr):
 
 @triton.jit
 def bytes_of(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr, ASM: tl.constexpr):
-    """`round_to_byte` as int8, of x fp32 or bf16; with ASM four at a time."""
+    """`round_to_byte` as int8; with ASM four at a time.
+
+    bf16 x was rotated: its product is not rounded before the sum, which moves few q by 1.
+    """
     if LEAST == -127 and ASM and x.dtype == tl.bfloat16:
         # As below, from pairs: each becomes two fp32 by a shift and a mask.
         mask = tl.where(inverse == 0.0, 0, -1)
         q = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b, c, d; shl.b32 a, $1, 16; and.b32 b, $1, 0xFFFF0000;"
+            "{ .reg .b32 a, b, c, d, m; mov.b32 m, 0x4B400000;"
+            " shl.b32 a, $1, 16; and.b32 b, $1, 0xFFFF0000;"
             " shl.b32 c, $2, 16; and.b32 d, $2, 0xFFFF0000;"
-            " mul.rn.f32 a, a, $3; mul.rn.f32 b, b, $3; mul.rn.f32 c, c, $3; mul.rn.f32 d, d, $3;"
-            " add.rn.f32 a, a, 0f4B400000; add.rn.f32 b, b, 0f4B400000;"
-            " add.rn.f32 c, c, 0f4B400000; add.rn.f32 d, d, 0f4B400000;"
+            " fma.rn.f32 a, a, $3, m; fma.rn.f32 b, b, $3, m;"
+            " fma.rn.f32 c, c, $3, m; fma.rn.f32 d, d, $3, m;"
             " prmt.b32 a, a, b, 0x0040; prmt.b32 c, c, d, 0x0040;"
             " prmt.b32 a, a, c, 0x5410; and.b32 $0, a, $7; }",
             "=r,r,r,r,r,r,r,r,r,r,r",

@@ -75,7 +75,7 @@ def entries(i, j, BLOCK: tl.constexpr, EXPONENT: tl.constexpr, dtype: tl.constex
 
 @triton.jit
 def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(left [ROWS, ROWS], right [64, 64]) of `rotate`; left is not used where BLOCK <= 64.
+    """(left [ROWS, ROWS], right [64 or 128, 64]) of `rotate`; left not used where BLOCK <= 64.
 
     The tensor cores leave columns 8 n + 2 t + e (t < 4, e < 2) with thread t of a row: `right`
     has its columns in such an order that these are the adjacent 16 t + 2 n + e. Of 64 rows warp w
@@ -86,7 +86,9 @@ def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     j = j % 8 // 2 * 16 + j // 8 * 2 + j % 2
     if BLOCK > 64:
         part: tl.constexpr = tl.float32 if dtype == tl.float32 else PART
-        right = entries(i, j, 64, EXPONENTS[BLOCK], part)
+        if dtype != tl.float32 and ROWS == 64:  # twice, for two parts
+            i = tl.arange(0, 128)[:, None]
+        right = entries(i % 64, j, 64, EXPONENTS[BLOCK], part)
         row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
         if ROWS == 64:
             row = row // 8 % 2 * 32 + row // 16 * 8 + row % 8
@@ -188,7 +190,12 @@ def rotate(x, left, right, BLOCK: tl.constexpr, ASM: tl.constexpr):
         z = tl.dot(z, right, input_precision="tf32x3")
     elif BLOCK > 64:
         high, low = two_parts(tl.dot(left, x), ASM)
-        z = tl.dot(low, right, acc=tl.dot(high, right))
+        if x.shape[0] == 64:
+            # One product of both parts: warp groups wait for each.
+            both = tl.permute(tl.join(high, low), (0, 2, 1))
+            z = tl.dot(tl.reshape(both, [64, 128]), right)
+        else:
+            z = tl.dot(low, right, acc=tl.dot(high, right))
     else:
         z = tl.dot(x, right)
     if REST[BLOCK] != 1.0:
