@@ -16,9 +16,11 @@ import dataclasses
 import fcntl
 import importlib.util
 import json
+import select
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ HELD = {torch.float32: 1.25, torch.bfloat16: 1.6}
 READ_BYTES = 64 << 20
 RUNTIME_BYTES = 0.5e9
 """What a process holds beside its weights."""
+LONG = 4.0
+"""Seconds of a sample after which the work is not sampled again."""
+LATE = "not run: the time was up"
 NAMES = (*WAYS, *llama_child.WAYS)
 OUTSIDE = 0.15
 """Most of a step of decode that may pass outside of kernels and attention."""
@@ -73,8 +78,17 @@ class Way:
             self.process.stdin.flush()
         return self.answer()
 
+    def wait(self, seconds: float) -> None:
+        """Until the child has compiled and sent its first line, unasked; it ends if it is late."""
+        assert self.process is not None and self.process.stdout
+        if select.select([self.process.stdout], [], [], max(0.0, seconds))[0]:
+            self.facts = self.answer().get("ready", {})
+            return
+        self.process.kill()
+        self.missing = LATE
+
     def answer(self) -> dict[str, Any]:
-        """The next line of the child; the first one comes unasked, when it has compiled."""
+        """The next line of the child."""
         assert self.process is not None and self.process.stdout
         if line := self.process.stdout.readline():
             return json.loads(line)
@@ -93,13 +107,15 @@ def needed(shape: str, name: str, options: argparse.Namespace) -> float:
     return PARAMETERS[shape] * dtype.itemsize * HELD[dtype] + RUNTIME_BYTES
 
 
-def missing(shape: str, name: str, folder: Path | None) -> str:
+def missing(shape: str, name: str, options: argparse.Namespace) -> str:
     """Why a way cannot run on this machine, if it cannot."""
+    if time.perf_counter() > options.end:
+        return LATE
     if name not in llama_child.WAYS:
         return ""
     if importlib.util.find_spec("llama_cpp") is None:
         return "not run: llama-cpp-python is not installed"
-    path = folder and gguf_models.path_of(folder, shape, llama_child.WAYS[name])
+    path = options.gguf and gguf_models.path_of(options.gguf, shape, llama_child.WAYS[name])
     return "" if path and path.is_file() else "not run: no file of this shape in --gguf"
 
 
@@ -123,12 +139,12 @@ def start(shape: str, names: list[str], options: argparse.Namespace) -> list[Way
 
     def finish_one() -> None:
         way = starting.pop(0)
-        way.facts = way.answer().get("ready", {})
+        way.wait(options.end - time.perf_counter())
         print(f"{shape}, {way.name}: {way.missing or 'ready'}", file=sys.stderr, flush=True)
 
     while names:
         name = names[0]
-        if why := missing(shape, name, options.gguf):
+        if why := missing(shape, name, options):
             ways.append(Way(names.pop(0), None, why))
             continue
         while len(starting) == options.starts:
@@ -168,7 +184,8 @@ def measure(shape: str, options: argparse.Namespace, limits: Limits) -> list[dic
             take_turns(group, options.rounds, limits)
         for way in group:
             if way.process is not None:
-                way.process.communicate("quit\n")
+                with contextlib.suppress(BrokenPipeError):
+                    way.process.communicate("quit\n")
         ways += group
     compare(ways)
     return [*limit_rows(shape, ways, limits, options), *(row(shape, w, options) for w in ways)]
@@ -179,7 +196,7 @@ def take_turns(ways: list[Way], rounds: int, limits: Limits) -> None:
         limits.sample(READ_BYTES)
         for way in ways:
             for work, found in way.seconds.items():
-                if not way.missing:
+                if not way.missing and max(found, default=0.0) < LONG:
                     found.extend(way.ask(work).get("seconds", []))
     for way in ways:
         if "ternc" in way.name and not way.missing:
@@ -257,6 +274,7 @@ MORE = ("cosine", "outside %", "bits/weight", "compile s", "group", "note")
 FORMATS = tuple(".4f" if column == "cosine" else ".1f" for column in (*COLUMNS, *MORE))
 NOTES = f"""
 Tokens a second, batch 1. Decode: one token, static cache of 256 places, {STEPS} tokens a sample.
+A work of more than {LONG:.0f} s is one sample.
 Prefill: {{prompt}} tokens without a cache, logits of the last one. `ternc` rows: linear weights
 ternary by value, head and embedding int8, floating point in fp32, packed by `ternc.quantize`.
 `default on a float model`: Gaussian fp32 weights, `torch.compile(model, backend="ternc")` with
@@ -291,10 +309,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="files of the result, without suffix")
     parser.add_argument("--gguf", type=Path, help="folder of gguf_models.py")
     parser.add_argument("--packed", type=Path, help="folder to keep packed models in")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="for all starts; what is later is not run"
+    )
     parser.add_argument("--starts", type=int, default=1, help="children that compile at once")
     parser.add_argument("--lock", type=Path, help="file to lock while sampling")
     parser.add_argument("--verbose", action="store_true", help="show what the children print")
     options = parser.parse_args()
+    options.end = time.perf_counter() + 60 * options.minutes
     torch.set_num_threads(options.threads)
     ops.register()
     limits = Limits(options.threads, cpu.isa() or "")
