@@ -115,6 +115,11 @@ def test_programs_that_walk_over_rows(rotation, dtype):
     seen = torch.ops.ternc.norm_quantize(gate, *rest)
     differences.compare(seen[1:], norm_quantize.reference(gate, *rest)[1:])
     differences.check()
+    z, expected = (
+        torch.ops.ternc.hadamard(gate, signs, block),
+        hadamard.reference(gate, signs, block),
+    )
+    torch.testing.assert_close(z, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
 
 
 @ANY_ROTATION

@@ -144,7 +144,8 @@ def test_hadamard(rotation, dtype):
     from ternc.runtime.kernels.triton import rotate as kernels
 
     width, block = rotation
-    x, signs = torch.randn(3, width).to(dtype), random_signs(width)
+    rows = 5 * 4096 // width + 3  # more tiles than programs
+    x, signs = torch.randn(rows, width).to(dtype), random_signs(width)
     z = kernels.hadamard(x, signs, block or 1)
     expected = hadamard.reference(x, signs, block or 1)
     tolerance = max(2 * torch.finfo(dtype).eps, 1e-4)
