@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import common  # noqa: E402
+import cycles  # noqa: E402
 import decoders  # noqa: E402
 import gguf_models  # noqa: E402
 import llama_child  # noqa: E402
@@ -66,7 +67,7 @@ class Way:
     seconds: dict[str, list[float]] = dataclasses.field(
         default_factory=lambda: {"decode": [], "prefill": []}
     )
-    outside: float | None = None
+    cycles: dict[str, float] | None = None
     group: int = 0
     cosine: float | None = None
 
@@ -200,7 +201,7 @@ def take_turns(ways: list[Way], rounds: int, limits: Limits) -> None:
                     found.extend(way.ask(work).get("seconds", []))
     for way in ways:
         if "ternc" in way.name and not way.missing:
-            way.outside = way.ask("outside").get("share")
+            way.cycles = way.ask("outside").get("cycles")
 
 
 def compare(ways: list[Way]) -> None:
@@ -264,8 +265,9 @@ def row(shape: str, way: Way, options: argparse.Namespace) -> dict[str, Any]:
         found["cosine"] = way.cosine
     if options.starts == 1 and way.name in WAYS and WAYS[way.name][2] is not None:
         found["compile s"] = sum(way.facts["first"].values())
-    if way.outside is not None:
-        found["outside %"] = 100 * way.outside
+    if way.cycles is not None:
+        found["outside %"] = 100 * cycles.outside(way.cycles)
+        found["cycles"] = way.cycles
     return found
 
 
@@ -279,8 +281,9 @@ Prefill: {{prompt}} tokens without a cache, logits of the last one. `ternc` rows
 ternary by value, head and embedding int8, floating point in fp32, packed by `ternc.quantize`.
 `default on a float model`: Gaussian fp32 weights, `torch.compile(model, backend="ternc")` with
 nothing set; head and embedding stay fp32, and so do layers that three planes do not reach.
-`outside %`: share of a profiled decode step that is not in ternc ops, attention or Inductor's
-loops, the profiler's own time included (the goal is at most {100 * OUTSIDE:.0f} %).
+`outside %`: share of the main thread's cycles in decode, by hardware counters (cycles.py), that
+is not in ternc's kernels, attention, Inductor's loops or waiting for their threads (the goal is at
+most {100 * OUTSIDE:.0f} %); the JSON has the classes.
 `no module guards`:
 `torch.compiler.skip_guard_on_all_nn_modules_unsafe`, which is the user's to choose. `bits/weight`:
 the whole model for packed rows. Limits: best samples of all rounds. `cosine`: of the logits after

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import cycles  # noqa: E402
 import decoders  # noqa: E402
 import torch  # noqa: E402
 
@@ -31,6 +32,8 @@ COMPARED = 4096
 """Logits of a prompt's last token that are compared between the ways."""
 COSINE = 0.9
 """Least agreement of a row's logits with what they are compared with; below, it is no row."""
+SAMPLED = 300
+"""Tokens whose cycles are sampled."""
 INT8 = ("lm_head", "*.wte", "*.embed_tokens")
 
 
@@ -103,27 +106,8 @@ class Runner:
         return {"seconds": [seconds]}
 
     def outside(self) -> dict[str, Any]:
-        """Share of a token that no kernel takes (ops, attention, Inductor's loops): of the fastest
-        of a few, each measured against its own kernels. The profiler's own time counts as outside.
-        """
-        from torch.profiler import ProfilerActivity, profile
-
-        found = []
-        for _ in range(STEPS):
-            with profile(activities=[ProfilerActivity.CPU]) as recorded:
-                seconds = self.token()
-            events = recorded.events() or []
-            kernels = sum(e.cpu_time_total for e in events if _is_kernel(e.name)) / 1e6
-            found.append((seconds, max(0.0, 1 - kernels / seconds)))
-        return {"share": min(found)[1]}
-
-
-def _is_kernel(name: str) -> bool:
-    attention = "scaled_dot_product" in name and (
-        name.startswith("aoti_torch_cpu_") or name.endswith("_flash_attention_for_cpu")
-    )
-    # aoti_torch_cpu_... wraps aten::..., which is then no event of its own.
-    return name.startswith("ternc::") or "cpp_fused" in name or attention
+        """Share of the cycles of tokens by class: cycles.CLASSES."""
+        return {"cycles": cycles.sampled(lambda: [self.token() for _ in range(SAMPLED)])}
 
 
 def _compiled(function: Callable[..., Any], backend: str | None, options: Any) -> Callable:
@@ -132,36 +116,33 @@ def _compiled(function: Callable[..., Any], backend: str | None, options: Any) -
     return torch.compile(function, backend=backend, options=dict(options), dynamic=False)
 
 
-NAMED = {"cpp.enable_kernel_profile": True}
-"""Inductor's loops as events of their own where a profiler runs."""
 _FP32, _BF16 = torch.float32, torch.bfloat16
 WAYS: dict[str, tuple[torch.dtype, bool, str | None, dict[str, Any]]] = {
     "eager fp32": (_FP32, False, None, {}),
     "eager bf16": (_BF16, True, None, {}),
-    "Inductor fp32": (_FP32, False, "inductor", NAMED),
-    "Inductor bf16": (_BF16, True, "inductor", NAMED),
+    "Inductor fp32": (_FP32, False, "inductor", {}),
+    "Inductor bf16": (_BF16, True, "inductor", {}),
     "Inductor bf16, cpp_wrapper, no module guards": (
         _BF16,
         True,
         "inductor",
         {
-            **NAMED,
             "cpp_wrapper": True,
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
         },
     ),
-    "ternc": (_BF16, True, "ternc", {"inductor": NAMED}),
-    "ternc, cpp_wrapper": (_BF16, True, "ternc", {"inductor": {**NAMED, "cpp_wrapper": True}}),
+    "ternc": (_BF16, True, "ternc", {}),
+    "ternc, cpp_wrapper": (_BF16, True, "ternc", {"inductor": {"cpp_wrapper": True}}),
     "ternc, cpp_wrapper, no module guards": (
         _BF16,
         True,
         "ternc",
         {
-            "inductor": {**NAMED, "cpp_wrapper": True},
+            "inductor": {"cpp_wrapper": True},
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
         },
     ),
-    "ternc, default on a float model": (_FP32, False, "ternc", {"inductor": NAMED}),
+    "ternc, default on a float model": (_FP32, False, "ternc", {}),
 }
 """Name -> dtype it is built in, weights ternary by value, backend, options."""
 PACKED = ("ternc", "ternc, cpp_wrapper", "ternc, cpp_wrapper, no module guards")

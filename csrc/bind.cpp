@@ -2,6 +2,8 @@
 // embedding and fit. The schemas are defined in runtime/ops; threads are torch's own.
 #include "bind.h"
 
+#include "entry.h"
+
 namespace ternc {
 namespace {
 
@@ -116,6 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> fit_weight(const Tensor& w, int64_t planes, i
 
 }  // namespace
 }  // namespace ternc
+
+TERNC_ENTRY(quantize_act, &ternc::quantize_act)
+TERNC_ENTRY(embedding, &ternc::embedding)
 
 STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
   m.impl("quantize_act", TORCH_BOX(&ternc::quantize_act));

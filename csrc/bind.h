@@ -23,18 +23,51 @@ using torch::stable::Tensor;
 constexpr int64_t VALUES_PER_THREAD = 1 << 15;
 constexpr size_t ALIGNMENT = 64;
 constexpr int64_t MAX_DIMS = 64;
+constexpr size_t MAX_WEIGHTS = 4;  // of a call
 
 struct FreeAligned {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(ALIGNMENT)); }
 };
-template <class T>
-using Scratch = std::unique_ptr<T[], FreeAligned>;
 
+// Memory of one call: on the stack while it fits NEAR bytes, which one token's does.
+template <class T, size_t NEAR = 4096>
+class Scratch {
+ public:
+  Scratch() = default;
+  explicit Scratch(int64_t count) { reserve(count); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* reserve(int64_t count) {
+    const size_t bytes = size_t(count) * sizeof(T) + ALIGNMENT;
+    if (bytes <= NEAR) return values_ = reinterpret_cast<T*>(near_);
+    far_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t(ALIGNMENT))));
+    return values_ = far_.get();
+  }
+  T* get() const { return values_; }
+  T& operator[](int64_t i) const { return values_[i]; }
+
+ private:
+  alignas(ALIGNMENT) unsigned char near_[NEAR];
+  std::unique_ptr<T[], FreeAligned> far_;
+  T* values_ = nullptr;
+};
+
+// At most as many as a call has weights; no memory of its own.
 template <class T>
-Scratch<T> scratch(int64_t count) {
-  void* p = ::operator new(size_t(count) * sizeof(T) + ALIGNMENT, std::align_val_t(ALIGNMENT));
-  return Scratch<T>(static_cast<T*>(p));
-}
+struct Few {
+  T items[MAX_WEIGHTS];
+  size_t count = 0;
+
+  void push_back(const T& item) {
+    STD_TORCH_CHECK(count < MAX_WEIGHTS, "ternc: more than ", MAX_WEIGHTS, " weights in a call");
+    items[count++] = item;
+  }
+  size_t size() const { return count; }
+  const T& operator[](size_t i) const { return items[i]; }
+  const T* begin() const { return items; }
+  const T* end() const { return items + count; }
+};
 
 inline const Isa& isa() {
   const char* error = nullptr;

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bind.h"
+#include "entry.h"
 
 namespace ternc {
 namespace {
@@ -26,11 +27,11 @@ class Word {
 };
 
 template <size_t N>
-int index_of(const char* op, const char* argument, const Word& word,
+int index_of(const char* op, const char* argument, const char* word,
              const char* const (&names)[N]) {
   size_t i = 0;
-  while (i < N && std::strcmp(word.text(), names[i]) != 0) ++i;
-  STD_TORCH_CHECK(i < N, "ternc::", op, ": ", argument, "='", word.text(), "' is unknown");
+  while (i < N && std::strcmp(word, names[i]) != 0) ++i;
+  STD_TORCH_CHECK(i < N, "ternc::", op, ": ", argument, "='", word, "' is unknown");
   return int(i);
 }
 
@@ -99,7 +100,7 @@ struct RotationOf {
     held = dense(*signs);
     rotation.signs = static_cast<const int8_t*>(held->const_data_ptr());
     if (columns == padded(columns)) return;
-    own = scratch<int8_t>(padded(columns));
+    own.reserve(padded(columns));
     std::memset(own.get(), 1, size_t(padded(columns)));
     std::memcpy(own.get(), rotation.signs, size_t(columns));
     rotation.signs = own.get();
@@ -125,18 +126,18 @@ void over_tokens(void (*kernel)(const Args&, int64_t, int64_t, float*), const Ar
                  int64_t tokens) {
   torch::stable::parallel_for(
       0, tokens, token_grain(args.columns), [&](int64_t begin, int64_t end) {
-        kernel(args, begin, end, scratch<float>(SCRATCH_ROWS * padded(args.columns)).get());
+        const Scratch<float, 32768> rows(SCRATCH_ROWS * padded(args.columns));
+        kernel(args, begin, end, rows.get());
       });
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_quantize(const Tensor& x, const std::optional<Tensor>& gain,
                                                  const std::optional<Tensor>& bias,
-                                                 StringHandle kind_handle, double eps,
-                                                 double gain_offset, bool round_first,
+                                                 const char* kind, double eps, double gain_offset,
+                                                 bool round_first,
                                                  const std::optional<Tensor>& signs, int64_t block,
                                                  int64_t bits, bool keep) {
   const char* op = "norm_quantize";
-  const Word kind(kind_handle);
   const RowsOf rows(op, "x", x);
   const int64_t columns = x.size(x.dim() - 1);
   const ColumnsOf gains(op, "gain", gain, columns, float(gain_offset));
@@ -162,11 +163,10 @@ std::tuple<Tensor, Tensor, Tensor> norm_quantize(const Tensor& x, const std::opt
 }
 
 std::tuple<Tensor, Tensor> activate_quantize(const Tensor& gate, const std::optional<Tensor>& up,
-                                             StringHandle activation_handle,
+                                             const char* activation,
                                              const std::optional<Tensor>& signs, int64_t block,
                                              int64_t bits) {
   const char* op = "activate_quantize";
-  const Word activation(activation_handle);
   const RowsOf gates(op, "gate", gate);
   const int64_t columns = gate.size(gate.dim() - 1);
   std::optional<RowsOf> ups;
@@ -199,11 +199,32 @@ Tensor hadamard(const Tensor& x, const std::optional<Tensor>& signs, int64_t blo
   return y;
 }
 
+// The same, for the dispatcher.
+std::tuple<Tensor, Tensor, Tensor> norm_quantize_boxed(
+    const Tensor& x, const std::optional<Tensor>& gain, const std::optional<Tensor>& bias,
+    StringHandle kind, double eps, double gain_offset, bool round_first,
+    const std::optional<Tensor>& signs, int64_t block, int64_t bits, bool keep) {
+  return norm_quantize(x, gain, bias, Word(kind).text(), eps, gain_offset, round_first, signs,
+                       block, bits, keep);
+}
+
+std::tuple<Tensor, Tensor> activate_quantize_boxed(const Tensor& gate,
+                                                   const std::optional<Tensor>& up,
+                                                   StringHandle activation,
+                                                   const std::optional<Tensor>& signs,
+                                                   int64_t block, int64_t bits) {
+  return activate_quantize(gate, up, Word(activation).text(), signs, block, bits);
+}
+
 }  // namespace
 }  // namespace ternc
 
+TERNC_ENTRY(norm_quantize, &ternc::norm_quantize)
+TERNC_ENTRY(activate_quantize, &ternc::activate_quantize)
+TERNC_ENTRY(hadamard, &ternc::hadamard)
+
 STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
-  m.impl("norm_quantize", TORCH_BOX(&ternc::norm_quantize));
-  m.impl("activate_quantize", TORCH_BOX(&ternc::activate_quantize));
+  m.impl("norm_quantize", TORCH_BOX(&ternc::norm_quantize_boxed));
+  m.impl("activate_quantize", TORCH_BOX(&ternc::activate_quantize_boxed));
   m.impl("hadamard", TORCH_BOX(&ternc::hadamard));
 }

@@ -3,6 +3,7 @@
 //   x --quantize or widen, once, over tokens--> Tokens --one parallel region over the blocks of
 //   every weight--> y_i
 #include "bind.h"
+#include "entry.h"
 
 namespace ternc {
 namespace {
@@ -32,7 +33,7 @@ struct Job {
 // pieces are whole tiles from token 0, so that the split never changes which tokens share a
 // tile. A block belongs to the thread that has its first unit.
 template <class Args>
-void split(const std::vector<Job<Args>>& jobs, int64_t tokens, int64_t stride) {
+void split(const Few<Job<Args>>& jobs, int64_t tokens, int64_t stride) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t blocks = 0, units = 0;
   for (const Job<Args>& job : jobs) blocks += job.blocks, units += job.blocks * job.units;
@@ -76,11 +77,11 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
   const int64_t stride = ceil_div(x.columns, STEP_COLUMNS) * STEP_COLUMNS;
   const bool in_place = x.scale != nullptr && stride == x.columns;
   const int8_t* given = static_cast<const int8_t*>(x.values);
-  const auto own_q = scratch<int8_t>(in_place ? 0 : x.tokens * stride);
-  const auto own_scale = scratch<float>(x.scale != nullptr ? 0 : x.tokens);
+  const Scratch<int8_t> own_q(in_place ? 0 : x.tokens * stride);
+  const Scratch<float, 256> own_scale(x.scale != nullptr ? 0 : x.tokens);
   // Sums of q for each size of group among the weights.
-  std::vector<const Weight*> sizes;
-  std::vector<size_t> size_of;
+  Few<const Weight*> sizes;
+  Few<size_t> size_of;
   int64_t all_groups = 0;
   for (const Product& product : products) {
     const Weight& weight = product.held.weight;
@@ -90,11 +91,12 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
     size_of.push_back(i);
   }
   const bool tiled = kernels.tile_tokens != nullptr && x.tokens >= MIN_TILE_TOKENS;
-  const auto tiles = scratch<int8_t>(!tiled ? 0
-                                            : ceil_div(x.tokens, TILE_TOKENS) * TILE_TOKENS *
-                                                  ceil_div(stride, TILE_COLUMNS) * TILE_COLUMNS);
-  const auto sums = scratch<int32_t>(x.tokens * all_groups);
-  std::vector<Tokens> tokens;
+  const Scratch<int8_t, ALIGNMENT> tiles(!tiled
+                                             ? 0
+                                             : ceil_div(x.tokens, TILE_TOKENS) * TILE_TOKENS *
+                                                   ceil_div(stride, TILE_COLUMNS) * TILE_COLUMNS);
+  const Scratch<int32_t, 512> sums(x.tokens * all_groups);
+  Few<Tokens> tokens;
   int64_t first_sum = 0;
   for (const Weight* weight : sizes) {
     tokens.push_back({in_place ? const_cast<int8_t*>(given) : own_q.get(),
@@ -116,7 +118,7 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
     for (size_t i = 0; i < sizes.size(); ++i)
       kernels.sum_groups(tokens[i], x.columns, sizes[i]->group_size, sizes[i]->groups, begin, end);
   });
-  std::vector<Job<LinearI8Args>> jobs;
+  Few<Job<LinearI8Args>> jobs;
   for (size_t i = 0; i < products.size(); ++i) {
     const WeightTensors& held = products[i].held;
     jobs.push_back(job_of(
@@ -128,11 +130,11 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
 
 void multiply_floats(const Kernels& kernels, const Input& x, const std::vector<Product>& products) {
   const int64_t stride = ceil_div(x.columns, STEP_COLUMNS) * STEP_COLUMNS;
-  const auto wide = scratch<float>(x.tokens * stride);
+  const Scratch<float, 16384> wide(x.tokens * stride);
   torch::stable::parallel_for(0, x.tokens, token_grain(stride), [&](int64_t begin, int64_t end) {
     kernels.widen(x.values, x.dtype, x.columns, wide.get(), stride, begin, end);
   });
-  std::vector<Job<LinearF32Args>> jobs;
+  Few<Job<LinearF32Args>> jobs;
   for (const Product& product : products)
     jobs.push_back(job_of(
         kernels.linear_f32, product.held,
@@ -267,6 +269,7 @@ std::vector<Product> several(const Tensor& x, const std::optional<Tensor>& sx, s
                       layouts.size() == count,
                   "ternc::linears: lists that are not of ", count, " entries");
   std::vector<Product> products;
+  products.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     check_layout("linears", layouts[i]);
     products.push_back(
@@ -302,6 +305,12 @@ constexpr auto linears4 = &linears<0, 1, 2, 3>;
 
 }  // namespace
 }  // namespace ternc
+
+TERNC_ENTRY(linear, &ternc::linear)
+TERNC_ENTRY(linears1, &ternc::linears1)
+TERNC_ENTRY(linears2, ternc::linears2)
+TERNC_ENTRY(linears3, ternc::linears3)
+TERNC_ENTRY(linears4, ternc::linears4)
 
 STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
   m.impl("linear", TORCH_BOX(&ternc::linear));

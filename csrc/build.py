@@ -91,7 +91,8 @@ def build(target: Path, torch_folder: Path, compiler: list[str]) -> None:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, sorted(FOLDER.rglob("*.cpp"))))
         whole = Path(scratch) / target.name
-        _run([*compiler, "-shared", "-o", str(whole), *objects, *libraries])
+        name = f"-Wl,-soname,{target.name}"  # runtime/entries.py finds the loaded library by it
+        _run([*compiler, "-shared", name, "-o", str(whole), *objects, *libraries])
         os.replace(whole, target)
 
 

@@ -106,6 +106,26 @@ def force_isa(name: str | None) -> None:
         raise KernelError(f"instruction set {name!r} cannot run here: {reason}")
 
 
+ENTRIES = (
+    "linear",
+    "linears1",
+    "linears2",
+    "linears3",
+    "linears4",
+    "norm_quantize",
+    "activate_quantize",
+    "hadamard",
+    "quantize_act",
+    "embedding",
+)
+"""Operators that the library has an entry point for (csrc/entry.h)."""
+
+
+def library_name() -> str | None:
+    """Name under which the loader knows the loaded library; None where none is loaded."""
+    return build.library_name() if _native() else None
+
+
 def last_kernel(weight: torch.Tensor) -> str | None:
     """Instruction set whose kernel last read this packed weight; None where none did."""
     name = native.ternc_last_kernel(weight.data_ptr()) if (native := _native()) else None

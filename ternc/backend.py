@@ -37,7 +37,8 @@ def ternc_backend(
     """Compiles one Dynamo graph: weights become packed ternary inputs, the rest is Inductor's.
 
     Args:
-        mode: one of Inductor's modes ("reduce-overhead", "max-autotune", ...).
+        mode: one of Inductor's modes ("reduce-overhead", "max-autotune", ...). "max-autotune" also
+            calls ops from C++ on the CPU (Inductor's `cpp_wrapper`): longer to compile.
         options: fields of `ternc.Config`, plus `inductor` (dict of Inductor's settings) and `inner`
             ("inductor", "aot_eager" or "eager": what compiles the rewritten graph).
 
