@@ -12,6 +12,7 @@ from ternc.config import Config
 from ternc.errors import UnsupportedModelError
 from ternc.modules.linear import TernaryLinear
 from ternc.quantization import quantize
+from ternc.train import prepare
 
 
 class Doubled(nn.Linear):
@@ -140,3 +141,9 @@ def test_a_lookalike_that_computes_something_else_is_left():
     q = quantize(model)
     assert type(q.fc) is Lookalike and not rows_of(q)
     assert torch.equal(state, torch.get_rng_state())  # probing it draws no numbers of the user's
+
+
+def test_the_argument_has_the_name_that_it_has_in_torch():
+    x, layer = torch.randn(3, 32), nn.Linear(32, 8)
+    for made in (quantize(layer, Config(planes=1)), prepare(layer)):
+        assert type(made) is not nn.Linear and torch.equal(made(input=x), made(x))

@@ -82,7 +82,7 @@ class SoftLayer:
     def _hard(self) -> torch.Tensor:
         return self.latent.detach().round().clamp(-self._cmax, self._cmax)
 
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward(self, input: torch.Tensor) -> torch.Tensor:
         if self.sharpness is None:
             codes = self._hard()
         else:
@@ -91,7 +91,8 @@ class SoftLayer:
         if self._layer.rotation is not None:
             w = self._layer.rotation.restore(w)
         bias = self._layer.bias
-        return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        added = None if bias is None else bias.to(input.dtype)
+        return F.linear(input, w.to(input.dtype), added)
 
 
 class Staircase(torch.autograd.Function):

@@ -144,16 +144,16 @@ class TernaryLinear(nn.Module):
         packed = Packed(nothing, nothing.float(), None, shape, group_size, layout)
         return cls(packed, bias, config=config, weight_dtype=weight_dtype, transposed=transposed)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1:] != (self.in_features,):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.shape[-1:] != (self.in_features,):
             raise InputError(
                 f"TernaryLinear({self.in_features}, {self.out_features}): the input is "
-                f"{list(x.shape)}; its last dimension must be {self.in_features}"
+                f"{list(input.shape)}; its last dimension must be {self.in_features}"
             )
         if self.rotation is not None:
-            x = torch.ops.ternc.hadamard(x, self.signs, self.rotation.block)
+            input = torch.ops.ternc.hadamard(input, self.signs, self.rotation.block)
         return torch.ops.ternc.linear(
-            x,
+            input,
             self.packed_weight,
             self.scale,
             self.multiplier,

@@ -118,22 +118,22 @@ class QATLinear(nn.Linear):
         if self.settings.scale == "learnt":
             self.learnt_scale = LearntScale(self._fitted("fit"))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] -> [..., out_features].
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input [..., in_features] -> [..., out_features].
 
         Without gradients, and with the final quantisers, the sums are the integer sums of
         ternc::linear: bit for bit what the packed layer gives. A compiled graph keeps the floating
         point product of the same values.
         """
         if self.settings.rotation is not None:
-            x = torch.ops.ternc.hadamard(x, self.signs, self.settings.rotation.block)
+            input = torch.ops.ternc.hadamard(input, self.signs, self.settings.rotation.block)
         if self._gives_integers():
-            return self._integer_product(x)
+            return self._integer_product(input)
         weight = self.effective_weight()
         dead = weight.detach() == 0 if self.settings.dead_zone else None
         if self.offset is not None:
             weight = weight + self.offset
-        return F.linear(self._quantized_input(x), weight, self._bias(weight, dead))
+        return F.linear(self._quantized_input(input), weight, self._bias(weight, dead))
 
     def matrix(self) -> torch.Tensor:
         """The weight [out_features, in_features], learnt scales folded in, differentiable."""
