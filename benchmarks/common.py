@@ -11,6 +11,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -98,7 +99,7 @@ def turn(lock: str | None, alone: bool) -> Iterator[None]:
 
 
 def commit() -> str:
-    """Hash of the commit, with `+` where the tree differs from it; `unknown` outside of git."""
+    """Hash of the commit, with `+` where the tree differs from it; outside of git $TERNC_COMMIT."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -106,7 +107,8 @@ def commit() -> str:
         ).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return (git("rev-parse", "HEAD") or "unknown") + ("+" if changed else "")
+    found = git("rev-parse", "HEAD") or os.environ.get("TERNC_COMMIT", "unknown")
+    return found + ("+" if changed else "")
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ namespace {
 // Multiply-adds that are worth waking a second thread for: about 5 us on one.
 constexpr int64_t WORK_PER_THREAD = 1 << 20;
 constexpr int64_t TOKENS_PER_PIECE = 2 * TILE_TOKENS;
+constexpr int64_t PAGE = 4096;
 constexpr int64_t UNIT_BYTES = 64;  // of a step: what a unit of work is counted in
 
 // One weight of a call: what the kernels read, and where its result goes.
@@ -72,58 +73,107 @@ struct Input {
   int64_t tokens, columns;
 };
 
+// The first page that begins at `bytes` or behind.
+int8_t* page_of(int8_t* bytes) { return bytes + (-reinterpret_cast<uintptr_t>(bytes)) % PAGE; }
+
+// Tokens that share one size of group: the sums that go with it.
+struct GroupSums {
+  int64_t group_size, groups;
+  int32_t* sums;  // [tokens, groups]
+  bool wanted;
+};
+
+// q of tokens, where it comes from and what is made of it.
+struct TokenPlan {
+  const Kernels& kernels;
+  const Input& x;
+  int bits;
+  int64_t stride;
+  int8_t* q;  // [tokens, stride]; null: not kept
+  float* scale;
+  int8_t* tiles;  // null: not wanted
+  const Few<GroupSums>& sums;
+};
+
+// One token at a time, so that its q goes from L1 into tiles and sums.
+void prepare_tokens(const TokenPlan& plan, int64_t begin, int64_t end) {
+  const Input& x = plan.x;
+  const int64_t stride = plan.stride, value = x.dtype == Dtype::f32 ? 4 : 2;
+  const int8_t* given = static_cast<const int8_t*>(x.values);
+  const bool in_place = x.scale != nullptr && plan.q == given;
+  Scratch<int8_t> row;
+  if (plan.q == nullptr) row.reserve(stride);
+  for (int64_t t = begin; t < end; ++t) {
+    int8_t* q = plan.q != nullptr ? plan.q + t * stride : row.get();
+    if (x.scale == nullptr) {
+      const Tokens one = {q, plan.scale + t, nullptr, 1, stride};
+      plan.kernels.quantize(
+          {given + t * x.columns * value, x.dtype, x.columns, x.columns, 1, plan.bits, one}, 0, 1);
+    } else if (!in_place) {
+      for (int64_t k = 0; k < stride; ++k)
+        q[k] = k < x.columns ? given[t * x.columns + k] : int8_t(0);
+    }
+    if (plan.tiles != nullptr) plan.kernels.tile_token(q, stride, t, plan.tiles);
+    for (const GroupSums& s : plan.sums)
+      if (s.wanted)
+        plan.kernels.sum_groups({q, nullptr, s.sums + t * s.groups, 1, stride}, x.columns,
+                                s.group_size, s.groups, 0, 1);
+  }
+  if (plan.tiles == nullptr || end < x.tokens) return;
+  for (int64_t t = x.tokens; t % TILE_TOKENS != 0; ++t)
+    plan.kernels.tile_token(nullptr, stride, t, plan.tiles);
+}
+
 void multiply_integers(const Kernels& kernels, const Input& x, int bits,
                        const std::vector<Product>& products) {
   const int64_t stride = ceil_div(x.columns, STEP_COLUMNS) * STEP_COLUMNS;
   const bool in_place = x.scale != nullptr && stride == x.columns;
-  const int8_t* given = static_cast<const int8_t*>(x.values);
-  const Scratch<int8_t> own_q(in_place ? 0 : x.tokens * stride);
-  const Scratch<float, 256> own_scale(x.scale != nullptr ? 0 : x.tokens);
+  const bool tiled = kernels.tile_token != nullptr && x.tokens >= MIN_TILE_TOKENS;
+  bool keeps_q = !tiled;
   // Sums of q for each size of group among the weights.
-  Few<const Weight*> sizes;
+  Few<GroupSums> sizes;
   Few<size_t> size_of;
   int64_t all_groups = 0;
   for (const Product& product : products) {
     const Weight& weight = product.held.weight;
+    const bool from_tiles = tiled && reads_tiles(product.held.planes, weight);
+    keeps_q = keeps_q || !from_tiles;
     size_t i = 0;
-    while (i < sizes.size() && sizes[i]->group_size != weight.group_size) ++i;
-    if (i == sizes.size()) sizes.push_back(&weight), all_groups += weight.groups;
+    while (i < sizes.size() && sizes[i].group_size != weight.group_size) ++i;
+    if (i == sizes.size()) {
+      sizes.push_back({weight.group_size, weight.groups, nullptr, false});
+      all_groups += weight.groups;
+    }
+    GroupSums& size = sizes.items[i];
+    size.wanted = size.wanted || !from_tiles || weight.multiplier == nullptr;
     size_of.push_back(i);
   }
-  const bool tiled = kernels.tile_tokens != nullptr && x.tokens >= MIN_TILE_TOKENS;
-  const Scratch<int8_t, ALIGNMENT> tiles(!tiled
-                                             ? 0
-                                             : ceil_div(x.tokens, TILE_TOKENS) * TILE_TOKENS *
-                                                   ceil_div(stride, TILE_COLUMNS) * TILE_COLUMNS);
+  const Scratch<int8_t> own_q(in_place || !keeps_q ? 0 : x.tokens * stride);
+  const Scratch<float, 256> own_scale(x.scale != nullptr ? 0 : x.tokens);
+  const int64_t tile_bytes =
+      ceil_div(x.tokens, TILE_TOKENS) * TILE_TOKENS * ceil_div(stride, TILE_COLUMNS) * TILE_COLUMNS;
+  const Scratch<int8_t, ALIGNMENT> tiles(tiled ? tile_bytes + PAGE : 0);
   const Scratch<int32_t, 512> sums(x.tokens * all_groups);
-  Few<Tokens> tokens;
-  int64_t first_sum = 0;
-  for (const Weight* weight : sizes) {
-    tokens.push_back({in_place ? const_cast<int8_t*>(given) : own_q.get(),
-                      x.scale != nullptr ? const_cast<float*>(x.scale) : own_scale.get(),
-                      sums.get() + first_sum, x.tokens, stride, tiled ? tiles.get() : nullptr});
-    first_sum += x.tokens * weight->groups;
+  int8_t* q = in_place  ? static_cast<int8_t*>(const_cast<void*>(x.values))
+              : keeps_q ? own_q.get()
+                        : nullptr;
+  float* scale = x.scale != nullptr ? const_cast<float*>(x.scale) : own_scale.get();
+  int32_t* next_sums = sums.get();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    sizes.items[i].sums = next_sums;
+    next_sums += x.tokens * sizes[i].groups;
   }
+  const TokenPlan plan = {
+      kernels, x, bits, stride, q, scale, tiled ? page_of(tiles.get()) : nullptr, sizes};
   torch::stable::parallel_for(0, x.tokens, token_grain(x.columns), [&](int64_t begin, int64_t end) {
-    if (x.scale == nullptr) {
-      Tokens out = tokens[0];
-      out.sums = nullptr;
-      kernels.quantize({x.values, x.dtype, x.columns, x.columns, 1, bits, out}, begin, end);
-    } else if (!in_place) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t k = 0; k < stride; ++k)
-          own_q[t * stride + k] = k < x.columns ? given[t * x.columns + k] : int8_t(0);
-    }
-    if (tiled) kernels.tile_tokens(tokens[0], begin, end);
-    for (size_t i = 0; i < sizes.size(); ++i)
-      kernels.sum_groups(tokens[i], x.columns, sizes[i]->group_size, sizes[i]->groups, begin, end);
+    prepare_tokens(plan, begin, end);
   });
   Few<Job<LinearI8Args>> jobs;
   for (size_t i = 0; i < products.size(); ++i) {
-    const WeightTensors& held = products[i].held;
+    const Tokens tokens = {q, scale, sizes[size_of[i]].sums, x.tokens, stride, plan.tiles};
     jobs.push_back(job_of(
-        kernels.linear_i8, held,
-        LinearI8Args{held.weight, tokens[size_of[i]], products[i].out, preferred_prefetch()}));
+        kernels.linear_i8, products[i].held,
+        LinearI8Args{products[i].held.weight, tokens, products[i].out, preferred_prefetch()}));
   }
   split(jobs, x.tokens, stride);
 }

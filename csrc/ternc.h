@@ -85,9 +85,16 @@ struct Weight {
   int64_t group_size, groups;  // group_size = K and groups = 1 where the weight has no groups
 };
 
+// Whether kernels that take tiles take them for this weight, and then nothing else of q, but the
+// sums where there are no multipliers.
+inline bool reads_tiles(int planes, const Weight& weight) {
+  return !is_dense(planes) && weight.scale_kind != ScaleKind::group &&
+         !(planes == INT8 && weight.multiplier != nullptr);
+}
+
 // Tokens as the integer kernels read them. Columns past K up to `stride` hold 0.
 struct Tokens {
-  int8_t* q;      // [M, stride]
+  int8_t* q;      // [M, stride]; null where only tiles are read
   float* scale;   // [M]: one quantisation step a token; NaN where the token is not finite
   int32_t* sums;  // [M, groups]: sum of q over the columns of a group; null: not wanted
   int64_t count, stride;
@@ -232,8 +239,9 @@ struct Kernels {
   // sums[token, g] of q [M, stride] over the columns of each group.
   void (*sum_groups)(const Tokens&, int64_t columns, int64_t group_size, int64_t groups,
                      int64_t token_begin, int64_t token_end);
-  // q [M, stride] -> tiles, for kernels that read them; else null.
-  void (*tile_tokens)(const Tokens&, int64_t token_begin, int64_t token_end);
+  // q [stride] of one token -> its rows of `tiles`, for kernels that read them; else null. q null:
+  // zeros, for the rows of the last tile that are no token's.
+  void (*tile_token)(const int8_t* q, int64_t stride, int64_t token, int8_t* tiles);
   // scratch: SCRATCH_ROWS * padded(K) floats.
   void (*norm)(const NormArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*activate)(const ActivateArgs&, int64_t token_begin, int64_t token_end, float* scratch);

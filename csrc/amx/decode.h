@@ -1,8 +1,10 @@
-// Packed weights -> B tiles of signed bytes, FIELDS fields of 16 rows at a time.
+// Packed weights -> B tiles, FIELDS fields of 16 rows at a time.
 //
 // Row r of a B tile is k-step r of its 64 columns: 16 lanes of 4 columns, which is a vector of the
-// lanes layouts as it lies. Without multipliers a byte is code * 2^carry; with them it is m * code,
-// which fits a signed byte, so that the sums need no groups:
+// lanes layouts as it lies. Without multipliers a byte is unsigned, (code + bias) * 2^carry, the
+// field masked where it lies. Bytes of INT8 are tiles already.
+//
+// With multipliers a byte is m * code, which fits a signed byte, so that the sums need no groups:
 //
 //   1 plane     a table of m * {-1, 0, 1} by lane and code; its index is the code where it lies
 //               beside the lane number: one vpternlogd and one vpermb a vector
@@ -64,77 +66,160 @@ TERNC_INLINE bytes decode_multiplied(const uint8_t* step, const FieldMultiplier&
   }
 }
 
-// One pass over the columns of FIELDS fields of a block, a tile of 64 columns at a time.
-template <int PLANES, int F0, int FIELDS, bool GROUPS>
-class TileDecoder {
- public:
-  // fetch: the block comes from memory.
-  TERNC_INLINE TileDecoder(const Weight& weight, int64_t block, int64_t steps, bool fetch,
-                           Prefetch to)
-      : step_(weight.bytes + block * steps * step_bytes(PLANES)),
-        left_(steps),
-        fetch_(fetch),
-        to_(to),
-        group_steps_(weight.group_size / STEP_COLUMNS),
-        multiplier_(GROUPS ? weight.multiplier + block * weight.groups * block_rows(PLANES)
-                           : nullptr) {}
+constexpr int fields_at_once(int planes, int tiles) {
+  return tiles == 1 && fields(planes) >= 4 ? 4 : 2;
+}
 
-  // Writes FIELDS tiles. Rows past the last step keep what they held: the tokens are 0 there.
-  TERNC_INLINE void next(int8_t* tiles) {
-    const int64_t count = left_ < TILE_STEPS ? left_ : TILE_STEPS;
-    left_ -= count;
-    if (fetch_)
-      for (int64_t s = 0; s < count; ++s)
-        prefetch_step<PLANES>(step_ + s * step_bytes(PLANES), to_);
-    if (GROUPS || count < TILE_STEPS) return next_rows(tiles, count);
-#pragma GCC unroll 16
-    for (int s = 0; s < TILE_STEPS; ++s, step_ += step_bytes(PLANES))
-      store_fields<0>(tiles + s * TILE_BYTES);
+// The passes over the columns, in order: 16 * TILES tokens x FIELDS fields of a block; all fields
+// of a block, then more tokens, then the next block.
+template <int PLANES, int TILES>
+struct Passes {
+  static constexpr int FIELDS = fields_at_once(PLANES, TILES);
+  static constexpr int PARTS_A_BLOCK = fields(PLANES) / FIELDS;
+  static constexpr int64_t TOKENS_AT_ONCE = TILES * TILE_ROWS;
+
+  explicit Passes(const Range& all)
+      : range(all), block(all.block_begin), token(all.token_begin), part(0) {}
+
+  TERNC_INLINE bool done() const { return block == range.block_end; }
+  TERNC_INLINE void next() {
+    if (++part < PARTS_A_BLOCK) return;
+    part = 0;
+    token += TOKENS_AT_ONCE;
+    if (token < range.token_end) return;
+    token = range.token_begin;
+    ++block;
+  }
+
+  Range range;
+  int64_t block, token;  // token: the first of the pass
+  int part;              // fields from part * FIELDS on
+};
+
+// The weights of all passes one after the other, a step of 64 columns at a time: begin(), the four
+// quarters, end(). Rows of tiles past the last column keep what they held: the tokens are 0 there.
+template <int PLANES, int TILES, bool GROUPS>
+class Decoder {
+ public:
+  static constexpr int FIELDS = fields_at_once(PLANES, TILES);
+  static constexpr int SLOT_BYTES =
+      PLANES == INT8 ? TILE_STEPS * step_bytes(INT8) : FIELDS * TILE_SIZE;
+
+  Decoder(const LinearI8Args& args, const Range& range)
+      : weight_(args.weight), steps_(args.tokens.stride / STEP_COLUMNS), passes_(range) {
+    start_pass();
+  }
+
+  TERNC_INLINE bool done() const { return passes_.done(); }
+
+  // Decodes into `slot` what the quarters do not: groups, and less than 64 columns at the end.
+  TERNC_INLINE void begin(int8_t* slot) {
+    slot_ = slot;
+    count_ = left_ < TILE_STEPS ? left_ : TILE_STEPS;
+    in_quarters_ = !GROUPS && PLANES != INT8 && count_ == TILE_STEPS;
+    if (!in_quarters_) decode_part<-1>();
+  }
+
+  template <int Q>
+  TERNC_INLINE void quarter() {
+    if (in_quarters_) decode_part<Q>();
+  }
+
+  TERNC_INLINE void end() {
+    left_ -= count_;
+    step_ += count_ * step_bytes(PLANES);
+    if (left_ == 0 && !done()) {
+      passes_.next();
+      start_pass();
+    }
   }
 
  private:
-  TERNC_INLINE void next_rows(int8_t* tiles, int64_t count) {
-    for (int64_t s = 0; s < count;) {
-      int64_t run = count - s;
+  void start_pass() {
+    left_ = done() ? 0 : steps_;
+    group_left_ = 0;
+    if (done()) return;
+    step_ = weight_.bytes + passes_.block * steps_ * step_bytes(PLANES);
+    if (GROUPS)
+      multiplier_ = weight_.multiplier + passes_.block * weight_.groups * block_rows(PLANES);
+  }
+
+  // A quarter of a step, or with -1 all of it.
+  template <int Q, int PART = 0>
+  TERNC_INLINE void decode_part() {
+    if constexpr (PLANES == INT8) {
+      copy_ragged();
+    } else if constexpr (PART < Passes<PLANES, TILES>::PARTS_A_BLOCK) {
+      constexpr int F0 = PART * FIELDS;
+      if (passes_.part != PART) return decode_part<Q, PART + 1>();
+      if constexpr (Q < 0) {
+        decode_runs<F0>();
+      } else {
+        constexpr int ROWS = TILE_STEPS / 4;
+#pragma GCC unroll 4
+        for (int s = Q * ROWS; s < (Q + 1) * ROWS; ++s) store_fields<F0>(s);
+      }
+    }
+  }
+
+  // Whole steps are read where they lie.
+  TERNC_INLINE void copy_ragged() {
+    if (count_ == TILE_STEPS) return;
+    for (int64_t i = 0; i < count_ * step_bytes(PLANES); i += TILE_BYTES)
+      _mm512_store_si512(slot_ + i, load_bytes(step_ + i));
+  }
+
+  template <int F0>
+  TERNC_INLINE void decode_runs() {
+    for (int64_t s = 0; s < count_;) {
+      int64_t run = count_ - s;
       if constexpr (GROUPS) {
-        if (group_left_ == 0) next_group<0>();
+        if (group_left_ == 0) next_group<F0>();
         run = run < group_left_ ? run : group_left_;
         group_left_ -= run;
       }
-      for (const int64_t end = s + run; s < end; ++s, step_ += step_bytes(PLANES))
-        store_fields<0>(tiles + s * TILE_BYTES);
+      if (run == TILE_STEPS) {
+#pragma GCC unroll 16
+        for (int i = 0; i < TILE_STEPS; ++i) store_fields<F0>(i);
+        return;
+      }
+      for (const int64_t end = s + run; s < end; ++s) store_fields<F0>(s);
     }
   }
 
-  template <int F>
+  template <int F0, int F = 0>
   TERNC_INLINE void next_group() {
     if constexpr (F < FIELDS) {
       multipliers_[F] = field_multiplier<PLANES, F0 + F>(multiplier_);
-      next_group<F + 1>();
+      next_group<F0, F + 1>();
     } else {
       multiplier_ += block_rows(PLANES);
-      group_left_ = group_steps_;
+      group_left_ = weight_.group_size / STEP_COLUMNS;
     }
   }
 
-  template <int F>
-  TERNC_INLINE void store_fields(int8_t* row) {
+  // Row s of the tiles.
+  template <int F0, int F = 0>
+  TERNC_INLINE void store_fields(int64_t s) {
     if constexpr (F < FIELDS) {
+      const uint8_t* step = step_ + s * step_bytes(PLANES);
       bytes field;
       if constexpr (GROUPS)
-        field = decode_multiplied<PLANES, F0 + F>(step_, multipliers_[F]);
+        field = decode_multiplied<PLANES, F0 + F>(step, multipliers_[F]);
       else
-        field = decode_signed<PLANES, F0 + F>(step_, 0);
-      _mm512_store_si512(row + F * TILE_SIZE, field);
-      store_fields<F + 1>(row);
+        field = decode<PLANES, F0 + F>(step, 0);
+      _mm512_store_si512(slot_ + F * TILE_SIZE + s * TILE_BYTES, field);
+      store_fields<F0, F + 1>(s);
     }
   }
 
-  const uint8_t* step_;
-  int64_t left_;  // steps
-  bool fetch_;
-  Prefetch to_;
-  int64_t group_steps_, group_left_ = 0;
-  const uint8_t* multiplier_;
+  const Weight& weight_;
+  int64_t steps_;
+  Passes<PLANES, TILES> passes_;
+  const uint8_t* step_ = nullptr;
+  int8_t* slot_ = nullptr;
+  int64_t left_ = 0, count_ = 0, group_left_ = 0;  // steps of the pass, of this step, of the group
+  bool in_quarters_ = false;
+  const uint8_t* multiplier_ = nullptr;
   FieldMultiplier multipliers_[FIELDS];
 };

@@ -7,7 +7,8 @@
   #include "../ternc.h"
 
 TERNC_TARGET_BEGIN(
-    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8")
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,amx-tile,amx-int8,"
+    "prfchw")
 
 namespace ternc::avx512vnni {
 extern const Kernels kernels;
@@ -20,6 +21,7 @@ namespace {
 #include "../generic/linear.h"
 #include "tiles.h"
 #include "decode.h"
+#include "outputs.h"
 #include "linear_i8.h"
 // clang-format on
 }  // namespace
@@ -31,7 +33,7 @@ namespace ternc::amx {
 
 // Runs when the library loads, on any x86-64 machine: outside of the target region.
 static Kernels with_tiles(Kernels kernels) {
-  kernels.tile_tokens = tile_tokens;
+  kernels.tile_token = tile_token;
   kernels.linear_i8[0] = linear_i8<1>;
   kernels.linear_i8[1] = linear_i8<2>;
   kernels.linear_i8[2] = linear_i8<3>;

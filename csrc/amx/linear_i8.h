@@ -1,95 +1,130 @@
 // q in tiles, packed weight -> y: int8 tile products, weights decoded on the way.
 //
 //   for tokens that fit L2 together
-//     for each block, for 4 (up to 16 tokens) or 2 of its fields
-//       for each 16 or 32 tokens
-//         for each 64 columns    decode AHEAD tiles on; multiply
-//       y = (total * sx) * s + b
+//     for each block, for each 32 (up to 16) tokens, for each 2 (4) of its fields: a pass
+//       for each 64 columns    decode AHEAD steps on; multiply; write outputs of the pass before
 //
-// Decoding again for every 32 tokens costs less than writing decoded weights to L2 and reading them
-// back (2.6 against 1.8 TOP/s, 64 tokens, 4096 -> 4096, one Sapphire Rapids core).
+// Decoding goes on over the ends of passes, and the next block comes from memory evenly over the
+// steps of this one: nothing waits between passes. What was slower (64 and 256 tokens, 4096 ->
+// 4096, one Sapphire Rapids core): decoded panels shared by all tokens 1.7 to 1.2 times; pieces of
+// 512 columns that stay in L1, their sums kept aside, 1.0 to 1.05 times.
 constexpr int64_t L2_TOKEN_BYTES = 1 << 20;
-// A tile load that meets lines still on their way to L1 waits for them: 303 us one step ahead,
-// 264 us two ahead (16 tokens, 4096 -> 4096).
+// A tile load that meets lines still on their way to L1 waits for them: two or three steps ahead
+// are level, one takes a fifth longer. So do eight slots, which do not stay in L1.
 constexpr int AHEAD = 3, SLOTS = AHEAD + 1;
+constexpr int64_t PAGE = 4096;
 
-constexpr int fields_at_once(int planes, int tiles) {
-  return tiles == 1 && fields(planes) >= 4 ? 4 : 2;
+// Bytes from `storage` on to the next address that lies in its page where `bytes` does. A load
+// waits for an earlier store to the same place of another page: here the packed bytes of a row are
+// read before its decoded ones are stored. Slots 64 bytes further apart took a quarter longer.
+inline int64_t in_phase(const void* storage, const void* bytes) {
+  return int64_t((reinterpret_cast<uintptr_t>(bytes) - reinterpret_cast<uintptr_t>(storage)) %
+                 PAGE);
 }
 
-// 16 * TILES tokens from `token` on x FIELDS fields of a block.
-struct Unit {
-  const LinearI8Args* args;
-  int64_t block, token, token_end;
-  bool first;  // of the units that read these weights
+// The packed bytes of the blocks to come, a few lines a step.
+class NextBytes {
+ public:
+  // passes: over the columns, of one block. One pass reads bytes once: the distance is free.
+  NextBytes(const uint8_t* first_block, int64_t block_bytes, int64_t passes, int64_t steps_a_pass)
+      : at_(reinterpret_cast<uintptr_t>(first_block) +
+            uintptr_t(passes > 1 || block_bytes < FAR ? block_bytes : FAR)),
+        lines_(ceil_div(ceil_div(block_bytes, LINE), passes * steps_a_pass)) {}
+
+  template <int Q>
+  TERNC_INLINE void quarter() {
+    for (int64_t i = lines_ * Q / 4; i < lines_ * (Q + 1) / 4; ++i, at_ += LINE)
+      __builtin_prefetch(reinterpret_cast<const void*>(at_), 0, 2);
+  }
+
+ private:
+  static constexpr int64_t LINE = 64, FAR = 16384;
+  uintptr_t at_;
+  int64_t lines_;
 };
 
-template <int PLANES, int F0, int FIELDS, int TILES, bool GROUPS>
-TERNC_NOINLINE void multiply_unit(const Unit& unit, int32_t (&sums)[4][TILE_ROWS][FIELD_ROWS]) {
-  alignas(64) int8_t ring[SLOTS][FIELDS * TILE_SIZE];
-  const Tokens& tokens = unit.args->tokens;
-  const int64_t steps = tokens.stride / STEP_COLUMNS, count = ceil_div(steps, TILE_STEPS);
-  const int64_t next = count * TILE_SIZE;  // from 16 tokens to the next 16
-  const int8_t* a = tokens.tiles + unit.token / TILE_ROWS * next;
-  TileDecoder<PLANES, F0, FIELDS, GROUPS> decoder(unit.args->weight, unit.block, steps,
-                                                  unit.first && F0 == 0, unit.args->prefetch);
-  zero_sums();
-  for (int64_t k = 0; k < AHEAD && k < count; ++k) decoder.next(ring[k]);
-  for (int64_t k = 0; k < count; ++k) {
-    if (k + AHEAD < count) decoder.next(ring[(k + AHEAD) % SLOTS]);
-    multiply_tiles<TILES, FIELDS>(a + k * TILE_SIZE, next, ring[k % SLOTS]);
-  }
-  store_sums(sums);
-}
+// What is done between the tile instructions.
+template <class Decoding>
+struct Between {
+  Decoding& decoder;
+  NextBytes& next_bytes;
 
-// float(sum >> carry) of the fields of one token.
-template <int PLANES, int F0, int FIELDS, int TILES, bool GROUPS, int F = 0>
-TERNC_INLINE void take_totals(const int32_t (&sums)[4][TILE_ROWS][FIELD_ROWS], int64_t token,
-                              float* total) {
-  if constexpr (F < FIELDS) {
-    constexpr int CARRY = GROUPS ? 0 : carry(PLANES, F0 + F);
-    const int tile = int(F * TILES + token / TILE_ROWS);
-    const i32 sum = load_i32(sums[tile][token % TILE_ROWS]);
-    store_f32(total + F * FIELD_ROWS, to_f32(shift_i32_right<CARRY>(sum)));
-    take_totals<PLANES, F0, FIELDS, TILES, GROUPS, F + 1>(sums, token, total);
+  template <int Q>
+  TERNC_INLINE void run() {
+    next_bytes.template quarter<Q>();
+    decoder.template quarter<Q>();
+    order_memory();
   }
-}
+};
 
-template <int PLANES, int F0, int TILES, bool GROUPS>
-inline void run_unit(const Unit& unit, const RowFactors& factors) {
+// The B tiles of a step of one pass, decoded in `slot`, or those of INT8 as they lie.
+template <int PLANES, int TILES>
+TERNC_INLINE WeightTiles weight_tiles(const uint8_t* step, const int8_t* slot, int part,
+                                      bool whole) {
   constexpr int FIELDS = fields_at_once(PLANES, TILES);
-  alignas(64) int32_t sums[4][TILE_ROWS][FIELD_ROWS];
-  alignas(64) float total[FIELDS * FIELD_ROWS];
-  multiply_unit<PLANES, F0, FIELDS, TILES, GROUPS>(unit, sums);
-  const LinearI8Args& args = *unit.args;
-  for (int64_t token = unit.token; token < unit.token_end; ++token) {
-    take_totals<PLANES, F0, FIELDS, TILES, GROUPS>(sums, token - unit.token, total);
-    store_outputs(total, args.tokens.scale[token], factors, args.weight, args.out, token);
-  }
+  constexpr bool PACKED = PLANES == INT8;
+  WeightTiles tiles = {{}, PACKED ? step_bytes(INT8) : TILE_BYTES};
+  const int8_t* at = slot;
+  if (PACKED)
+    at = (whole ? reinterpret_cast<const int8_t*>(step) : slot) + part * FIELDS * TILE_BYTES;
+#pragma GCC unroll 4
+  for (int f = 0; f < FIELDS; ++f) tiles.at[f] = at + f * (PACKED ? TILE_BYTES : TILE_SIZE);
+  return tiles;
 }
 
-// Tokens [token_begin, token_end) x one block: all fields, 32 tokens at a time, then up to 16.
-template <int PLANES, int TILES, bool GROUPS, int F0 = 0>
-inline void run_block(const LinearI8Args& args, const Range& tokens, int64_t block) {
-  if constexpr (F0 < fields(PLANES)) {
-    constexpr int FIELDS = fields_at_once(PLANES, TILES), TOKENS_AT_ONCE = TILES * TILE_ROWS;
-    RowFactors factors;
-    load_factors(args.weight, args.out, FIELDS * FIELD_ROWS, (block * fields(PLANES) + F0) / FIELDS,
-                 factors);
-    if (factors.count <= 0) return;
-    for (int64_t token = tokens.token_begin; token < tokens.token_end; token += TOKENS_AT_ONCE) {
-      const int64_t left = tokens.token_end - token;
-      const Unit unit = {&args, block, token,
-                         token + (left < TOKENS_AT_ONCE ? left : TOKENS_AT_ONCE),
-                         token == tokens.token_begin};
-      run_unit<PLANES, F0, TILES, GROUPS>(unit, factors);
-    }
-    run_block<PLANES, TILES, GROUPS, F0 + FIELDS>(args, tokens, block);
+// All blocks of the range x all its tokens.
+template <int PLANES, int TILES, bool GROUPS>
+TERNC_NOINLINE void multiply_passes(const LinearI8Args& args, const Range& range) {
+  using Order = Passes<PLANES, TILES>;
+  using Decoding = Decoder<PLANES, TILES, GROUPS>;
+  alignas(64) int8_t storage[SLOTS * Decoding::SLOT_BYTES + PAGE];
+  int8_t* ring = storage + in_phase(storage, args.weight.bytes);
+  alignas(64) Sums sums[2];
+  const int64_t steps = args.tokens.stride / STEP_COLUMNS, count = ceil_div(steps, TILE_STEPS);
+  const int64_t next = count * TILE_SIZE;  // from 16 tokens to the next 16
+  const int64_t block_bytes = steps * step_bytes(PLANES);
+  const int64_t tokens = range.token_end - range.token_begin;
+  NextBytes next_bytes(args.weight.bytes + range.block_begin * block_bytes, block_bytes,
+                       ceil_div(tokens, Order::TOKENS_AT_ONCE) * Order::PARTS_A_BLOCK, count);
+  const int64_t outputs_a_step = ceil_div(Order::TOKENS_AT_ONCE + OUTPUTS_AHEAD, count);
+  Outputs<PLANES, TILES, GROUPS> outputs(args, range.token_end);
+  Decoding decoder(args, range);
+  Between<Decoding> between = {decoder, next_bytes};
+  int64_t made = 0, used = 0, passed = 0;  // steps, steps, passes
+  for (; made < AHEAD && !decoder.done(); ++made) {
+    decoder.begin(ring + made % SLOTS * Decoding::SLOT_BYTES);
+    between.template run<0>();
+    between.template run<1>();
+    between.template run<2>();
+    between.template run<3>();
+    decoder.end();
   }
+  for (Order pass(range); !pass.done(); pass.next(), ++passed) {
+    const int8_t* a = args.tokens.tiles + pass.token / TILE_ROWS * next;
+    const uint8_t* step = args.weight.bytes + pass.block * block_bytes;
+    zero_sums();
+    for (int64_t k = 0; k < count; ++k, ++made, ++used) {
+      decoder.begin(ring + made % SLOTS * Decoding::SLOT_BYTES);
+      const bool whole = (k + 1) * TILE_STEPS <= steps;
+      multiply_tiles<TILES, Order::FIELDS, !GROUPS && PLANES != INT8>(
+          a, next,
+          weight_tiles<PLANES, TILES>(step, ring + used % SLOTS * Decoding::SLOT_BYTES, pass.part,
+                                      whole),
+          between);
+      decoder.end();
+      a += TILE_SIZE;
+      step += TILE_STEPS * step_bytes(PLANES);
+      outputs.advance(outputs_a_step);
+    }
+    outputs.write_all();
+    store_sums(sums[passed % 2]);
+    outputs.start(pass, sums[passed % 2]);
+  }
+  outputs.write_all();
 }
 
 template <int PLANES, bool GROUPS>
-inline void run_blocks(const LinearI8Args& args, const Range& range) {
+inline void multiply_range(const LinearI8Args& args, const Range& range) {
   constexpr int64_t PAIR = 2 * TILE_ROWS;
   const int64_t fit = L2_TOKEN_BYTES / (args.tokens.stride + 1) / PAIR * PAIR;
   const int64_t chunk = fit < PAIR ? PAIR : fit;
@@ -99,39 +134,38 @@ inline void run_blocks(const LinearI8Args& args, const Range& range) {
     const int64_t last = (end - begin) % PAIR;
     // Up to 16 tokens at the end are one tile.
     const int64_t middle = last > 0 && last <= TILE_ROWS ? end - last : end;
-    for (int64_t block = range.block_begin; block < range.block_end; ++block) {
-      if (begin < middle)
-        run_block<PLANES, 2, GROUPS>(args, {block, block + 1, begin, middle}, block);
-      if (middle < end) run_block<PLANES, 1, GROUPS>(args, {block, block + 1, middle, end}, block);
-    }
+    if (begin < middle)
+      multiply_passes<PLANES, 2, GROUPS>(args, {range.block_begin, range.block_end, begin, middle});
+    if (middle < end)
+      multiply_passes<PLANES, 1, GROUPS>(args, {range.block_begin, range.block_end, middle, end});
   }
 }
 
 template <int PLANES>
 inline void linear_i8(const LinearI8Args& args, const Range& range) {
-  if (args.tokens.tiles == nullptr || args.weight.scale_kind == ScaleKind::group)
+  const bool groups = args.weight.multiplier != nullptr;
+  if (args.tokens.tiles == nullptr || !reads_tiles(PLANES, args.weight))
     return avx512vnni::kernels.linear_i8[kind_index(PLANES)](args, range);
   const int64_t tokens = range.token_end - range.token_begin, most = 2 * TILE_ROWS;
   if (tokens == 0) return;  // tiles of no rows are a fault
   configure_tiles(tokens < most ? tokens : most);
-  if (args.weight.multiplier == nullptr)
-    run_blocks<PLANES, false>(args, range);
+  if constexpr (PLANES == INT8)
+    multiply_range<PLANES, false>(args, range);
+  else if (groups)
+    multiply_range<PLANES, true>(args, range);
   else
-    run_blocks<PLANES, true>(args, range);
+    multiply_range<PLANES, false>(args, range);
   _tile_release();
 }
 
-// q [M, stride] of tokens [begin, end) -> tiles; what lies past the last token or column is 0.
-inline void tile_tokens(const Tokens& tokens, int64_t token_begin, int64_t token_end) {
-  const int64_t count = ceil_div(tokens.stride, TILE_BYTES);
-  const int64_t whole = ceil_div(tokens.count, TILE_ROWS) * TILE_ROWS;
-  const int64_t end = token_end == tokens.count ? whole : token_end;
-  for (int64_t token = token_begin; token < end; ++token)
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t left = token < tokens.count ? tokens.stride - k * TILE_BYTES : 0;
-      const uint64_t mask = left >= TILE_BYTES ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
-      const int64_t row = (token / TILE_ROWS * count + k) * TILE_ROWS + token % TILE_ROWS;
-      const int8_t* from = tokens.q + (left > 0 ? token * tokens.stride + k * TILE_BYTES : 0);
-      _mm512_store_si512(tokens.tiles + row * TILE_BYTES, _mm512_maskz_loadu_epi8(mask, from));
-    }
+// q [stride] of one token -> its rows of tiles; columns past the last are 0, and all without q.
+inline void tile_token(const int8_t* q, int64_t stride, int64_t token, int8_t* tiles) {
+  const int64_t count = ceil_div(stride, TILE_BYTES);
+  int8_t* row = tiles + (token / TILE_ROWS * count * TILE_ROWS + token % TILE_ROWS) * TILE_BYTES;
+  for (int64_t k = 0; k < count; ++k, row += TILE_SIZE) {
+    const int64_t left = q == nullptr ? 0 : stride - k * TILE_BYTES;
+    const uint64_t mask = left >= TILE_BYTES ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
+    const int8_t* from = q == nullptr ? tiles : q + k * TILE_BYTES;
+    _mm512_store_si512(row, _mm512_maskz_loadu_epi8(mask, from));
+  }
 }

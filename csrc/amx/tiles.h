@@ -9,6 +9,9 @@ constexpr int TILE_ROWS = TILE_TOKENS, TILE_BYTES = TILE_COLUMNS,
               TILE_SIZE = TILE_ROWS * TILE_BYTES;
 constexpr int TILE_STEPS = TILE_BYTES / STEP_COLUMNS;  // k-steps of a tile
 
+// The sums of the tiles 0..3.
+using Sums = int32_t[4][TILE_ROWS][FIELD_ROWS];
+
 struct TileConfig {
   uint8_t palette, start, reserved[14];
   uint16_t row_bytes[16];
@@ -32,6 +35,9 @@ TERNC_NOINLINE void configure_tiles(int64_t tokens) {
   _tile_loadconfig(&config);
 }
 
+// To GCC the tile loads read no memory and the tile stores write none.
+TERNC_INLINE void order_memory() { __asm__ volatile("" : : : "memory"); }
+
 TERNC_INLINE void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);
@@ -39,40 +45,84 @@ TERNC_INLINE void zero_sums() {
   _tile_zero(3);
 }
 
-// Adds one step: `a` one tile of tokens, or two `next` bytes apart; `b` FIELDS tiles of weights.
-// To GCC the tile loads read no memory: what they read must be stored before, and may change only
-// after, hence the barriers.
-template <int TILES, int FIELDS>
-TERNC_INLINE void multiply_tiles(const int8_t* a, int64_t next, const int8_t* b) {
-  __asm__ volatile("" : : "r"(a), "r"(b) : "memory");
-  _tile_loadd(4, a, TILE_BYTES);
-  if constexpr (TILES == 2) {
-    _tile_loadd(6, b, TILE_BYTES);
-    _tile_dpbssd(0, 4, 6);
-    _tile_loadd(5, a + next, TILE_BYTES);
-    _tile_dpbssd(1, 5, 6);
-    _tile_loadd(7, b + TILE_SIZE, TILE_BYTES);
-    _tile_dpbssd(2, 4, 7);
-    _tile_dpbssd(3, 5, 7);
-  } else {
-    _tile_loadd(5, b, TILE_BYTES);
-    _tile_dpbssd(0, 4, 5);
-    _tile_loadd(6, b + TILE_SIZE, TILE_BYTES);
-    _tile_dpbssd(1, 4, 6);
-    if constexpr (FIELDS == 4) {
-      _tile_loadd(7, b + 2 * TILE_SIZE, TILE_BYTES);
-      _tile_dpbssd(2, 4, 7);
-      _tile_loadd(5, b + 3 * TILE_SIZE, TILE_BYTES);
-      _tile_dpbssd(3, 4, 5);
-    }
-  }
-  __asm__ volatile("" : : "r"(a), "r"(b) : "memory");
-}
-
-// The sums of the tiles 0..3, each [16 tokens][16 rows].
-TERNC_INLINE void store_sums(int32_t (&sums)[4][TILE_ROWS][FIELD_ROWS]) {
+TERNC_INLINE void store_sums(Sums& sums) {
   _tile_stored(0, sums[0], TILE_BYTES);
   _tile_stored(1, sums[1], TILE_BYTES);
   _tile_stored(2, sums[2], TILE_BYTES);
   _tile_stored(3, sums[3], TILE_BYTES);
+  order_memory();
+}
+
+// C += A x B, the bytes of A signed, those of B signed or not. Tile numbers have to be literals.
+template <bool UNSIGNED, int C>
+TERNC_INLINE void multiply_pair() {
+  if constexpr (UNSIGNED) {
+    if constexpr (C == 0) _tile_dpbsud(0, 4, 6);
+    if constexpr (C == 1) _tile_dpbsud(1, 5, 6);
+    if constexpr (C == 2) _tile_dpbsud(2, 4, 7);
+    if constexpr (C == 3) _tile_dpbsud(3, 5, 7);
+  } else {
+    if constexpr (C == 0) _tile_dpbssd(0, 4, 6);
+    if constexpr (C == 1) _tile_dpbssd(1, 5, 6);
+    if constexpr (C == 2) _tile_dpbssd(2, 4, 7);
+    if constexpr (C == 3) _tile_dpbssd(3, 5, 7);
+  }
+}
+template <bool UNSIGNED, int C>
+TERNC_INLINE void multiply_one() {
+  if constexpr (UNSIGNED) {
+    if constexpr (C == 0) _tile_dpbsud(0, 4, 5);
+    if constexpr (C == 1) _tile_dpbsud(1, 4, 6);
+    if constexpr (C == 2) _tile_dpbsud(2, 4, 7);
+    if constexpr (C == 3) _tile_dpbsud(3, 4, 5);
+  } else {
+    if constexpr (C == 0) _tile_dpbssd(0, 4, 5);
+    if constexpr (C == 1) _tile_dpbssd(1, 4, 6);
+    if constexpr (C == 2) _tile_dpbssd(2, 4, 7);
+    if constexpr (C == 3) _tile_dpbssd(3, 4, 5);
+  }
+}
+
+// Where the B tiles of one step lie, with rows `stride` bytes apart.
+struct WeightTiles {
+  const int8_t* at[4];
+  int64_t stride;
+};
+
+// Adds one step. a: one tile of tokens, or two `next` bytes apart. between.run<0..3>(): other work,
+// a quarter of it between any two products, so that it keeps none of them waiting.
+template <int TILES, int FIELDS, bool UNSIGNED, class Between>
+TERNC_INLINE void multiply_tiles(const int8_t* a, int64_t next, const WeightTiles& b,
+                                 Between& between) {
+  order_memory();
+  _tile_loadd(4, a, TILE_BYTES);
+  if constexpr (TILES == 2) {
+    _tile_loadd(6, b.at[0], b.stride);
+    between.template run<0>();
+    multiply_pair<UNSIGNED, 0>();
+    _tile_loadd(5, a + next, TILE_BYTES);
+    between.template run<1>();
+    multiply_pair<UNSIGNED, 1>();
+    _tile_loadd(7, b.at[1], b.stride);
+    between.template run<2>();
+    multiply_pair<UNSIGNED, 2>();
+    between.template run<3>();
+    multiply_pair<UNSIGNED, 3>();
+  } else {
+    _tile_loadd(5, b.at[0], b.stride);
+    between.template run<0>();
+    multiply_one<UNSIGNED, 0>();
+    _tile_loadd(6, b.at[1], b.stride);
+    between.template run<1>();
+    multiply_one<UNSIGNED, 1>();
+    if constexpr (FIELDS == 4) _tile_loadd(7, b.at[2], b.stride);
+    between.template run<2>();
+    if constexpr (FIELDS == 4) {
+      multiply_one<UNSIGNED, 2>();
+      _tile_loadd(5, b.at[3], b.stride);
+    }
+    between.template run<3>();
+    if constexpr (FIELDS == 4) multiply_one<UNSIGNED, 3>();
+  }
+  order_memory();
 }

@@ -50,13 +50,15 @@ struct IntegerTokens {
   // What the kernels read besides q.
   void finish(const Kernels& kernels, const Weight& weight) {
     kernels.sum_groups(tokens, weight.columns, weight.group_size, weight.groups, 0, tokens.count);
-    if (kernels.tile_tokens == nullptr || tokens.count < MIN_TILE_TOKENS) return;
+    if (kernels.tile_token == nullptr || tokens.count < MIN_TILE_TOKENS) return;
     const int64_t pieces = ceil_div(tokens.stride, TILE_COLUMNS);
     const int64_t rows = ceil_div(tokens.count, TILE_TOKENS) * TILE_TOKENS;
     tiles = Buffer<int8_t>(rows * pieces * TILE_COLUMNS);
     tokens.tiles = tiles.data();
     on_threads([&](int i) {
-      kernels.tile_tokens(tokens, piece_begin(tokens.count, i), piece_begin(tokens.count, i + 1));
+      for (int64_t t = piece_begin(rows, i); t < piece_begin(rows, i + 1); ++t)
+        kernels.tile_token(t < tokens.count ? tokens.q + t * tokens.stride : nullptr, tokens.stride,
+                           t, tokens.tiles);
     });
   }
 };

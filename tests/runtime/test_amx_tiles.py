@@ -15,7 +15,7 @@ import pytest
 import torch
 from reference import linear_arguments, random_quantized
 
-from ternc.config import CODE_MAX
+from ternc.config import CODE_MAX, INT8
 from ternc.csrc import build
 from ternc.formats import Packed, Quantized, pack
 from ternc.runtime.ops import linear, quantize_act
@@ -76,6 +76,7 @@ def tile_linear(
     stride = -(-columns // 4) * 4
     q = torch.nn.functional.pad(q, (0, stride - columns)).contiguous()
     tiles = torch.full((-(-tokens // 16), -(-stride // 64), 1024 + 64), 99, dtype=torch.int8)
+    sums = q.sum(1, dtype=torch.int32)
     offset = -tiles.data_ptr() % 64
     y = torch.full((tokens, rows), torch.nan)
     group = packed.group_size or columns
@@ -84,6 +85,7 @@ def tile_linear(
             packed.planes,
             address(q),
             address(sx),
+            address(sums),
             ctypes.c_void_p(tiles.data_ptr() + offset),
             *map(ctypes.c_int64, (tokens, stride)),
             address(packed.weight),
@@ -98,10 +100,11 @@ def tile_linear(
     return y
 
 
-@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("planes", [1, 2, 3, INT8])
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_bit_for_bit(library, weight, planes):
     rows, columns, group_size = weight
+    group_size = 0 if planes == INT8 else group_size
     packed = pack(random_quantized(rows, columns, planes, group_size), "cpu")
     bias = torch.randn(rows)
     for tokens in TOKENS:

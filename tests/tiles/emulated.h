@@ -54,8 +54,9 @@ inline void store(int t, void* to, int64_t stride) {
     std::memcpy(static_cast<char*>(to) + r * stride, tile[t][r], config.row_bytes[t]);
 }
 
-// c [m][n] += sum over 4 k of a [m][4 k] * b [k][4 n], signed bytes.
-inline void multiply(int c, int a, int b) {
+// c [m][n] += sum over 4 k of a [m][4 k] * b [k][4 n]: signed bytes a, bytes b of type B.
+template <class B>
+void multiply(int c, int a, int b) {
   check(config.rows[c] == config.rows[a], "C and A differ in rows");
   check(config.row_bytes[c] == config.row_bytes[b], "C and B differ in columns");
   check(config.row_bytes[a] == 4 * config.rows[b], "A's columns are not B's rows");
@@ -64,7 +65,7 @@ inline void multiply(int c, int a, int b) {
       uint32_t sum;
       std::memcpy(&sum, &tile[c][m][4 * n], 4);
       for (int k = 0; k < config.row_bytes[a]; ++k)
-        sum += uint32_t(tile[a][m][k] * tile[b][k / 4][4 * n + k % 4]);
+        sum += uint32_t(tile[a][m][k] * B(tile[b][k / 4][4 * n + k % 4]));
       std::memcpy(&tile[c][m][4 * n], &sum, 4);
     }
 }
@@ -75,9 +76,11 @@ inline void multiply(int c, int a, int b) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbssd
+#undef _tile_dpbsud
 #define _tile_loadconfig(from) emulated::load_config(from)
 #define _tile_release() emulated::release()
 #define _tile_zero(t) emulated::zero(t)
 #define _tile_loadd(t, from, stride) emulated::load(t, from, stride)
 #define _tile_stored(t, to, stride) emulated::store(t, to, stride)
-#define _tile_dpbssd(c, a, b) emulated::multiply(c, a, b)
+#define _tile_dpbssd(c, a, b) emulated::multiply<int8_t>(c, a, b)
+#define _tile_dpbsud(c, a, b) emulated::multiply<uint8_t>(c, a, b)
