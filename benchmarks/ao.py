@@ -7,6 +7,7 @@ bfloat16 (its fp32 is 80 times slower, and compiling saves nothing).
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import logging
@@ -46,10 +47,11 @@ def linear(kind: str, rows: int, x: torch.Tensor, hot: bool) -> common.Contender
     copies = 1 if hot else common.copies_of(nbytes)
     if kind != "int4":
         copies = min(copies, 1 + STACKED // nbytes)
-    stack = Stack(rows, x.shape[1], copies).eval().requires_grad_(False)
+    layers = 1 if kind == "int4" else copies  # int4 is packed once and then copied
+    stack = Stack(rows, x.shape[1], layers).eval().requires_grad_(False)
     exact = stack.layers[0](x)
     with _quiet(), torch.no_grad():
-        run = ROUTES[kind](stack, x)
+        run = ROUTES[kind](stack, x, copies)
         seen = run(0)
     assert (seen.float() - exact).norm() <= ERROR[kind] * exact.norm()
     if kind == "int4":
@@ -58,14 +60,14 @@ def linear(kind: str, rows: int, x: torch.Tensor, hot: bool) -> common.Contender
     return common.Contender(f"torchao {kind}", run, 1, nbytes, products=copies)
 
 
-def _int8(stack: Stack, x: torch.Tensor) -> Callable[[int], torch.Tensor]:
+def _int8(stack: Stack, x: torch.Tensor, _: int) -> Callable[[int], torch.Tensor]:
     from torchao import quantization
 
     quantization.quantize_(stack, quantization.Int8DynamicActivationInt8WeightConfig())
     return _frozen(stack, x)
 
 
-def _int8_pt2e(stack: Stack, x: torch.Tensor) -> Callable[[int], torch.Tensor]:
+def _int8_pt2e(stack: Stack, x: torch.Tensor, _: int) -> Callable[[int], torch.Tensor]:
     """Exported, annotated for x86, compiled to oneDNN's qlinear."""
     from torchao.quantization.pt2e import quantize_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
@@ -77,7 +79,7 @@ def _int8_pt2e(stack: Stack, x: torch.Tensor) -> Callable[[int], torch.Tensor]:
     return _frozen(quantize_pt2e.convert_pt2e(prepared), x)
 
 
-def _int4(stack: Stack, x: torch.Tensor) -> Callable[[int], torch.Tensor]:
+def _int4(stack: Stack, x: torch.Tensor, copies: int) -> Callable[[int], torch.Tensor]:
     from torchao import quantization
     from torchao.prototype.quantization.int4 import inference_workflow
 
@@ -85,7 +87,8 @@ def _int4(stack: Stack, x: torch.Tensor) -> Callable[[int], torch.Tensor]:
         stack.bfloat16(), inference_workflow.PrototypeInt4WeightOnlyConfig(group_size=GROUP)
     )
     x = x.bfloat16()
-    return lambda i: stack.layers[i](x)
+    layers = [copy.deepcopy(stack.layers[0]) for _ in range(copies)]
+    return lambda i: layers[i](x)
 
 
 def _frozen(stack: nn.Module, x: torch.Tensor) -> Callable[[int], torch.Tensor]:

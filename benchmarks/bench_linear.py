@@ -154,14 +154,16 @@ def main() -> None:
     if (isa := cpu.isa()) is None:
         sys.exit("the C++ library is not loaded: there is nothing to measure")
     limits = Limits(options.threads, isa)
+    facts = common.machine(options.threads) | {"hot": options.hot, "multiply": limits.unit}
     table = []
     with torch.inference_mode():
         for size in [*options.shapes, *common.drawn_shapes(options.drawn)]:
             for tokens in options.tokens:
                 table += measure(size, tokens, options, limits)
+                if options.json:
+                    common.write(table, facts, options.json)
                 print(f"{size[1]}x{size[0]}, {tokens} tokens: done", file=sys.stderr)
     print(describe(table, limits))
-    facts = common.machine(options.threads) | {"hot": options.hot, "multiply": limits.unit}
     common.show(table, facts, options.json)
     if options.plot:
         roofline.draw([row for row in table if "note" not in row], facts, options.plot)

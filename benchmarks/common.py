@@ -138,4 +138,9 @@ def show(rows: list[dict[str, Any]], facts: dict[str, Any], path: str | None) ->
     print(tabulate.tabulate(rows, headers="keys", floatfmt=".1f"))
     print(json.dumps(facts))
     if path:
-        Path(path).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+        write(rows, facts, path)
+
+
+def write(rows: list[dict[str, Any]], facts: dict[str, Any], path: str) -> None:
+    """The file of `show` alone, for a run that may end early."""
+    Path(path).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
