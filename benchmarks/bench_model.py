@@ -281,9 +281,9 @@ Prefill: {{prompt}} tokens without a cache, logits of the last one. `ternc` rows
 ternary by value, head and embedding int8, floating point in fp32, packed by `ternc.quantize`.
 `default on a float model`: Gaussian fp32 weights, `torch.compile(model, backend="ternc")` with
 nothing set; head and embedding stay fp32, and so do layers that three planes do not reach.
-`outside %`: share of the main thread's cycles in decode, by hardware counters (cycles.py), that
-is not in ternc's kernels, attention, Inductor's loops or waiting for their threads (the goal is at
-most {100 * OUTSIDE:.0f} %); the JSON has the classes.
+`outside %`: share of the main thread's cycles in decode, by hardware counters (cycles.py), that is
+not in ternc's kernels, attention or Inductor's loops; cycles spent waiting for other threads are
+left out (the goal is at most {100 * OUTSIDE:.0f} %). The JSON has the classes.
 `no module guards`:
 `torch.compiler.skip_guard_on_all_nn_modules_unsafe`, which is the user's to choose. `bits/weight`:
 the whole model for packed rows. Limits: best samples of all rounds. `cosine`: of the logits after

@@ -26,9 +26,10 @@ CLASSES = (
     ("kernels", re.compile(rf"\bternc::({_INSTRUCTION_SETS})::|cpp_fused_|^kernel$")),
     # The parallel region of attention, its matrix products, and what they call in MKL or oneDNN.
     ("attention", re.compile(r"flash_attention|scaled_dot_product|^mkl_|gemm|gemv|dnnl")),
-    ("waiting for threads", re.compile(r"^gomp_|^GOMP_")),
 )
-"""Class -> symbols; the first that fits. What fits none is outside."""
+"""Class -> symbols; the first that fits. What fits none and is no waiting is outside."""
+WAITING = "waiting for threads"
+THREADS = re.compile(r"lib(g|i|)omp")
 OUTSIDE = ("guards and Python", "calls")
 INTERPRETER = re.compile(r"libpython|libtorch_python|_C\.cpython|dynamo")
 
@@ -73,10 +74,15 @@ def classify(library: str, symbol: str) -> str:
     for name, pattern in CLASSES:
         if pattern.search(symbol):
             return name
+    if THREADS.search(library):
+        return WAITING
     interpreted = INTERPRETER.search(library) or INTERPRETER.search(symbol)
     return OUTSIDE[0] if interpreted else OUTSIDE[1]
 
 
 def outside(found: dict[str, float]) -> float:
-    """The share that no kernel, no attention and no waiting for their threads takes."""
-    return sum(found.get(name, 0.0) for name in OUTSIDE)
+    """The share that no kernel and no attention takes, of what is not waiting for threads: how long
+    that is depends on who else has the other cores.
+    """
+    busy = 1.0 - found.get(WAITING, 0.0)
+    return sum(found.get(name, 0.0) for name in OUTSIDE) / busy if busy else 0.0
