@@ -127,6 +127,7 @@ def _compensated(
         activations = Activations(model, batches, execution)
         for group in execution.groups:
             split = activations.moments(group[0], layers[group[0]])
+            assert split is not None, f"{group[0]} is called too rarely"
             count = split.fitted.count + split.held_out.count
             share = split.fitted.count / count
             hessian = share * split.fitted.second + (1 - share) * split.held_out.second

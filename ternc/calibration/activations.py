@@ -19,6 +19,9 @@ from ternc.calibration.batches import HELD_OUT_EVERY, call, counted_rows, held_o
 from ternc.calibration.execution import Chain, Execution, Leaves, StopForward, input_of
 from ternc.calibration.moments import SplitMoments
 
+LEAST_ROWS = 2
+"""One row has no covariance."""
+
 _Run = Callable[[], Any]
 
 
@@ -37,11 +40,15 @@ class Activations:
             if (index := walk.find(layer)) is not None:
                 walk.go_to(index)
 
-    def moments(self, name: str, layer: nn.Module) -> SplitMoments:
+    def moments(self, name: str, layer: nn.Module) -> SplitMoments | None:
         """Moments of the inputs that `layer` gets now. The model must be in eval mode.
 
         Args:
             name: of the layer, as recorded.
+
+        Returns:
+            None where it gets fewer than `LEAST_ROWS` finite rows to be fitted to, or to be judged
+            by: a fit that nothing judges seems to be without error.
         """
         once = self._calls[name] == 1
         walk = next((w for w in self._chains if w.find(layer) is not None), None)
@@ -65,8 +72,10 @@ class Activations:
             paired = goals is not None and sum(map(len, goals)) == len(rows) and once
             goal = torch.cat(goals) if goals and paired else None
             _share_out(moments, rows, goal, index, len(self._batches))
-        assert moments is not None, f"{name} was called when the model was recorded"
-        return moments
+        if moments is None:
+            return None
+        enough = min(moments.fitted.count, moments.held_out.count) >= LEAST_ROWS
+        return moments if enough else None
 
 
 def _inputs(layer: nn.Module, run: _Run, once: bool) -> list[torch.Tensor]:

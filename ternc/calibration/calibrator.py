@@ -92,7 +92,7 @@ class Calibrator:
         return sorted(names, key=lambda name: rank.get(name, len(rank)))
 
     def decide(self, name: str) -> Decision | None:
-        """What the layer becomes; None where calibration has never seen it called.
+        """What the layer becomes; None where calibration has not seen enough of its inputs.
 
         The layers that share its input are fitted with it, and answered for when they are asked
         for.
@@ -106,7 +106,7 @@ class Calibrator:
             group = [n for n in self._group_of[name] if n in self._layers]
             self._decided.update(self._restored(group) or self._fitted(group))
         self._layers.pop(name, None)
-        return self._decided.pop(name)
+        return self._decided.pop(name, None)
 
     def _restored(self, group: list[str]) -> dict[str, Decision] | None:
         device = self._layers[group[0]].weight().device
@@ -119,9 +119,10 @@ class Calibrator:
             with evaluating(self._model):
                 layer = self._layers[open_[0]]
                 moments = self._activations.moments(open_[0], layer.module)
-            decided.update(self._fit_group(open_, moments))
+            if moments is not None:
+                decided.update(self._fit_group(open_, moments))
         found = {name: decision for name, decision in decided.items() if decision is not None}
-        if self._store is not None:
+        if self._store is not None and len(found) == len(group):
             self._store.write(found)
         return found
 

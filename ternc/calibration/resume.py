@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ternc.calibration import batches as calibration
-from ternc.config import Config
+from ternc.config import CODE_MAX, Config
 from ternc.errors import CheckpointError
 from ternc.formats.quantized import Quantized
 from ternc.formats.rotation import Rotation
@@ -90,10 +90,23 @@ class Store:
         """Keeps the plane counts that were allocated."""
         _write_whole(self._folder / PLANES, json.dumps(dict(planes), indent=1).encode())
 
-    def read_planes(self) -> dict[str, int] | None:
-        """The plane counts that were allocated, or None where they were not yet."""
+    def read_planes(self, names: Collection[str]) -> dict[str, int] | None:
+        """The plane counts that were allocated to these layers, or None where they were not yet.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
         path = self._folder / PLANES
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            planes = json.loads(path.read_text(encoding="utf-8"))
+            whole = set(planes) == set(names) and all(planes[name] in CODE_MAX for name in names)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}; delete it") from error
+        if not whole:
+            raise CheckpointError(f"{path} is damaged: not 1 to 3 planes a layer; delete it")
+        return planes
 
     def _path(self, names: Sequence[str]) -> Path:
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()

@@ -95,7 +95,7 @@ class Session:
             store = Store(self.resume, fingerprint(model, self.config, self.batches))
         planes: dict[str, int] = {}
         if self.config.bits_budget is not None:
-            planes = (store.read_planes() if store else None) or allocate(
+            planes = (store.read_planes(layers) if store else None) or allocate(
                 model, layers, self.batches, self.config, self.loss, self.progress
             )
             if store:

@@ -101,7 +101,7 @@ def _train(
         owner = owners.setdefault(id(layer.packed_weight), layer)
         layer.scale_requires_grad_()
         layer.scale = owner.scale  # a tied weight has one scale
-    trained = list(_trained(model))
+    trained = list(_trained(model, layers))
     for parameter in trained:
         parameter.requires_grad_()
     optimiser = torch.optim.Adam([{"params": [p], "lr": unit_of(p)} for p in trained])
@@ -124,10 +124,11 @@ def _train(
         _settle(model, layers, wanted)
 
 
-def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
+def _trained(model: nn.Module, layers: Sequence[TernaryLinear]) -> Iterator[nn.Parameter]:
     """Scales of packed layers, biases, and every other Parameter of one dimension (norms)."""
+    scales = {id(layer.scale) for layer in layers}  # free ones have two dimensions
     for parameter in model.parameters():
-        if parameter.dim() == 1 and parameter.is_floating_point():
+        if id(parameter) in scales or (parameter.dim() == 1 and parameter.is_floating_point()):
             yield parameter
 
 

@@ -217,7 +217,7 @@ def _decide(
     if (decision := calibrated(name)) is not None:
         return decision
     decision = _decide_by_weight(w, config)
-    unseen = f"{decision.reason}; not called on the calibration data"
+    unseen = f"{decision.reason}; not called on the calibration data, or too rarely to be judged"
     return dataclasses.replace(decision, reason=unseen)
 
 

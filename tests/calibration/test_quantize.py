@@ -190,6 +190,35 @@ def test_too_few_rows_fall_back_or_hold():
     assert error(q, model, data(4, seed=3)) < 1.0
 
 
+def test_inputs_that_nothing_can_judge_are_not_fitted_to():
+    """A fit without rows to judge it has error 0: "auto" would then always take one plane."""
+    never = [torch.full((64, 64), torch.nan)] * 4
+    for batches in (never, [torch.randn(1, 64)], [torch.randn(15, 64)]):
+        q = quantize(Net(), Config(**PLAIN), calibration=batches)
+        assert q.up.planes == quantize(Net(), Config(**PLAIN)).up.planes > 1
+        assert "too rarely to be judged" in rows_of(q)["up"].reason
+    row = rows_of(quantize(Net(), Config(**PLAIN), calibration=data(1, rows=16)))["up"]
+    assert row.output_error is not None and row.output_error > 0
+
+
+class Routed(nn.Module):
+    """The second layer is called on the first batch alone, which is not one that judges."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.rare = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x, rare):
+        return self.rare(self.always(x)) if rare else self.always(x)
+
+
+def test_a_layer_that_no_held_out_batch_reaches_is_not_judged():
+    batches = [(x, index == 0) for index, x in enumerate(data())]
+    found = rows_of(quantize(Routed(), Config(**PLAIN), calibration=batches))
+    assert "held-out data" in found["always"].reason
+    assert "too rarely to be judged" in found["rare"].reason
+
+
 # Resuming.
 
 

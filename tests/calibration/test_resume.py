@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import random_quantized
 
-from ternc.calibration.resume import RUN, Store, fingerprint
+from ternc.calibration.resume import PLANES, RUN, Store, fingerprint
 from ternc.config import Config
 from ternc.errors import CheckpointError
 from ternc.formats.rotation import Rotation
@@ -66,9 +66,13 @@ def test_another_run_is_refused(tmp_path):
 
 def test_allocated_planes_come_back(tmp_path):
     store = Store(tmp_path, {})
-    assert store.read_planes() is None
+    assert store.read_planes("ab") is None
     store.write_planes({"a": 1, "b": 3})
-    assert Store(tmp_path, {}).read_planes() == {"a": 1, "b": 3}
+    assert Store(tmp_path, {}).read_planes("ab") == {"a": 1, "b": 3}
+    for text in ("[", "7", '{"a": 1}', '{"a": 1, "b": 9}', '{"a": 1, "b": [2]}'):
+        (tmp_path / PLANES).write_text(text)
+        with pytest.raises(CheckpointError, match=r"planes\.json is damaged"):
+            store.read_planes("ab")
 
 
 def test_the_fingerprint_sees_weights_data_and_settings():

@@ -55,6 +55,19 @@ def test_tuning_lowers_the_loss_and_keeps_the_codes():
     assert all(p.grad is None for p in q.parameters())
 
 
+def test_free_scales_are_tuned_too(tmp_path):
+    model, batches, _ = setup()
+    config = Config(planes=1, group_size=16, activation_bits=None, tie_scales=False)
+    fitted, tuned = (
+        quantize(model, config, calibration=batches, tuning=tuning)
+        for tuning in (None, Tuning(epochs=5, rate=0.02))
+    )
+    assert tuned.up.scale.dim() == 2 and not torch.equal(tuned.up.scale, fitted.up.scale)
+    assert mean_loss(tuned, model, batches) < mean_loss(fitted, model, batches)
+    ternc.save(tuned, tmp_path)
+    assert torch.equal(ternc.load(tmp_path, model=Model()).up.scale, tuned.up.scale)
+
+
 def test_tuning_that_does_not_help_is_undone():
     model, batches, q = setup(planes=3)
     state = copy.deepcopy(q.state_dict())
