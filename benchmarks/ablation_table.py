@@ -199,6 +199,15 @@ def plot(results: dict[str, dict], path: Path) -> None:
         left.errorbar(score(results, arm), arm, xerr=reach, fmt="o", color=colour)
         for one in per_seed(results, arm).values():
             left.plot(one["bits_per_byte"][SCORED], arm, "|", color=colour, ms=11)
+    scores = {arm: score(results, arm) for arm in shown}
+    centre = statistics.median(scores.values())
+    widest = 4 * statistics.median(abs(value - centre) for value in scores.values()) + 0.02
+    for arm, value in scores.items():
+        if value > centre + widest:  # beyond the edge: a figure instead of a point
+            left.annotate(
+                f"{value:.2f} >", (1.0, arm), xycoords=("axes fraction", "data"), ha="right"
+            )
+    left.set_xlim(min(scores.values()) - 0.01, min(max(scores.values()) + 0.01, centre + widest))
     left.invert_yaxis()
     left.grid(axis="y", color="#dddddd", lw=0.6)
     left.set_xlabel("bits per byte, held-out books (ticks: seeds, bars: 2 deviations)")
