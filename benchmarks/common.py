@@ -74,6 +74,8 @@ def interleave(
         if limits:
             limits.sample(nbytes)
         for contender in contenders:
+            if limits:
+                limits.settle()
             # The first call of a turn finds the caches full of another contender's data.
             contender.run((2 * turn) % contender.copies)
             fast = limits is None or limits.tiles_are_fast()

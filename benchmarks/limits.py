@@ -7,8 +7,10 @@ starting them costs nothing of a sample.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import dataclasses
+import os
 import statistics
 import subprocess
 import tempfile
@@ -64,6 +66,7 @@ class Limits:
         self._pool = concurrent.futures.ThreadPoolExecutor(threads)
         self._bytes = torch.ones(READ_BYTES + 4096, dtype=torch.uint8)
         self._offset = 0
+        self._cores = sorted(os.sched_getaffinity(0))
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "limits.so"
             source = str(Path(__file__).with_name("limits.cpp"))
@@ -88,11 +91,36 @@ class Limits:
 
     def tiles_are_fast(self) -> bool:
         """Probe the AMX state; True too where AMX is not in use."""
-        rate = self._multiply(TILE_PROBE) if self.isa == "amx" else None
-        if rate is None:
-            return True
-        self.tiles.samples.append(rate)
-        return self.threads * TILE_OPERATIONS / rate < FAST_TILE_SECONDS
+        seconds = self._tile_seconds()
+        if seconds:
+            self.tiles.samples.append(self.threads * TILE_OPERATIONS / seconds)
+        return seconds < FAST_TILE_SECONDS
+
+    def settle(self) -> None:
+        """Move the process to cores in the fast AMX state, which comes and goes by core.
+
+        What the caches of a core hold stays behind.
+        """
+        rounds = self._rounds[TILE_PROBE]
+        settled = len(os.sched_getaffinity(0)) == self.threads
+        if not rounds or (settled and self._tile_seconds() < FAST_TILE_SECONDS):
+            return
+        seconds = {}
+        for core in self._cores:
+            os.sched_setaffinity(0, {core})
+            times = _Times()
+            self._native.close_gate(1)
+            self._native.multiply(TILE_PROBE.encode(), rounds, ctypes.byref(times))
+            seconds[core] = times.end - times.begin
+        fastest = sorted(seconds, key=seconds.__getitem__)[: self.threads]
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
+                os.sched_setaffinity(int(task), fastest)
+
+    def _tile_seconds(self) -> float:
+        """Of one tile product with its loads, on the threads of this process."""
+        rate = self._multiply(TILE_PROBE)
+        return self.threads * TILE_OPERATIONS / rate if rate else 0.0
 
     def _read(self, nbytes: int) -> float:
         part = -(-nbytes // self.threads // 4096) * 4096
