@@ -202,6 +202,8 @@ def variants(run: Run) -> Iterator[tuple[str, int | str, Callable[[], Made]]]:
         yield "reference stack", planes, in_place(run, reference_stack, planes, bits)
     for planes in (1, 2, 3):
         yield "ternc rtn, no data", planes, lambda k=planes: without_data(run, k)
+    for planes in (1, 2):
+        yield "ternc, free scales", planes, lambda k=planes: ours(run, k, tied=False)
     yield "ternc + tuning", 3, lambda: ours(run, 3, tuned=True)
 
 
@@ -215,13 +217,15 @@ def plain(run: Run, rule: Callable[[torch.Tensor], torch.Tensor], bits: float):
     return lambda: (replace_weights(copy.deepcopy(run.model), rule), bits)
 
 
-def ours(run: Run, planes: int, *, tuned: bool = False, reconstructed: bool = False) -> Made:
+def ours(
+    run: Run, planes: int, *, tuned: bool = False, reconstructed: bool = False, tied: bool = True
+) -> Made:
     """ternc's model; the fits of a plane count are made once."""
-    config = ternc.Config(planes=planes, activation_bits=None)
+    config = ternc.Config(planes=planes, activation_bits=None, tie_scales=tied)
     made = ternc.quantize(
         run.model, config, calibration=run.batches, loss=kl_of_tensors,
         tuning=Tuning(epochs=run.settings.tuning_epochs) if tuned else None,
-        resume=run.kept / str(planes),
+        resume=run.kept / f"{planes}{'' if tied else ' free'}",
     )  # fmt: skip
     if reconstructed:
         settings = run.settings

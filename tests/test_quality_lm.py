@@ -38,7 +38,7 @@ def test_every_row_is_made_once_and_a_call_goes_on(benchmark, tmp_path):
     assert benchmark.main(arguments) == 0
     result = json.loads((out / benchmark.RECORD).read_text())
     assert all(result["rows"][key] == row for key, row in first["rows"].items())
-    assert len(result["rows"]) == 22
+    assert len(result["rows"]) == 24
     scores = {key: row["bits_per_byte"]["valid"] for key, row in result["rows"].items()}
     assert scores["float"] < scores["ternc rtn, no data 1"] < scores["greedy 1"] + 1
     bits = {key: round(row["bits"], 2) for key, row in result["rows"].items()}
