@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import ablation_table  # noqa: E402
 from ablation_arm import load_teacher  # noqa: E402
 from ablation_data import read  # noqa: E402
-from ablation_plan import Settings, best, plan, read_results  # noqa: E402
+from ablation_plan import Settings, plan, read_results, teacher_of  # noqa: E402
 from ablation_queue import RESTART, clear_claims, run_all, spawn, work  # noqa: E402
 from ablation_teacher import export_teacher, import_teacher  # noqa: E402
 
@@ -60,7 +60,8 @@ def main() -> int:
         return 0
     for path in sorted(arguments.out.glob("*.error")):
         print(f"{path.stem}: {path.read_text().strip().splitlines()[-1]}")
-    print(ablation_table.table(results))
+    print(ablation_table.table(ablation_table.lengths(results)[0]))
+    print("\n".join(ablation_table.longer(results)))
     if arguments.export:
         export(arguments.out, arguments.export, settings)
     if arguments.write:
@@ -104,7 +105,7 @@ def export(out: Path, folder: Path, settings: Settings) -> None:
     errors = {path.stem: path.read_text() for path in sorted(out.glob("*.error"))}
     value = {"results": results, "timings": timings, "errors": errors}
     (folder / "results.json").write_text(json.dumps(value, indent=1))
-    if best(results, "float", settings.seeds[0]) is not None:
+    if teacher_of(results, settings, None) is not None:
         export_teacher(load_teacher(settings, out), folder)
 
 
@@ -117,7 +118,7 @@ def carry_on(folder: Path, out: Path, settings: Settings) -> None:
             (out / f"{key}.json").write_text(json.dumps(result, indent=1))
     for name, timing in value["timings"].items():
         (out / f"{name}.json").write_text(json.dumps(timing, indent=1))
-    known = best(read_results(out), "float", settings.seeds[0])
+    known = teacher_of(read_results(out), settings, None)
     # A table needs no teacher.
     if known is not None and any(folder.glob("teacher.*.z")):
         torch.save(import_teacher(folder), out / f"{known['key']}.pt")
@@ -133,11 +134,13 @@ def _facts(arguments: argparse.Namespace) -> dict[str, object]:
 def _settings(arguments: argparse.Namespace) -> Settings:
     settings = Settings.smoke() if arguments.smoke else Settings(compiled=not arguments.eager)
     settings = dataclasses.replace(settings, device=arguments.device)
-    changes = {name: getattr(arguments, name) for name in ("steps", "batch", "layers")}
-    changes["rates"] = tuple(arguments.rates) if arguments.rates else None
+    changes = {name: getattr(arguments, name) for name in ("steps", "longer", "batch", "layers")}
+    for name in ("rates", "controls"):
+        changes[name] = tuple(getattr(arguments, name)) if getattr(arguments, name) else None
     settings = dataclasses.replace(settings, **{k: v for k, v in changes.items() if v is not None})
     if arguments.check:
         once = {"rates": settings.rates[-1:], "seeds": settings.seeds[:1], "windows": 32}
+        once.update(controls=(), longer=0)
         settings = dataclasses.replace(settings, steps=3, **once)
     return settings
 
@@ -154,7 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", help=", ".join(dict.fromkeys(job.arm for job in plan(Settings()))))
     for name in ("steps", "batch", "layers"):
         add(f"--{name}", type=int)
+    add("--longer", type=int, help="train float, BitNet and the preset `full` so many steps too")
     add("--rates", type=float, nargs="+", help="learning rates of the arms that get several")
+    add("--controls", type=float, nargs="+", help="rates tried beside them; no arm moves to one")
     add("--smoke", action="store_true", help="a tiny model, seconds an arm")
     add("--check", action="store_true", help="three steps of every arm, then stop; 1 if one fails")
     add("--time", choices=("whole", "blocks"), help="time steps of the model compiled so")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from ablation_data import Corpus, Windows, bits_per_byte
-from ablation_plan import PTQ, Job, Settings, best, read_results, recipes
+from ablation_plan import PTQ, Job, Settings, rate_of, read_results, recipes, teacher_of
 
 import ternc
 from ternc.backend import ternc_backend
@@ -69,11 +69,7 @@ def run_job(
 
 def config_of(job: Job, settings: Settings, out: Path) -> TrainConfig:
     """The recipe at its learning rate, in bf16 on a GPU."""
-    rate = job.rate
-    if rate is None:
-        known = best(read_results(out), job.family, settings.seeds[0])
-        assert known is not None
-        rate = known["rate"]
+    rate = rate_of(job, read_results(out), settings)
     recipe = recipes()[job.arm]
     return recipe.replace(
         optimization=dataclasses.replace(recipe.optimization, learning_rate=rate),
@@ -81,9 +77,9 @@ def config_of(job: Job, settings: Settings, out: Path) -> TrainConfig:
     )
 
 
-def load_teacher(settings: Settings, out: Path) -> torch.nn.Module:
-    """The best float arm."""
-    known = best(read_results(out), "float", settings.seeds[0])
+def load_teacher(settings: Settings, out: Path, steps: int | None = None) -> torch.nn.Module:
+    """The best float arm, of the settings' steps or of so many."""
+    known = teacher_of(read_results(out), settings, steps)
     assert known is not None
     model = new_model(settings)
     model.load_state_dict(torch.load(out / f"{known['key']}.pt", map_location=settings.device))
@@ -104,9 +100,10 @@ def _trained(
     job: Job, corpus: Corpus, settings: Settings, out: Path, deadline: float
 ) -> dict[str, object]:
     config = config_of(job, settings, out)
+    steps = job.steps or settings.steps
     torch.manual_seed(job.seed)
     model = ternc.train.prepare(new_model(settings), config, inplace=True)
-    teacher = load_teacher(settings, out) if config.distillation else None
+    teacher = load_teacher(settings, out, job.steps) if config.distillation else None
     if settings.compiled:
         compile_blocks(model, ternc_backend if ternc.sites(model) else "inductor")
         if teacher is not None:
@@ -114,9 +111,9 @@ def _trained(
     watch = Watch(deadline, out / f"{job.key}-run" / "last")
     trainer = Trainer(
         model, config, teacher, folder=out / f"{job.key}-run", progress=False,
-        log_every=max(1, settings.steps // ROWS), callbacks=[watch],
+        log_every=max(1, steps // ROWS), callbacks=[watch],
     )  # fmt: skip
-    per_part = settings.steps // settings.parts
+    per_part = steps // settings.parts
     loader = Windows(corpus.train, settings.batch, settings.context, per_part, job.seed)
     resume = watch.folder if (watch.folder / "training.json").is_file() else None
     start = time.monotonic()
@@ -183,10 +180,8 @@ def _quantized_after_training(
         model, Config(planes=PTQ[job.arm]), example_inputs=(batches[0],), calibration=batches
     )
     seconds = time.monotonic() - start
-    known = best(read_results(out), "float", settings.seeds[0])
-    assert known is not None
     return {
-        "rate": known["rate"],
+        "rate": rate_of(job, read_results(out), settings),
         "bits_per_byte": score(packed, corpus, settings),
         "seconds_of_last_call": seconds,
         "calibration_bytes": CALIBRATION_WINDOWS * settings.context,

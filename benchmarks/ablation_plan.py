@@ -20,8 +20,19 @@ FLOAT = TrainConfig(weights=Config(planes=1, exclude=("*",)))
 RATED = ("float", "bitnet", "full")
 """Arms that get the best of the learning rates; a change of one uses its rate, others `full`'s."""
 
-SEEDED = (*RATED, "full-dead_zone")
-"""Arms with a second seed: the preset `full` is the last."""
+SHIPPED = {
+    "bitnet": "bitnet_b158",
+    "modern": "modern",
+    "warm_start": "warm_start",
+    "full-dead_zone": "full",
+}
+"""Arm -> the preset of `ternc.train` that is this recipe."""
+
+SEEDED = (*RATED, "full-dead_zone", "warm_start", "modern")
+"""Arms with a second seed: what presets hang on."""
+
+LONGER = ("float", "bitnet", "full-dead_zone")
+"""Arms that are trained a second time for `Settings.longer` steps."""
 
 PTQ = {"ptq-1": 1, "ptq-2": 2, "ptq-3": 3}
 """The float arm quantised after training, by planes."""
@@ -81,6 +92,12 @@ class Settings:
     steps: int = 3000
     """98 million bytes, 1.8 passes over the training text."""
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    controls: tuple[float, ...] = ()
+    """Rates tried beside them, to see that the best is no edge. No change of an arm moves to one,
+    and the teacher stays: switches are compared at one rate.
+    """
+    longer: int = 0
+    """Steps of the runs of LONGER, at the rates that are best in `steps`; 0 = none."""
     seeds: tuple[int, ...] = (0, 1)
     """The second one for the arms of SEEDED alone."""
     windows: int = 1 << 20
@@ -111,6 +128,8 @@ class Job:
     """None = the best rate of `family`."""
     needs: tuple[str, ...] = ()
     """Keys of jobs that end before this one starts."""
+    steps: int | None = None
+    """None = those of the settings."""
 
     @property
     def family(self) -> str:
@@ -132,20 +151,42 @@ def plan(settings: Settings, arms: tuple[str, ...] | None = None) -> list[Job]:
     if unknown := [name for name in arms or () if name not in names]:
         raise TerncError(f"arms {unknown} are none of {names}")
     chosen = [name for name in names if (name in arms if arms else name not in COSTLY)]
-    rated = [name for name in chosen if name in RATED]
-    first, *others = settings.seeds
+    if arms:
+        chosen.sort(key=arms.index)
+    rated = [name for name in names if name in RATED and name in chosen]
+    first = settings.seeds[0]
     jobs = [
         Job(_key(arm, rate, first), arm, first, rate, _teacher(arm, settings))
+        for rates in (settings.rates, settings.controls)
         for arm in rated
-        for rate in settings.rates
+        for rate in rates
     ]
-    later = [(arm, seed) for seed in others for arm in chosen if arm in SEEDED]
-    later += [(arm, first) for arm in chosen if arm not in RATED]
-    for arm, seed in later:
+    jobs += _longer(settings, chosen)
+    for arm, seed in [(arm, seed) for arm in chosen for seed in settings.seeds]:
+        if arm in RATED if seed == first else arm not in SEEDED:
+            continue
         job = Job(f"{arm}-s{seed}", arm, seed, None)
         needs = (*_rated(job.family, settings), *_teacher(arm, settings))
         jobs.append(dataclasses.replace(job, needs=tuple(dict.fromkeys(needs))))
     return jobs
+
+
+def _longer(settings: Settings, chosen: list[str]) -> list[Job]:
+    """LONGER at both seeds, each at the best of all rates tried; the teacher trained as long."""
+    jobs: list[Job] = []
+    for seed in settings.seeds if settings.longer else ():
+        for arm in [name for name in LONGER if name in chosen]:
+            job = Job(_long(arm, seed, settings), arm, seed, None, steps=settings.longer)
+            tried = (*settings.rates, *settings.controls)
+            needs = [_key(job.family, rate, settings.seeds[0]) for rate in tried]
+            if recipes()[arm].distillation:
+                needs.append(_long("float", settings.seeds[0], settings))
+            jobs.append(dataclasses.replace(job, needs=tuple(needs)))
+    return jobs
+
+
+def _long(arm: str, seed: int, settings: Settings) -> str:
+    return f"{arm}-x{settings.longer}-s{seed}"
 
 
 def _teacher(arm: str, settings: Settings) -> tuple[str, ...]:
@@ -171,3 +212,31 @@ def best(results: dict[str, dict], arm: str, seed: int) -> dict | None:
     """The result of an arm's best learning rate at a seed, by the tuning part of the text."""
     found = [r for r in results.values() if r["arm"] == arm and r["seed"] == seed]
     return min(found, key=lambda result: result["bits_per_byte"][TUNE], default=None)
+
+
+def of_length(results: dict[str, dict], steps: int | None) -> dict[str, dict]:
+    """The results of runs of so many steps; None = all."""
+    return {key: r for key, r in results.items() if steps in (None, r.get("steps"))}
+
+
+def rate_of(job: Job, results: dict[str, dict], settings: Settings) -> float:
+    """The rate of a job: its own, or the best of its family at the settings' steps.
+
+    Changes of an arm keep to `settings.rates`, longer runs take controls as well.
+    """
+    if job.rate is not None:
+        return job.rate
+    known = of_length(results, settings.steps)
+    if job.steps is None:
+        known = {k: r for k, r in known.items() if r["rate"] not in settings.controls}
+    found = best(known, job.family, settings.seeds[0])
+    assert found is not None
+    return found["rate"]
+
+
+def teacher_of(results: dict[str, dict], settings: Settings, steps: int | None) -> dict | None:
+    """The float result that teaches runs of so many steps (None: the settings')."""
+    known = of_length(results, steps or settings.steps)
+    if steps is None:
+        known = {k: r for k, r in known.items() if r["rate"] not in settings.controls}
+    return best(known, "float", settings.seeds[0])

@@ -104,10 +104,16 @@ def spawn(arguments: list[str], devices: int) -> None:
 
 
 def _start(arguments: list[str], device: int) -> subprocess.Popen:
-    gpu = device % max(1, torch.cuda.device_count())
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu_of(device)}
     command = [sys.executable, *arguments, "--worker"]
     return subprocess.Popen(command, env=environment)
+
+
+def gpu_of(process: int) -> str:
+    """The GPU of a process, as the driver names it: in turn of those that are visible."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = listed.split(",") if listed else [str(i) for i in range(torch.cuda.device_count())]
+    return seen[process % len(seen)].strip() if seen else ""
 
 
 def _settled(key: str, out: Path) -> bool:

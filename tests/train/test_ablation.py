@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
 
 SMALL = dataclasses.replace(
     ablation_plan.Settings.smoke(), width=32, layers=1, hidden=48, context=32, steps=4, windows=4,
-    rates=(3e-3,), seeds=(0,), parts=2,
+    rates=(3e-3,), controls=(1e-3,), seeds=(0,), parts=2, longer=6,
 )  # fmt: skip
 
 
@@ -80,11 +80,19 @@ def test_every_arm_runs_and_goes_on(corpus, tmp_path):
     here, there = (ablation_arm.load_teacher(SMALL, tmp_path / name) for name in ("out", "other"))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(here(torch.arange(9)[None]), there(torch.arange(9)[None]))
-    lines = ablation_table.table(results).splitlines()
+    short, long = ablation_table.lengths(results)
+    assert {result["arm"] for result in long.values()} == set(ablation_plan.LONGER)
+    assert {result["steps"] for result in long.values()} == {6}
+    # Changes of an arm and their teacher stay off the control, whatever its score.
+    rates = {result["arm"]: result["rate"] for result in short.values() if "@" not in result["key"]}
+    assert set(rates.values()) == {3e-3}
+    lines = ablation_table.table(short).splitlines()
     assert sum(line.startswith("| full") for line in lines) == 13
     for switch in ablation_table.SWITCHES:
-        value = ablation_table.effect(results, switch)
+        value = ablation_table.effect(short, switch)
         assert any(f"| {switch.name} |" in line and f" {value:+.4f} |" in line for line in lines)
+    pages = "\n".join(ablation_table.longer(results))
+    assert "## The same, 6 steps" in pages and "| full-dead_zone | `full` |" in pages
 
 
 def test_means_and_effects():
@@ -97,7 +105,7 @@ def test_means_and_effects():
         for arm, values in scores.items() for seed, value in enumerate(values)
     }  # fmt: skip
     table = ablation_table.table(results)
-    assert "| full | 0.001 | 2 | 1.1200 | +0.0200 | 93% |" in table
+    assert "| full |  | 0.001 | 2 | 1.1200 | +0.0200 | 93% |" in table
     assert "Float is 0.3000 bits per byte better than BitNet b1.58 (0.3000 at the first" in table
     deviation = ablation_table.seed_deviation(results)
     assert deviation == pytest.approx(((0.02 + 0.02 + 0.0008) / 3) ** 0.5)
@@ -147,6 +155,12 @@ def test_queue(tmp_path):
     assert "no such thing" in (tmp_path / "b@1-s0.error").read_text()
     assert [path.name for path in tmp_path.glob("*.claim")] == ["e-s0.claim"]
     assert ablation_queue.work(jobs, tmp_path, run, deadline=-math.inf) is True
+
+
+def test_gpu_of_a_process(monkeypatch):
+    """Only the GPUs that the call may use."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1, 3")
+    assert [ablation_queue.gpu_of(index) for index in range(3)] == ["1", "3", "1"]
 
 
 def test_parts_of_the_text(tmp_path):
