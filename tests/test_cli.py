@@ -1,5 +1,6 @@
 """The command line: help, usage errors, one-line errors, JSON, the flow of the demo."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -10,8 +11,11 @@ import pytest
 import torch
 
 import ternc.cli
+from ternc.calibration.reconstruct import Reconstruction
+from ternc.calibration.tune import Tuning
 from ternc.cli import COMMANDS, main
 from ternc.cli.console import config_of
+from ternc.cli.options import add_options, given, settings_of
 from ternc.config import Config
 from ternc.demo.corpus import CorpusError, is_held_out, read_corpus
 from ternc.demo.measure import interleaved_medians
@@ -22,6 +26,7 @@ from ternc.formats import layouts
 from ternc.reporting import Report, Row
 
 ROOT = Path(__file__).parent.parent
+FIELDS = {field: getattr(Config(), field) for field in Config().to_dict()}
 
 
 def exit_status(arguments):
@@ -51,6 +56,7 @@ def test_help_lists_every_command(capsys):
         ["quantize", "folder"],
         ["explain"],
         ["quantize", "f", "-o", "g", "--planes", "x"],
+        ["quantize", "f", "-o", "g", "--method", "greedy"],
     ],
 )
 def test_usage_errors_exit_with_2(arguments, capsys):
@@ -77,9 +83,31 @@ def test_errors_are_one_line_and_exit_with_1(arguments, words, capsys):
 def test_options_reach_the_configuration(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr("ternc.cli.explain.config_of", lambda n: seen.append(config_of(n)))
-    arguments = "explain missing --planes 2 --group-size row --activation-bits none --exclude a.*"
-    exit_status([*arguments.split(), "--exclude", "b"])
-    assert seen == [Config(planes=2, group_size=None, activation_bits=None, exclude=("a.*", "b"))]
+    wanted = Config(
+        planes=2, error_budget=0.2, bits_budget=3.5, group_size=None, tie_scales=False,
+        activation_bits=None, rotation="hadamard", method="als", exclude=("a.*", "b"),
+        include=("c",), int8=("d", "e"), seed=7,
+    )  # fmt: skip
+    changed = [field for field in wanted.to_dict() if getattr(wanted, field) != FIELDS[field]]
+    assert changed == list(FIELDS), "every field has an option"
+    arguments = (
+        "--planes 2 --error-budget 0.2 --bits-budget 3.5 --group-size none --no-tie-scales "
+        "--activation-bits none --rotation hadamard --method als --exclude a.* --exclude b "
+        "--include c --int8 d --int8 e --seed 7"
+    )
+    exit_status(["explain", "missing", *arguments.split()])
+    assert seen == [wanted]
+
+
+def test_training_options_reach_their_dataclasses():
+    parser = argparse.ArgumentParser()
+    add_options(parser, Tuning, "tuning")
+    add_options(parser, Reconstruction, "reconstruction")
+    options = "--tuning-epochs 3 --reconstruction-window 2 --reconstruction-autocast bfloat16"
+    namespace = parser.parse_args(options.split())
+    assert settings_of(namespace, Tuning) == Tuning(epochs=3)
+    assert settings_of(namespace, Reconstruction) == Reconstruction(window=2, autocast="bfloat16")
+    assert given(parser.parse_args([]), Tuning) == {}
 
 
 def test_default_options_are_the_default_configuration(monkeypatch):

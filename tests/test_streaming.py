@@ -116,3 +116,16 @@ def test_two_runs_and_one_interrupted_at_every_layer_write_identical_files(
     assert all(
         "gptq" in row.reason or "als" in row.reason for row in ternc.report(loaded).rewritten
     )
+
+
+def test_every_stage_is_reached_from_the_command_line(folder, text, tmp_path, capsys):
+    options = "--context 16 --sequences 16 --rotation hadamard --method als --int8 *embed* --json"
+    options += " --tuning-epochs 1 --reconstruction-steps 2"
+    assert status(folder, tmp_path, *options.split(), "--calibration", str(text)) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    reasons = {row["name"]: row["reason"] for row in rows if row["action"] == "rewritten"}
+    layer = reasons["model.layers.1.mlp.down_proj"]
+    assert "als" in layer and "reconstruct" in layer and "tun" in layer
+    assert {"model.embed_tokens", "lm_head"} <= set(reasons)
+    config = ternc.load(tmp_path)._ternc_config
+    assert (config.method, config.rotation, config.int8) == ("als", "hadamard", ("*embed*",))

@@ -1,6 +1,7 @@
 """`Store`: fitted layers kept in a folder, so that an interrupted run goes on where it stopped.
 
-run.json                what was being quantised, by digest: another run is refused
+run.json                what was being quantised, by digest, and by what loss planes were
+                            allocated: another run is refused
     planes.json             plane counts by layer, where they were allocated
 <digest>.safetensors    the decisions of one group of layers, written whole or not at all
 """
@@ -11,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from ternc.calibration import batches as calibration
+from ternc.calibration.identity import identity
 from ternc.config import CODE_MAX, Config
 from ternc.errors import CheckpointError
 from ternc.formats.quantized import Quantized
@@ -113,8 +115,14 @@ class Store:
         return self._folder / f"{digest[:16]}.safetensors"
 
 
-def fingerprint(model: nn.Module, config: Config, batches: Sequence[Any]) -> dict[str, Any]:
-    """What makes two runs the same: weights, configuration, calibration data, versions."""
+def fingerprint(
+    model: nn.Module, config: Config, batches: Sequence[Any], loss: Callable[..., Any]
+) -> dict[str, Any]:
+    """What makes two runs the same: weights, configuration, calibration data, versions.
+
+    Args:
+        loss: counts where it chooses planes, under a budget of bits.
+    """
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -125,6 +133,7 @@ def fingerprint(model: nn.Module, config: Config, batches: Sequence[Any]) -> dic
         "configuration": config.to_dict(),
         "calibration": calibration.digest(batches),
         "torch": torch.__version__,
+        "loss": None if config.bits_budget is None else identity(loss),
     }
 
 

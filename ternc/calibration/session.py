@@ -92,7 +92,8 @@ class Session:
         """
         store = None
         if self.resume is not None:
-            store = Store(self.resume, fingerprint(model, self.config, self.batches))
+            run = fingerprint(model, self.config, self.batches, self.loss)
+            store = Store(self.resume, run)
         planes: dict[str, int] = {}
         if self.config.bits_budget is not None:
             planes = (store.read_planes(layers) if store else None) or allocate(

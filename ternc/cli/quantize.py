@@ -3,60 +3,79 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ternc.cli.console import add_config_options, add_json_option, config_of, print_json, say
+from ternc.cli.options import add_options, given, settings_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `ternc quantize`."""
-    parser.add_argument("model", type=Path, metavar="HF_MODEL_DIR", help="folder with config.json")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write"
-    )
-    add_config_options(parser)
-    parser.add_argument(
+    from ternc.calibration.reconstruct import Reconstruction
+    from ternc.calibration.tune import Tuning
+
+    add = parser.add_argument
+    add("model", type=Path, metavar="HF_MODEL_DIR", help="folder with config.json")
+    add("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write")
+    add(
         "--calibration",
         type=Path,
         metavar="FILE",
         help="UTF-8 text: fit every layer to the inputs that it gets on it",
     )
-    parser.add_argument(
-        "--sequences", type=int, default=128, help="of the text, evenly spaced (default 128)"
-    )
-    parser.add_argument(
-        "--context", type=int, default=512, help="tokens of a sequence at most (default 512)"
-    )
-    parser.add_argument(
-        "--bits-budget", type=float, help="mean bits of a weight, for --planes auto"
-    )
-    parser.add_argument(
+    add("--sequences", type=int, default=128, help="of the text, evenly spaced (default: 128)")
+    add("--context", type=int, default=512, help="tokens of a sequence at most (default: 512)")
+    add(
         "--resume",
         type=Path,
         metavar="DIR",
         help="keep fitted layers here; go on if some are there",
     )
+    add("--device", default="cpu", help="where layers are fitted: cpu (default) or cuda")
+    add(
+        "--tuning",
+        action="store_true",
+        help="train scales, norms and biases against the float model; so does any --tuning-...",
+    )
+    add(
+        "--reconstruction",
+        action="store_true",
+        help="before that, train the codes too; so does any --reconstruction-...",
+    )
     add_json_option(parser)
+    add_config_options(parser)
+    add_options(parser, Tuning, "tuning")
+    add_options(parser, Reconstruction, "reconstruction")
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Write the folder, then print the report."""
     import ternc
-    from ternc.cli.huggingface import copy_side_files, load_model, text_batches, tokenizer_of
+    from ternc.cli.huggingface import (
+        copy_side_files,
+        example_inputs,
+        load_model,
+        text_batches,
+        tokenizer_of,
+    )
 
-    config = dataclasses.replace(config_of(namespace), bits_budget=namespace.bits_budget)
+    config, training = config_of(namespace), _training(namespace)
     say(f"loading {namespace.model}")
-    model = load_model(namespace.model)
+    model = load_model(namespace.model).to(namespace.device)
     batches = None
     if namespace.calibration is not None:
         text = namespace.calibration.read_bytes().decode("utf-8", errors="ignore")
         tokenizer = tokenizer_of(namespace.model)
-        batches = text_batches(model, tokenizer, text, namespace.sequences, namespace.context)
+        found = text_batches(model, tokenizer, text, namespace.sequences, namespace.context)
+        batches = [_moved(batch, namespace.device) for batch in found]
+    # The graph of a call says which rotations can be folded into float weights.
+    inputs = _moved(example_inputs(model), namespace.device) if _folds(config) else None
     say("quantizing")
     quantized = ternc.quantize(
-        model, config, calibration=batches, resume=namespace.resume, inplace=True
-    )
+        model, config, example_inputs=inputs, calibration=batches, resume=namespace.resume,
+        inplace=not training, **training,
+    )  # fmt: skip
     ternc.save(quantized, namespace.output)
     copied = copy_side_files(namespace.model, namespace.output)
     say(f"wrote {namespace.output}" + (f" (with {', '.join(copied)})" if copied else ""))
@@ -66,3 +85,24 @@ def run(namespace: argparse.Namespace) -> int:
     else:
         print(report)
     return 0
+
+
+def _training(namespace: argparse.Namespace) -> dict[str, Any]:
+    """`tuning` and `reconstruction` of `ternc.quantize`, where they are asked for."""
+    from ternc.calibration.reconstruct import Reconstruction
+    from ternc.calibration.tune import Tuning
+
+    kinds = {"tuning": Tuning, "reconstruction": Reconstruction}
+    return {
+        name: settings_of(namespace, cls)
+        for name, cls in kinds.items()
+        if getattr(namespace, name) or given(namespace, cls)
+    }
+
+
+def _folds(config: Any) -> bool:
+    return config.rotation == "hadamard"
+
+
+def _moved(inputs: dict[str, Any], device: str) -> dict[str, Any]:
+    return {name: value.to(device) for name, value in inputs.items()}

@@ -1,11 +1,20 @@
 """Store: decisions come back bit for bit; damage and other runs are refused."""
 
+import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from reference import random_quantized
 
+import ternc
+from ternc.calibration.distance import default_loss
+from ternc.calibration.identity import identity
 from ternc.calibration.resume import PLANES, RUN, Store, fingerprint
 from ternc.config import Config
 from ternc.errors import CheckpointError
@@ -13,6 +22,9 @@ from ternc.formats.rotation import Rotation
 from ternc.site import Decision
 
 CPU = torch.device("cpu")
+HERE = Path(__file__).parent
+OTHERS = ("second", "resumed")
+CONFIG = Config(planes=2, method="als", rotation="none")
 
 
 def decisions():
@@ -77,10 +89,89 @@ def test_allocated_planes_come_back(tmp_path):
 
 def test_the_fingerprint_sees_weights_data_and_settings():
     model, batches = torch.nn.Linear(3, 2), [torch.randn(4, 3)]
-    first = fingerprint(model, Config(), batches)
-    assert fingerprint(model, Config(), batches) == first == json.loads(json.dumps(first))
-    assert fingerprint(model, Config(seed=1), batches)["configuration"] != first["configuration"]
-    assert fingerprint(model, Config(), [batches[0] + 1])["calibration"] != first["calibration"]
+    found = functools.partial(fingerprint, loss=default_loss)
+    first = found(model, Config(), batches)
+    assert found(model, Config(), batches) == first == json.loads(json.dumps(first))
+    assert found(model, Config(seed=1), batches)["configuration"] != first["configuration"]
+    assert found(model, Config(), [batches[0] + 1])["calibration"] != first["calibration"]
+    assert first["loss"] is None, "it allocates nothing"
     with torch.no_grad():
         model.weight[0, 0] += 1
-    assert fingerprint(model, Config(), batches)["model"] != first["model"]
+    assert found(model, Config(), batches)["model"] != first["model"]
+
+
+def scaled(factor):
+    return lambda output, target, batch: factor * (output - target).abs().mean()
+
+
+def test_a_loss_is_known_by_its_code_and_what_it_was_made_with():
+    losses = [
+        default_loss, scaled(1), scaled(2), functools.partial(default_loss, batch=1),
+        functools.partial(default_loss, batch=2), torch.nn.MSELoss(), torch.nn.L1Loss(),
+        lambda output, target, batch: (output - target).norm(),
+        lambda output, target, batch: output in {"a", "b", "c"},
+    ]  # fmt: skip
+    names = [identity(loss) for loss in losses]
+    assert len(set(names)) == len(losses)
+    assert identity(scaled(2)) == names[2]
+
+
+def test_planes_of_another_loss_are_refused(tmp_path):
+    model, batches = build(), inputs()
+    config = Config(bits_budget=3.0, group_size=16, method="als", rotation="none")
+    ternc.quantize(model, config, calibration=batches, resume=tmp_path)
+    ternc.quantize(model, config, calibration=batches, resume=tmp_path)
+    with pytest.raises(CheckpointError, match="other loss"):
+        ternc.quantize(model, config, calibration=batches, resume=tmp_path, loss=scaled(1))
+
+
+def build():
+    torch.manual_seed(0)
+    blocks = [torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh()) for _ in range(6)]
+    return torch.nn.Sequential(*blocks).eval()
+
+
+def inputs():
+    return list(torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(1)))
+
+
+KILLED = """
+import sys, time
+import ternc
+from ternc.calibration import resume
+from test_resume import CONFIG, build, inputs
+write = resume.Store.write
+def slow(store, decisions):
+    write(store, decisions)
+    print("written", flush=True)
+    time.sleep(60 if len(list(store._folder.glob("*.safetensors"))) == 3 else 0)
+resume.Store.write = slow
+ternc.quantize(build(), CONFIG, calibration=inputs(), resume=sys.argv[1])
+"""
+
+
+def test_a_killed_process_is_taken_up_with_the_same_files(tmp_path):
+    """Nothing can be tidied up on SIGKILL; half a file may lie there too."""
+    kept = tmp_path / "kept"
+    paths = os.pathsep.join([*map(str, (HERE.parents[1], HERE.parent, HERE)), *sys.path])
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(kept)],
+        env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        lines = [child.stdout.readline() for _ in range(3)]
+    finally:
+        child.kill()
+        child.communicate()
+    assert lines == ["written\n"] * 3 and child.returncode == -signal.SIGKILL
+    found = sorted(kept.glob("*.safetensors"))
+    assert len(found) == 3
+    (kept / f".{found[0].name}.{child.pid}").write_bytes(found[0].read_bytes()[:50])
+    settings = {"config": CONFIG, "calibration": inputs()}
+    ternc.save(ternc.quantize(build(), **settings, resume=kept), tmp_path / "resumed")
+    assert len(list(kept.glob("[!.]*.safetensors"))) == 6
+    for name in ("first", "second"):
+        ternc.save(ternc.quantize(build(), **settings), tmp_path / name)
+    for file in sorted((tmp_path / "first").iterdir()):
+        data = file.read_bytes()
+        assert all((tmp_path / name / file.name).read_bytes() == data for name in OTHERS), file

@@ -66,3 +66,22 @@ def test_an_encoder_needs_another_model(text, tmp_path, capsys):
     transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
     assert main(["eval", str(tmp_path / "encoder"), "--text", str(text)]) == 1
     assert "--against" in capsys.readouterr().err
+
+
+def test_tasks_are_given_to_the_harness(language, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def score_tasks(model, tasks, **options):
+        seen.append((type(model).__name__, tasks, options))
+        return {"letters": {"acc,none": 0.5}}
+
+    monkeypatch.setattr("ternc.eval.score_tasks", score_tasks)
+    options = f"--task letters --task-folder {tmp_path} --examples 3 --context 64"
+    assert main(["eval", str(language[0]), *options.split()]) == 0
+    assert capsys.readouterr().out.split() == ["letters", "acc,none", "0.5000"]
+    (name, tasks, given), *_ = seen
+    assert (name, tasks, given["limit"], given["folder"]) == (
+        "LlamaForCausalLM", ["letters"], 3, tmp_path,
+    )  # fmt: skip
+    assert main(["eval", str(language[0])]) == 1
+    assert "--text FILE or --task" in capsys.readouterr().err

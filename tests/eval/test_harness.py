@@ -1,6 +1,7 @@
 """Answers to the harness's requests; a task from a local folder where lm-eval is installed."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -65,23 +66,8 @@ def test_without_the_package_the_extra_is_named(model, monkeypatch):
         score_tasks(model, ["anything"])
 
 
-def test_a_local_task(model, tmp_path):
-    pytest.importorskip("lm_eval")
-    rows = [
-        {"question": "a", "choices": ["bc", "zz"], "answer": 0},
-        {"question": "xa", "choices": ["qq", "bc"], "answer": 1},
-        {"question": "b", "choices": ["zz", "c"], "answer": 0},
-    ]
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "letters.yaml").write_text(
-        f"""
-task: letters
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
+TASKS = {
+    "letters": """
 output_type: multiple_choice
 doc_to_text: question
 doc_to_choice: choices
@@ -89,9 +75,52 @@ doc_to_target: answer
 target_delimiter: ""
 metric_list:
   - metric: acc
-"""
-    )
-    scores = score_tasks(model, ["letters"], folder=tmp_path)
+""",
+    "lines": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: question
+metric_list:
+  - metric: bits_per_byte
+""",
+    "endings": """
+output_type: generate_until
+doc_to_text: question
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs:
+  max_gen_toks: 2
+  until: ["c"]
+metric_list:
+  - metric: exact_match
+""",
+}
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with a task of each kind that the harness knows."""
+    rows = [
+        {"question": "a", "choices": ["bc", "zz"], "answer": 0},
+        {"question": "xa", "choices": ["qq", "b"], "answer": 1},
+        {"question": "b", "choices": ["zz", "c"], "answer": 0},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\n"
+    for name, text in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{common}test_split: test{text}")
+    return tmp_path
+
+
+def test_a_local_task_of_every_kind(model, tasks):
+    pytest.importorskip("lm_eval")
+    scores = score_tasks(model, list(TASKS), folder=tasks)
     assert scores["letters"]["acc,none"] == pytest.approx(2 / 3)
+    assert scores["endings"]["exact_match,none"] == pytest.approx(1 / 3)
+    texts = ["a", "xa", "b"]
+    nats = -sum(log_p(model, "\n" + text) for text in texts)
+    bits = nats / math.log(2) / sum(map(len, texts))
+    assert scores["lines"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-5)
+    assert score_tasks(model, ["letters"], folder=tasks, limit=1)["letters"]["acc,none"] == 1
     with pytest.raises(InputError, match="no task 'nonsense'"):
-        score_tasks(model, ["nonsense"], folder=tmp_path)
+        score_tasks(model, ["nonsense"], folder=tasks)
