@@ -17,6 +17,7 @@ import torch
 from ternc.runtime.ops import (
     activate_quantize,
     dequantize,
+    embedding,
     fake_quantize,
     fit,
     hadamard,
@@ -34,7 +35,8 @@ FIRST_CAPABILITY = (8, 0)
 KERNELS: dict[str, tuple[str, str, Any]] = {
     "linear": ("linear", "linear", linear.reference),
     "linears1": ("linear", "linears1", linears1.reference),
-    "dequantize": ("linear", "dequantize", dequantize.reference),
+    "dequantize": ("dequantize", "dequantize", dequantize.reference),
+    "embedding": ("dequantize", "embedding", embedding.reference),
     "quantize_act": ("quantize_act", "quantize_act", quantize_act.reference),
     "norm_quantize": ("fused_quantize", "norm_quantize", norm_quantize.reference),
     "activate_quantize": ("fused_quantize", "activate_quantize", activate_quantize.reference),

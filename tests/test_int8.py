@@ -96,9 +96,10 @@ def test_nothing_is_packed_unasked():
     assert q.embed.weight is q.lm_head.weight
 
 
-def test_planes_for_an_embedding_on_request(ids):
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_planes_for_an_embedding_on_request(ids, rotation):
     model = Model(tied=False)
-    q = ternc.quantize(model, Config(planes=3, include=("embed",)))
+    q = ternc.quantize(model, Config(planes=3, include=("embed",), rotation=rotation))
     assert type(q.embed) is TernaryEmbedding and q.embed.planes == 3
     assert torch.equal(q.embed(ids), F.embedding(ids, q.embed.weight))
 

@@ -30,6 +30,10 @@ def check_embedding(
     """Raise KernelError for what no kernel takes."""
     if indices.dtype not in (torch.int64, torch.int32):
         raise KernelError(f"ternc::embedding: indices are {indices.dtype}, not int64 or int32")
+    if indices.device != weight.device:
+        raise KernelError(
+            f"ternc::embedding: indices are on {indices.device}, the weight is on {weight.device}"
+        )
     if dtype not in FLOAT_TYPES:
         raise KernelError(f"ternc::embedding: dtype {dtype}, not float32, bfloat16 or float16")
     shape = (num_embeddings, embedding_dim, group_size, layout)

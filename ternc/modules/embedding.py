@@ -31,9 +31,7 @@ class TernaryEmbedding(TernaryLinear):
         Raises:
             RuntimeError: an index is out of range (IndexError from the eager reference).
         """
-        if self.rotation is not None:
-            return torch.nn.functional.embedding(indices, self.weight)
-        keep = self.weight_dtype != torch.float64
+        keep = self.weight_dtype != torch.float64 and self.rotation is None
         rows = torch.ops.ternc.embedding(
             indices,
             self.packed_weight,
@@ -45,4 +43,6 @@ class TernaryEmbedding(TernaryLinear):
             self.layout,
             self.weight_dtype if keep else torch.float32,
         )
-        return rows if keep else rows.to(self.weight_dtype)
+        if self.rotation is not None:
+            rows = self.rotation.restore(rows)
+        return rows.to(self.weight_dtype)

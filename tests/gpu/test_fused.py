@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from packed_weights import assert_same, packed_on_gpu
 
 from ternc.runtime import dispatch
@@ -120,6 +121,21 @@ def test_programs_that_walk_over_rows(rotation, dtype):
         hadamard.reference(gate, signs, block),
     )
     torch.testing.assert_close(z, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+
+
+def test_every_quotient_of_a_rotated_row_rounds_as_the_reference():
+    """Rows whose transform is exact: every bf16 largest value beside every smaller one."""
+    most = torch.arange(128.0, 256.0, device="cuda")[:, None]
+    smaller = torch.cat([torch.arange(128.0, 256.0, device="cuda") / 2**k for k in range(8)])
+    values = torch.cat([most, smaller.expand(128, -1).minimum(most)], 1)
+    x = (
+        F.pad(values, (0, 7)).repeat_interleave(4, 1).bfloat16() / 2
+    )  # H_4 / 2 gives values, 0, 0, 0
+    for tokens in (1, 128):
+        seen = torch.ops.ternc.activate_quantize(x[-tokens:], None, "none", None, 4, 8)
+        expected = activate_quantize.reference(x[-tokens:], None, "none", None, 4, 8)
+        assert torch.equal(seen[0], expected[0])
+        assert torch.equal(seen[1], expected[1])
 
 
 @ANY_ROTATION

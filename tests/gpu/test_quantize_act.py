@@ -1,18 +1,28 @@
-"""ternc::quantize_act and ternc::dequantize on the GPU against their references."""
+"""quantize_act, dequantize, embedding and the training ops on the GPU against their references."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from packed_weights import assert_same, packed_on_gpu
 from reference import CASES, dequantize_arguments
+from torch import nn
 
+import ternc
 from ternc.errors import KernelError
 from ternc.formats.quantized import expand_groups
 from ternc.runtime import dispatch
-from ternc.runtime.ops import dequantize, fit, quantize_act
+from ternc.runtime.ops import dequantize, embedding, fit, quantize_act
 
 pytestmark = pytest.mark.gpu
+
+TESTS = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -38,14 +48,62 @@ def test_halves_round_to_even():
     assert torch.equal(q, x.round().to(torch.int8))
 
 
-@pytest.mark.parametrize("case", [*CASES, (70, 1500, 1, 0, "row"), (33, 700, 3, 128, "row")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dequantize(case, dtype):
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, (70, 1500, 1, 0, "row"), (33, 700, 3, 128, "row"), (70, 1500, 8), (9, 7, 8)],
+    ids=str,
+)
+def test_dequantize_and_embedding(case, dtype):
     packed = packed_on_gpu(*case)
     arguments = dequantize_arguments(packed, dtype)
     w = torch.ops.ternc.dequantize(*arguments)
     assert dispatch.last_kernel(packed.weight) == "triton_dequantize"
     assert_same(w, dequantize.reference(*arguments))
+    ids = torch.randint(0, case[0], (5, 300), device="cuda")
+    for indices in (ids, ids.int().t(), ids[0, 0], ids[:0]):
+        rows = torch.ops.ternc.embedding(indices, *arguments)
+        assert dispatch.last_kernel(packed.weight) == "triton_embedding"
+        assert_same(rows, embedding.reference(indices, *arguments))
+
+
+def test_an_embedding_of_a_compiled_model_runs_the_kernel():
+    """Its rows are those of the table, whatever else the graph does with them."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Embedding(500, 192), nn.Linear(192, 64)).cuda().bfloat16().eval()
+    q = ternc.quantize(model, ternc.Config(planes=1, int8=("0",)))
+    ids = torch.randint(0, 500, (2, 9), device="cuda")
+    with torch.no_grad():
+        expected = q(ids)
+        assert torch.equal(q[0](ids), F.embedding(ids, q[0].weight))
+        assert torch.equal(torch.compile(q, mode="reduce-overhead")(ids), expected)
+    assert dispatch.last_kernel(q[0].packed_weight) == "triton_embedding"
+
+
+OUT_OF_RANGE = """
+import torch
+from packed_weights import packed_on_gpu
+from reference import dequantize_arguments
+from ternc.runtime import ops
+ops.register()
+arguments = dequantize_arguments(packed_on_gpu(9, 100, 8))
+torch.ops.ternc.embedding(torch.tensor([0, 9], device="cuda"), *arguments)
+torch.cuda.synchronize()
+"""
+
+
+def test_an_index_out_of_range_is_an_assertion():
+    """In a process of its own: it leaves the device unusable there."""
+    paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_RANGE],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode
+    assert "an index is out of range" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("group_size", [128, 100, 0, -1])

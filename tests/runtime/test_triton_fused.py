@@ -32,6 +32,20 @@ from ternc.runtime.ops import (
 ROOT = Path(__file__).parent.parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+if INTERPRETED:  # functions of a kernel are looked up in the module
+    import triton
+    import triton.language as tl
+
+    from ternc.runtime.kernels.triton.quantize_act import for_one_rounding, row_scale
+
+    @triton.jit
+    def store_inverses(t_ptr, inverse_ptr):
+        """The factor of rows of bf16 whose largest magnitudes are t."""
+        t = tl.load(t_ptr + tl.program_id(0))
+        inverse, _ = row_scale(t, 127.0)
+        tl.store(inverse_ptr + tl.program_id(0), for_one_rounding(inverse, t))
+
+
 inside = pytest.mark.skipif(
     not INTERPRETED, reason="runs in the process of test_in_the_interpreter"
 )
@@ -85,6 +99,20 @@ def test_norm_quantize(rotation, dtype):
         tolerance = max(2 * torch.finfo(dtype).eps, 4e-6)
         torch.testing.assert_close(y, y_expected, rtol=tolerance, atol=tolerance, equal_nan=True)
         assert_close(q, sx, expected)
+
+
+@inside
+@pytest.mark.parametrize("exponent", [-120, 0, 120])
+def test_one_rounding_of_bf16_rows(exponent):
+    """Products that are not rounded before they become integers, of every t and every x."""
+    t = (torch.arange(128.0, 256.0) * 2.0**exponent)[:, None]
+    smaller = torch.arange(128.0, 256.0) * torch.tensor([[2.0**-k] for k in range(10)])
+    x = torch.cat([t, (2.0**exponent * smaller.reshape(1, -1)).minimum(t)], 1)
+    assert torch.equal(x.bfloat16().float(), x)
+    inverse = torch.empty_like(t)
+    store_inverses[(len(t),)](t, inverse)
+    q = (x.double() * inverse.double()).round()
+    assert torch.equal(q, quantize_act.reference(x, 8)[0].double())
 
 
 @inside

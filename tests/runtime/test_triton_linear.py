@@ -19,7 +19,7 @@ from reference import dequantize_arguments, linear_arguments, random_quantized, 
 
 from ternc.formats import pack
 from ternc.runtime import dispatch
-from ternc.runtime.ops import dequantize, linear, quantize_act, token_linears
+from ternc.runtime.ops import dequantize, embedding, linear, quantize_act, token_linears
 
 ROOT = Path(__file__).parent.parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,13 +90,13 @@ def test_half_precision(tokens):
 @pytest.mark.parametrize("resident", [0, 1])
 def test_split_and_step(split, step, resident):
     """Every way to walk over K gives the same integers: 5 tiles, 5 chunks."""
-    from ternc.runtime.kernels.triton import linear as kernels
     from ternc.runtime.kernels.triton.linear_gemm import GemmConfig, linear_gemm, quantize
     from ternc.runtime.kernels.triton.product import Product
+    from ternc.runtime.kernels.triton.weight import Weight
 
     packed = pack(random_quantized(150, 1200, 1), "cuda")
     arguments = linear_arguments(torch.randn(5, 1200), packed)
-    weight = kernels._packed(*arguments[1:4], 150, 1200, 0, packed.layout)
+    weight = Weight.of(*arguments[1:4], 150, 1200, 0, packed.layout)
     config = GemmConfig(32, 8, split, 2, 2, None, step, 0, resident)
     product = Product((weight,), None, (torch.empty(5, 150),))
     integers = quantize(arguments[0], product, 8, config)
@@ -138,12 +138,19 @@ def test_quantize_act(dtype, bits, columns):
 
 
 @inside
-@pytest.mark.parametrize("shape", [*WEIGHTS, (6, 24, 3, 8, "free")], ids=str)
-def test_dequantize(shape):
-    from ternc.runtime.kernels.triton import linear as kernels
+@pytest.mark.parametrize(
+    "shape", [*WEIGHTS, (6, 24, 3, 8, "free"), (9, 1030, 8), (5, 7, 8, 0, "tensor")], ids=str
+)
+def test_dequantize_and_embedding(shape):
+    from ternc.runtime.kernels.triton import dequantize as kernels
 
     arguments = dequantize_arguments(pack(random_quantized(*shape), "cuda"))
     assert_same(kernels.dequantize(*arguments), dequantize.reference(*arguments))
+    ids = torch.randint(0, shape[0], (3, 2), dtype=torch.int32)
+    for indices in (ids.t(), ids[0, 0].long(), ids[:0]):
+        seen = kernels.embedding(indices, *arguments)
+        assert dispatch.last_kernel(arguments[0]) == "triton_embedding"
+        assert_same(seen, embedding.reference(indices, *arguments))
 
 
 @inside

@@ -11,7 +11,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ternc.runtime.kernels.triton.quantize_act import bytes_of, magnitude_bits, row_scale
+from ternc.runtime.kernels.triton.quantize_act import (
+    bytes_of,
+    for_one_rounding,
+    magnitude_bits,
+    row_scale,
+)
 from ternc.runtime.kernels.triton.rotate import (
     factors,
     narrowed,
@@ -101,6 +106,8 @@ def store_rotated(
             total += tl.abs(z[tile].to(tl.float32)).to(tl.float64)
         t = (tl.sum(tl.sum(total, axis=1), axis=0) / K).to(tl.float32)
     inverse, scale = row_scale(t, TOP)
+    if BITS == 8 and dtype == tl.bfloat16:
+        inverse = for_one_rounding(inverse, t)
     for tile in tl.static_range(len(z)):
         store_tile(q_row, bytes_of(z[tile], inverse, LEAST, MOST, ASM), tile, K)
     tl.store(sx_ptr, scale)

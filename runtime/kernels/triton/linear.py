@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from ternc.runtime import dispatch
-from ternc.runtime.kernels.triton import dequantize as dequantize_kernel
-from ternc.runtime.kernels.triton import launch, linear_gemm, linear_int8, select
+from ternc.runtime.kernels.triton import linear_gemm, linear_int8, select
 from ternc.runtime.kernels.triton.linear_float import linear_float
 from ternc.runtime.kernels.triton.linear_free import linear_free
 from ternc.runtime.kernels.triton.linear_gemm import Integers
 from ternc.runtime.kernels.triton.linear_gemv import linear_gemv
 from ternc.runtime.kernels.triton.product import Product, alike
 from ternc.runtime.kernels.triton.weight import Weight
-from ternc.runtime.ops import dequantize as dequantize_op
 from ternc.runtime.ops import linear as linear_op
 from ternc.runtime.ops import linears as linears_op
 from ternc.runtime.ops import linears1 as linears1_op
@@ -41,7 +39,7 @@ def linear(
     arguments = (x, weight, scale, multiplier, bias, out_features, group_size)
     linear_op.check_linear(*arguments, activation_bits, layout)
     columns = x.shape[-1]
-    packed = _packed(weight, scale, multiplier, out_features, columns, group_size, layout)
+    packed = Weight.of(weight, scale, multiplier, out_features, columns, group_size, layout)
     if select.unsupported(packed, activation_bits) or not (columns and out_features):
         return linear_op.reference(*arguments, activation_bits, layout)
     y = x.new_empty((*x.shape[:-1], out_features))
@@ -70,7 +68,7 @@ def linears1(
     arguments = (x, sx, weight, scale, multiplier, bias, residual, out_features, group_size)
     linears1_op.check_linears1(*arguments, activation_bits, layout, dtype)
     columns = x.shape[-1]
-    packed = _packed(weight, scale, multiplier, out_features, columns, group_size, layout)
+    packed = Weight.of(weight, scale, multiplier, out_features, columns, group_size, layout)
     if select.unsupported(packed, activation_bits) or not (columns and out_features):
         return linears1_op.reference(*arguments, activation_bits, layout, dtype)
     y = x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
@@ -132,7 +130,7 @@ def all_packed(
 ) -> list[Weight]:
     """The weights of an op's lists."""
     return [
-        _packed(weight, scale, linears_op.given(multiplier), rows, columns, group_size, layout)
+        Weight.of(weight, scale, linears_op.given(multiplier), rows, columns, group_size, layout)
         for weight, scale, multiplier, rows, group_size, layout in zip(
             weights, scales, multipliers, out_features, group_sizes, layouts, strict=True
         )
@@ -181,43 +179,3 @@ def _aligned(q: torch.Tensor) -> torch.Tensor:
     if missing := -q.shape[1] % ALIGNMENT:
         return F.pad(q, (0, missing))
     return q.clone() if q.data_ptr() % ALIGNMENT else q
-
-
-def dequantize(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    layout: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The packed weight as floats [N, K]; foreign layouts go to the reference."""
-    arguments = (weight, scale, multiplier, out_features, in_features, group_size, layout)
-    dequantize_op.check_dequantize(*arguments, dtype)
-    if layout not in (21, 22, 23):
-        return dequantize_op.reference(*arguments, dtype)
-    dispatch.record(weight, "triton_dequantize")
-    return dequantize_kernel.dequantize(_packed(*arguments), dtype)
-
-
-def _packed(
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    multiplier: torch.Tensor | None,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    layout: int,
-) -> Weight:
-    return Weight(
-        bytes=weight.contiguous().view(torch.int8),
-        scale=scale.contiguous(),
-        multiplier=None if multiplier is None else multiplier.contiguous(),
-        rows=out_features,
-        columns=in_features,
-        group_size=group_size,
-        layout=layout,
-        stable=launch.stable(weight, multiplier),
-    )

@@ -39,6 +39,19 @@ def row_scale(t, TOP: tl.constexpr):
 
 
 @triton.jit
+def for_one_rounding(inverse, t):
+    """The `inverse` of a row with which rint(x * inverse) of the exact product is that of the
+    product rounded to fp32, for |x| <= t of 8 significant bits each (bf16) and 8 bits of q.
+
+    127 x / t lies further from half an integer than rounding reaches, or t is a power of two and
+    all is exact, but for |x| = t / 2: its 63.5 rounds to 64, and an inverse below 127 / t gives 63.
+    """
+    exactly_below = (0.5 * t * inverse == 63.5) & (tl.fma(0.5 * t, inverse, -63.5) < 0.0)
+    bits = inverse.to(tl.int32, bitcast=True)
+    return tl.where(exactly_below, bits + 1, bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def magnitude_bits(x):
     """|x| of fp32 as int32, in the same order; above INFINITY_BITS for NaN."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -60,7 +73,7 @@ def round_to_byte(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr):
 def bytes_of(x, inverse, LEAST: tl.constexpr, MOST: tl.constexpr, ASM: tl.constexpr):
     """`round_to_byte` as int8; with ASM four at a time.
 
-    bf16 x was rotated: its product is not rounded before the sum, which moves few q by 1.
+    The product of bf16 x is not rounded before the sum: `inverse` is `for_one_rounding`.
     """
     if LEAST == -127 and ASM and x.dtype == tl.bfloat16:
         # As below, from pairs: each becomes two fp32 by a shift and a mask.

@@ -8,6 +8,7 @@ import torch
 
 from ternc.formats import layouts, p256
 from ternc.formats.quantized import group_count
+from ternc.runtime.kernels.triton import launch
 from ternc.runtime.kernels.triton.decode import ANY_GROUPS, HALVES, NO_GROUPS
 
 HALF = p256.CHUNK // 2
@@ -15,7 +16,7 @@ HALF = p256.CHUNK // 2
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A weight [N, K] in layout 21, 22 or 23."""
+    """A weight [N, K] in layout 21, 22, 23 or 28."""
 
     bytes: torch.Tensor
     """int8 view of the packed bytes."""
@@ -27,6 +28,29 @@ class Weight:
     layout: int
     stable: bool = False
     """True where nothing wrote the packed tensors since the last launch (launch.py)."""
+
+    @classmethod
+    def of(
+        cls,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        multiplier: torch.Tensor | None,
+        out_features: int,
+        in_features: int,
+        group_size: int,
+        layout: int,
+    ) -> Weight:
+        """From the arguments of an op, about to be launched."""
+        return cls(
+            bytes=weight.contiguous().view(torch.int8),
+            scale=scale.contiguous(),
+            multiplier=None if multiplier is None else multiplier.contiguous(),
+            rows=out_features,
+            columns=in_features,
+            group_size=group_size,
+            layout=layout,
+            stable=launch.stable(weight, multiplier),
+        )
 
     @property
     def planes(self) -> int:
@@ -40,7 +64,7 @@ class Weight:
     @property
     def row_bytes(self) -> int:
         """Packed bytes of a row."""
-        return self.chunks * p256.CHUNK_BYTES[self.planes]
+        return layouts.get(self.layout).nbytes(1, self.columns)
 
     @property
     def groups(self) -> int:
