@@ -80,7 +80,8 @@ def _run(arguments: argparse.Namespace, settings: Settings, deadline: float) -> 
         found = measure(corpus, settings, arguments.time == "whole", tuple(arguments.arms or TIMED))
         print(json.dumps(found))
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"steps_{arguments.time}.json").write_text(json.dumps(found, indent=1))
+        name = "_".join(filter(None, ["steps", arguments.time, arguments.mode]))
+        (arguments.out / f"{name}.json").write_text(json.dumps(found, indent=1))
         return 0
     arms = tuple(arguments.arms) if arguments.arms else None
     stop = time.monotonic() + deadline - time.time()
@@ -133,7 +134,7 @@ def _facts(arguments: argparse.Namespace) -> dict[str, object]:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     settings = Settings.smoke() if arguments.smoke else Settings(compiled=not arguments.eager)
-    settings = dataclasses.replace(settings, device=arguments.device)
+    settings = dataclasses.replace(settings, device=arguments.device, mode=arguments.mode)
     changes = {name: getattr(arguments, name) for name in ("steps", "longer", "batch", "layers")}
     for name in ("rates", "controls"):
         changes[name] = tuple(getattr(arguments, name)) if getattr(arguments, name) else None
@@ -163,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--smoke", action="store_true", help="a tiny model, seconds an arm")
     add("--check", action="store_true", help="three steps of every arm, then stop; 1 if one fails")
     add("--time", choices=("whole", "blocks"), help="time steps of the model compiled so")
+    add("--mode", help="of torch.compile, for --time: reduce-overhead replays CUDA graphs")
     add("--eager", action="store_true", help="without torch.compile")
     add("--export", type=Path, help="results and teacher to this folder")
     add("--carry-on", type=Path, help="results and teacher from such a folder first")

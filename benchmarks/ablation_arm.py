@@ -41,13 +41,15 @@ def new_model(settings: Settings) -> torch.nn.Module:
     return model.to(settings.device)
 
 
-def compile_blocks(model: torch.nn.Module, backend: str | Callable) -> None:
+def compile_blocks(
+    model: torch.nn.Module, backend: str | Callable, mode: str | None = None
+) -> None:
     """Compiles each block in place: one graph serves them all, and later models of the kind."""
     torch._dynamo.config.recompile_limit = 64
     # A model whose features are watched must not take the graph of one whose are not.
     torch._dynamo.config.skip_nnmodule_hook_guards = False
     for block in model.blocks:  # type: ignore[union-attr]
-        block.compile(backend=backend, dynamic=False)
+        block.compile(backend=backend, mode=mode, dynamic=False)
 
 
 def run_job(

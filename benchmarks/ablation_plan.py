@@ -106,6 +106,8 @@ class Settings:
     """Passes of the loader, with a checkpoint's random state each."""
     device: str = "cpu"
     compiled: bool = False
+    mode: str | None = None
+    """Of torch.compile, where steps are timed: "reduce-overhead" replays CUDA graphs."""
 
     @classmethod
     def smoke(cls) -> Settings:

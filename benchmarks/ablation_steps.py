@@ -110,6 +110,7 @@ def measure(corpus: Corpus, settings: Settings, whole: bool, arms: tuple[str, ..
         "first_steps_seconds": compile_seconds,
         "bytes_per_step": settings.batch * settings.context,
         "compiled": "the whole model" if whole else "block by block",
+        "mode": settings.mode,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu",
     }
@@ -151,9 +152,9 @@ def _compile(
     model: torch.nn.Module, backend: str | Callable, settings: Settings, whole: bool
 ) -> None:
     if settings.compiled and whole:
-        model.compile(backend=backend, dynamic=False)
+        model.compile(backend=backend, mode=settings.mode, dynamic=False)
     elif settings.compiled:
-        compile_blocks(model, backend)
+        compile_blocks(model, backend, settings.mode)
 
 
 @torch.no_grad()
