@@ -22,7 +22,10 @@ TEST_ARGS ?=
 PARALLEL := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 DATA ?= shared/data
 ARGS ?=
-GPU_JOBS ?= 12
+GPU_TESTS ?= tests/gpu
+# Tests compile most of the time; every process takes memory of the GPU.
+GPU_JOBS ?= $(shell n=$$(nproc); echo $$((n < 16 ? n : 16)))
+GPU_ROWS := build/gpu-bench
 
 comma := ,
 
@@ -41,8 +44,8 @@ help:
 	@echo "make test-native  the C++ kernels without torch, on every instruction set of this machine"
 	@echo "make sanitize   the same under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon  the same for aarch64: cross-compiled, run by qemu-user"
-	@echo "make gpu-test   the GPU tests        PYTHON=python3, as it is; GPU_JOBS=12 with pytest-xdist"
-	@echo "make gpu-bench  the GPU benchmarks   PYTHON=python3, as it is"
+	@echo "make gpu-test   the GPU tests        PYTHON=python3, as it is; GPU_JOBS=16 with pytest-xdist"
+	@echo "make gpu-bench  the GPU benchmarks   PYTHON=python3, as it is; OP=linear ARGS='...'"
 
 # --- environment ---------------------------------------------------------------------------------
 
@@ -102,14 +105,22 @@ minilm: $(VENV)/ternc.stamp $(VENV)/minilm.stamp
 
 gpu-test:
 	@$(PYTHON) -c 'import pytest' || { echo "gpu-test needs pytest in $(PYTHON)" >&2; exit 2; }
-	@jobs=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(GPU_JOBS)"); \
-	  $(PYTHON) -m pytest -m gpu $$jobs $(TESTS) $(TEST_ARGS)
+	@jobs=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(GPU_JOBS) --dist worksteal"); \
+	  OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	  $(PYTHON) -m pytest -m gpu $$jobs $(GPU_TESTS) $(TEST_ARGS)
 
+# The scripts compile side by side, and are timed one after another; logs and rows in build/.
 gpu-bench:
-	@for script in benchmarks/bench_$(or $(OP),*)_cuda.py; do \
+	@mkdir -p $(GPU_ROWS); status=0; jobs=; \
+	for script in benchmarks/bench_$(or $(OP),*)_cuda.py; do \
 	  test -e $$script || { echo "there is no $$script" >&2; exit 1; }; \
-	  $(PYTHON) $$script --device cuda $(ARGS) || exit 1; \
-	done
+	  name=$(GPU_ROWS)/$$(basename $$script .py); \
+	  $(PYTHON) $$script --device cuda --lock $(GPU_ROWS)/lock --json $$name.json $(ARGS) \
+	    >$$name.log 2>&1 & jobs="$$jobs $$!:$$name.log"; \
+	done; \
+	for job in $$jobs; do \
+	  wait $${job%%:*} || status=1; echo "--- $${job#*:}"; cat $${job#*:}; \
+	done; exit $$status
 
 # --- the C++ kernels without torch ----------------------------------------------------------------
 # tests/native drives them; build/native/<variant>/driver runs all tests, or those of the

@@ -298,9 +298,9 @@ def measure(model: nn.Module, way: str, args: argparse.Namespace, shape: Shape) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=["2b"], choices=list(SHAPES))
     ways = ["bf16 eager", "bf16 inductor", "ternc", "ternc, int8 head"]
-    parser.add_argument("--ways", nargs="+", default=ways, choices=ways)
+    parser.add_argument("--ways", nargs="+", default=["bf16 inductor", "ternc"], choices=ways)
     parser.add_argument("--tokens", type=int, default=64, help="decoded and timed")
     parser.add_argument("--prompt", type=int, default=2048, help="0: no prefill")
     parser.add_argument("--repeats", type=int, default=4, help="of the prefill")

@@ -1,4 +1,4 @@
-"""quantize_act, dequantize, embedding and the training ops on the GPU against their references."""
+"""quantize_act, dequantize, embedding and training ops on the GPU against their references."""
 
 from __future__ import annotations
 

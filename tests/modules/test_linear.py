@@ -270,23 +270,6 @@ def test_meta_and_back():
     assert_equal_layers(layer, make()[1])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("planes", [1, 2, 3])
-def test_moves_between_devices_change_the_layout_alone(planes):
-    _, layer = make(planes=planes, group_size=64)
-    before = copy.deepcopy(layer)
-    layer.cuda()
-    assert layer.layout == layouts.resident_layout(planes, "cuda")
-    assert layer.packed_weight.is_cuda and layer.scale.is_cuda and layer.multiplier.is_cuda
-    assert torch.equal(layer.weight.cpu(), before.weight)
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor.cpu(), before.state_dict()[name])
-    layer.load_state_dict(before.state_dict())
-    assert layer.packed_weight.is_cuda
-    assert_equal_layers(layer.cpu(), before)
-
-
 def test_copies_are_independent_and_equal():
     _, layer = make()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
