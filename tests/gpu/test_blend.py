@@ -1,4 +1,4 @@
-"""Blends of bit-widths on the GPU: as on the CPU, from a state anywhere, moved without compiling."""
+"""Blends of bit-widths on the GPU: as on the CPU, from any state, moved without compiling."""
 
 from __future__ import annotations
 
