@@ -28,8 +28,8 @@ SHIPPED = {
 }
 """Arm -> the preset of `ternc.train` that is this recipe."""
 
-SEEDED = (*RATED, "full-dead_zone", "warm_start", "modern")
-"""Arms with a second seed: what presets hang on."""
+SEEDED = (*RATED, "full-dead_zone", "warm_start", "modern", "full+muon")
+"""Arms with a second seed: what presets hang on, or would."""
 
 LONGER = ("float", "bitnet", "full-dead_zone")
 """Arms that are trained a second time for `Settings.longer` steps."""

@@ -175,7 +175,7 @@ def _targets(results: dict[str, dict]) -> list[str]:
     first = _difference_at_first_seed(results)
     lines = [
         f"Float is {other - base:.4f} bits per byte better than BitNet b1.58 ({first:.4f} at the "
-        "first seed alone); under 0.03 the run would be too short."
+        "first seed alone); at least 0.03 are wanted, or a longer run."
     ]
     for arm in ("full", "full-dead_zone"):
         gap, said = score(results, arm) - base, f" (the preset `{SHIPPED.get(arm)}`)"
@@ -239,23 +239,26 @@ def plot(results: dict[str, dict], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 0.32 * len(arms) + 1.8))
     shown = [arm for arm in arms if arm not in PTQ]
     deviation = seed_deviation(results)
-    for arm in shown:
-        colour, reach = COLOURS.get(arm, "#777777"), 2 * deviation if deviation else None
-        left.errorbar(score(results, arm), arm, xerr=reach, fmt="o", color=colour)
+    reach = 2 * deviation if deviation else 0.0
+    labels = {arm: f"{arm} [{SHIPPED[arm]}]" if arm in SHIPPED else arm for arm in shown}
+    for arm, label in labels.items():
+        colour = COLOURS.get(arm, "#777777")
+        left.errorbar(score(results, arm), label, xerr=reach or None, fmt="o", color=colour)
         for one in per_seed(results, arm).values():
-            left.plot(one["bits_per_byte"][SCORED], arm, "|", color=colour, ms=11)
-    scores = {arm: score(results, arm) for arm in shown}
+            left.plot(one["bits_per_byte"][SCORED], label, "|", color=colour, ms=11)
+    scores = {labels[arm]: score(results, arm) for arm in shown}
     centre = statistics.median(scores.values())
     widest = 4 * statistics.median(abs(value - centre) for value in scores.values()) + 0.02
-    for arm, value in scores.items():
+    for label, value in scores.items():
         if value > centre + widest:  # beyond the edge: a figure instead of a point
             left.annotate(
-                f"{value:.2f} >", (1.0, arm), xycoords=("axes fraction", "data"), ha="right"
+                f"{value:.2f} >", (1.0, label), xycoords=("axes fraction", "data"), ha="right"
             )
-    left.set_xlim(min(scores.values()) - 0.01, min(max(scores.values()) + 0.01, centre + widest))
+    inside = [value for value in scores.values() if value <= centre + widest]
+    left.set_xlim(min(inside) - reach - 0.003, max(inside) + reach + 0.003)
     left.invert_yaxis()
     left.grid(axis="y", color="#dddddd", lw=0.6)
-    left.set_xlabel("bits per byte, held-out books (ticks: seeds, bars: 2 deviations)")
+    left.set_xlabel("bits per byte, held-out books; [preset]\nticks: seeds, bars: 2 deviations")
     for arm, colour in COLOURS.items():
         if arm in arms:
             steps, losses = zip(*arms[arm]["losses"], strict=True)
