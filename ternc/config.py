@@ -47,7 +47,9 @@ class Config:
     weight.
     """
     tie_scales: bool = True
-    """Plane scales in ratio 9:3:1 (balanced ternary); False = free scales."""
+    """Plane scales in ratio 9:3:1 (balanced ternary); False = free scales, one for every group and
+    plane: kernels then read P planes as P times the columns. Without groups it changes nothing.
+    """
     activation_bits: int | None = 8
     """Per-token integer activations: 8 or 4; None keeps them in floating point."""
     rotation: Literal["auto", "hadamard", "none"] = "auto"

@@ -30,11 +30,15 @@ def random_codes(rows: int, columns: int, planes: int) -> torch.Tensor:
 def random_quantized(
     rows: int, columns: int, planes: int, group_size: int = 0, scales: str = "row"
 ) -> Quantized:
-    """Random codes with scales per "row", "tensor" or "free" (by group), tied multipliers else."""
+    """Random codes with scales per "row", "tensor", "free" (by group) or "planes" (by group and
+    plane), tied multipliers else.
+    """
     groups = group_count(columns, group_size)
-    shape = {"row": (rows,), "tensor": (1,), "free": (rows, groups)}[scales]
+    shape = {
+        "row": (rows,), "tensor": (1,), "free": (rows, groups), "planes": (rows, groups, planes)
+    }[scales]  # fmt: skip
     multiplier = None
-    if group_size and scales != "free":
+    if group_size and scales not in ("free", "planes"):
         most = 127 // LARGEST_CODE[planes]
         multiplier = torch.randint(1, most + 1, (rows, groups), dtype=torch.uint8)
     return Quantized(

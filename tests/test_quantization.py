@@ -149,7 +149,7 @@ def test_rotation_without_calibration_data():
 def test_free_scales():
     model = Net(fc=nn.Linear(64, 24))
     q = quantize(model, Config(tie_scales=False, planes=2, group_size=16, activation_bits=None))
-    assert q.fc.scale.shape == (24, 4) and q.fc.multiplier is None
+    assert q.fc.scale.shape == (24, 4 * 2) and q.fc.multiplier is None
     x = torch.randn(50, 64)
     assert (q(x) - model(x)).norm() / model(x).norm() < 0.15
 

@@ -100,7 +100,7 @@ def bits_at_rest(rows: int, columns: int, planes: int, config: Config) -> float:
     scales = (
         rows * SCALE_BITS + rows * groups * MULTIPLIER_BITS
         if config.tie_scales or not group
-        else rows * groups * SCALE_BITS
+        else rows * groups * planes * SCALE_BITS
     )
     return 8 * get(at_rest_layout(planes)).nbytes(rows, columns) + scales
 

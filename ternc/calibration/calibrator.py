@@ -132,7 +132,7 @@ class Calibrator:
         found = detect_ternary(w, size if isinstance(size, int) else None)
         if not isinstance(found, Refusal):
             return Decision(found, "ternary by value: lowered exactly", 0.0, 0.0)
-        refusal = refuse(w)
+        refusal = refuse(w, self._config)
         return Decision(None, refusal.reason) if refusal else None
 
     def _fit_group(self, group: list[str], moments: SplitMoments) -> dict[str, Decision]:

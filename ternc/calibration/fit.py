@@ -13,18 +13,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from ternc.calibration import plane_refit
 from ternc.calibration.gptq import compensate, damped, inverse_factor
 from ternc.calibration.grid import Grid
 from ternc.calibration.moments import Moments
+from ternc.calibration.plane_grid import PlaneGrid, grid_of
 from ternc.calibration.refit import refit_codes, refit_steps
 from ternc.config import Config
 from ternc.formats import fit as data_free
 from ternc.formats.quantized import Quantized
 from ternc.formats.rotation import Rotation
-from ternc.runtime.ops.fit import snap
 
 SWEEPS = 8
 """Rounds of steps and codes after compensation; each lowers the error, the last by under 1 %."""
@@ -81,17 +83,13 @@ def fit(
     if config.fit_group == -1 and len(weights) > 1:  # a step is then shared by all rows of a weight
         return [fit([w], metric, planes, config, method, sweeps)[0] for w in weights]
     w = torch.cat(list(weights))
-    grid = Grid.of(w, planes, config)
+    grid = grid_of(w, planes, config)
     codes = _first_codes(w, metric, grid, method)
-    if grid.group_size > 0 and config.tie_scales:
+    if isinstance(grid, Grid) and grid.group_size > 0 and config.tie_scales:
         grid.tie(_energy(codes, metric.hessian.diagonal(), grid))
         codes = _first_codes(w, metric, grid, method)
     if method == "gptq" and sweeps:
-        target = w @ metric.hessian
-        for _ in range(sweeps):
-            refit_steps(target, codes, metric.hessian, grid)
-            codes = refit_codes(w, codes, metric.hessian, grid)
-        refit_steps(target, codes, metric.hessian, grid)
+        codes = _refitted(w, codes, metric.hessian, grid, sweeps)
     ends = list(itertools.accumulate(map(len, weights), initial=0))
     return [
         grid.of_rows(slice(*part)).quantized(codes[slice(*part)])
@@ -99,14 +97,35 @@ def fit(
     ]
 
 
-def _first_codes(w: torch.Tensor, metric: Metric, grid: Grid, method: str) -> torch.Tensor:
-    """Codes fp32 [N, K] before refits; the steps of `grid` are set on the way."""
+def _refitted(
+    w: torch.Tensor,
+    codes: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid | PlaneGrid,
+    sweeps: int,
+) -> torch.Tensor:
+    """Codes after rounds of refits; the scales of `grid` are those of the last."""
+    uniform = isinstance(grid, Grid)
+    scales: Any = refit_steps if uniform else plane_refit.refit_scales
+    sweep: Any = refit_codes if uniform else plane_refit.refit_codes
+    target = w @ hessian
+    for _ in range(sweeps):
+        scales(target, codes, hessian, grid)
+        codes = sweep(w, codes, hessian, grid)
+    scales(target, codes, hessian, grid)
+    return codes
+
+
+def _first_codes(
+    w: torch.Tensor, metric: Metric, grid: Grid | PlaneGrid, method: str
+) -> torch.Tensor:
+    """Codes fp32 [N, K] before refits; the scales of `grid` are set on the way."""
     if method == "gptq":
         return compensate(w, metric.factor, grid)
     size, diagonal = grid.columns_per_group, metric.hessian.diagonal()
     for group, part in enumerate(w.split(size, 1)):
         grid.fit_group(group, part, diagonal[group * size : (group + 1) * size])
-    return snap(w, grid.expanded(), grid.cmax)
+    return grid.nearest(w)
 
 
 def _energy(codes: torch.Tensor, diagonal: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from ternc.calibration.grid import Grid
+from ternc.calibration.plane_grid import PlaneGrid
 from ternc.calibration.replay import replay
 
 BLOCK = 128
@@ -40,12 +41,12 @@ def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     ).float()
 
 
-def compensate(w: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """w fp32 [N, K] -> codes fp32 [N, K] on `grid`, whose steps are set group by group.
+def compensate(w: torch.Tensor, factor: torch.Tensor, grid: Grid | PlaneGrid) -> torch.Tensor:
+    """w fp32 [N, K] -> codes fp32 [N, K] on `grid`, whose scales are set group by group.
 
     Args:
         factor: `inverse_factor` of the damped Hessian.
-        grid: its `steps` [N, G] are written.
+        grid: its `steps` or `scales` are written.
     """
     w = w.clone()
     codes = torch.empty_like(w)
@@ -59,8 +60,8 @@ def compensate(w: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tenso
             if start == first:
                 # A group wider than a block is fitted to what is known of it: its start is exact,
                 # the rest lacks the updates of its own blocks.
-                step = grid.fit_group(first // size, w[:, first:last], weight[first:last])
-            errors = _compensate_block(w, codes, factor, step, grid.cmax, slice(start, stop))
+                values = grid.fit_group(first // size, w[:, first:last], weight[first:last])
+            errors = _compensate_block(w, codes, factor, values, grid.cmax, slice(start, stop))
             if stop < columns:
                 w[:, stop:] -= errors @ factor[start:stop, stop:]
     return codes
@@ -70,13 +71,22 @@ def _compensate_block(
     w: torch.Tensor,
     codes: torch.Tensor,
     factor: torch.Tensor,
-    step: torch.Tensor,
+    values: torch.Tensor,
     cmax: int,
     block: slice,
 ) -> torch.Tensor:
-    """Codes of the columns in `block`; returns their errors / U_jj, [N, block]."""
+    """Codes of the columns in `block`; returns their errors / U_jj, [N, block].
+
+    Args:
+        values: the steps [N] of a uniform grid, or the levels [N, C] of another.
+    """
     # Transposed: a column is then one run of memory.
     local = w[:, block].T.contiguous()
+    if values.dim() == 2:
+        found, errors = replay(_columns_of_levels, (local, factor[block, block], values), cmax)
+        codes[:, block] = torch.where(values.any(1), found, 0.0).T
+        return errors.T
+    step = values
     safe = torch.where(step == 0, 1.0, step)
     found, errors = replay(_columns, (local, factor[block, block], step, safe), cmax)
     codes[:, block] = torch.where(step == 0, 0.0, found).T
@@ -93,5 +103,19 @@ def _columns(
         code = (column / safe).round_().clamp_(-cmax, cmax)
         found[j] = code
         errors[j] = (column - code * step) / pivot
+        local[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+    return found, errors
+
+
+def _columns_of_levels(
+    local: torch.Tensor, factor: torch.Tensor, levels: torch.Tensor, cmax: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_columns`, to the nearest of levels [N, C], the one of code -cmax first."""
+    errors, found = torch.empty_like(local), torch.empty_like(local)
+    columns = zip(factor.diagonal().unbind(), local.unbind(), strict=True)
+    for j, (pivot, column) in enumerate(columns):
+        chosen = (column[:, None] - levels).abs().argmin(1, keepdim=True)
+        found[j] = chosen[:, 0] - cmax
+        errors[j] = (column - levels.gather(1, chosen)[:, 0]) / pivot
         local[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     return found, errors

@@ -60,6 +60,10 @@ class Grid:
         """The step of every weight, fp32 [N, K]."""
         return expand_groups(self.steps, self.columns_per_group, self.columns)
 
+    def nearest(self, w: torch.Tensor) -> torch.Tensor:
+        """Codes fp32 [N, K] of the values nearest to w."""
+        return snap(w, self.expanded(), self.cmax)
+
     def of_rows(self, rows: slice) -> Grid:
         """The grid of some rows; all of them where they share one step."""
         scale = None if self.scale is None else self.scale[rows]

@@ -52,6 +52,11 @@ class Session:
             ConfigError: a setting was given that needs calibration data.
             InputError: the data are empty or hold no tensors.
         """
+        if reconstruction is not None and not config.tie_scales and config.planes != 1:
+            raise ConfigError(
+                "reconstruction trains codes of one step a group: with tie_scales=False give "
+                "planes=1, or leave it out"
+            )
         if batches is not None:
             found = materialised(batches)
             return cls(

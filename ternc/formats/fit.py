@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from ternc.config import CODE_MAX, MAX_IN_FEATURES, Config
+from ternc.formats import planewise
+from ternc.formats.planewise_fit import fit_scales, nearest
 from ternc.formats.quantized import Quantized, Refusal, group_count, is_finite
+from ternc.formats.scales import round_to_storage
 
 REFINE_ROUNDS = 8
 """Rounds of alternating least squares for method "als"; live weights take the closed form (0)."""
@@ -30,7 +33,7 @@ def choose(w: torch.Tensor, config: Config, refine: int = 0) -> Quantized | Refu
     `refine` is the number of rounds of alternating least squares.
     """
     w = w.detach()
-    if refusal := refuse(w):
+    if refusal := refuse(w, config):
         return refusal
     if config.planes != "auto":
         return fit(w, config.planes, config, refine)
@@ -49,8 +52,12 @@ def choose(w: torch.Tensor, config: Config, refine: int = 0) -> Quantized | Refu
     return over_budget(planes, "relative error", error, budget)
 
 
-def refuse(w: torch.Tensor) -> Refusal | None:
-    """Why no fit takes w at all, or None where one does."""
+def refuse(w: torch.Tensor, config: Config | None = None) -> Refusal | None:
+    """Why no fit takes w at all, or None where one does.
+
+    Args:
+        config: where the weight is to become planes, which free scales make wider.
+    """
     if w.dim() != 2 or not w.is_floating_point() or not w.numel():
         return Refusal(f"the weight is {w.dtype} {list(w.shape)}, not a floating-point matrix")
     if w.shape[1] > MAX_IN_FEATURES:
@@ -58,6 +65,14 @@ def refuse(w: torch.Tensor) -> Refusal | None:
             f"in_features={w.shape[1]:,} is over {MAX_IN_FEATURES:,}, the last for which integer "
             "sums fit 32 bits"
         )
+    if config is not None and not config.tie_scales and 0 < config.fit_group < w.shape[1]:
+        planes = max(CODE_MAX) if config.planes == "auto" else config.planes
+        wide = planewise.width(w.shape[1], planes, config.fit_group)
+        if wide > MAX_IN_FEATURES:
+            return Refusal(
+                f"{planes} planes of {w.shape[1]:,} columns with free scales stand in {wide:,}, "
+                f"over {MAX_IN_FEATURES:,}"
+            )
     if not is_finite(w):
         return Refusal(f"{int((~w.isfinite()).sum()):,} elements are not finite")
     return None
@@ -90,14 +105,17 @@ def fit(w: torch.Tensor, planes: int, config: Config, refine: int) -> Quantized:
 
 
 def _fit_free(w: torch.Tensor, planes: int, group: int, refine: int) -> Quantized:
-    """Every group fitted as a row of its own: scale [N, G], no multiplier."""
+    """Every group fitted as a row of its own: scale [N, G] or [N, G, P], no multiplier."""
     rows, columns = w.shape
     groups = group_count(columns, group)
     units = F.pad(w, (0, groups * group - columns)).view(-1, group)
     codes, scale, _ = torch.ops.ternc.fit(units, planes, 0, refine)
+    if planes > 1:
+        scale = round_to_storage(fit_scales(units.float(), scale, planes, refine, None))
+        codes = nearest(units.float(), scale).to(torch.int8)
     return Quantized(
         codes=codes.view(rows, -1)[:, :columns].contiguous(),
-        scale=scale.view(rows, groups),
+        scale=scale.view(rows, groups) if planes == 1 else scale.view(rows, groups, planes),
         multiplier=None,
         group_size=group,
         planes=planes,

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from ternc.errors import WeightShapeError
-from ternc.formats import layouts
+from ternc.formats import layouts, planewise
 from ternc.formats.quantized import Quantized, group_count
 from ternc.formats.scales import scale_to_storage
 
@@ -22,7 +22,7 @@ class Packed:
     weight: torch.Tensor
     """uint8, `layouts.get(layout).weight_shape(N, K)`."""
     scale: torch.Tensor
-    """fp32 [N], [1] or [N, G]; never reordered."""
+    """fp32 [N], [1], [N, G] or, of free planes, [N, G P]; never reordered."""
     multiplier: torch.Tensor | None
     """uint8, `layouts.get(layout).multiplier_shape(N, G)`, or None."""
     shape: tuple[int, int]
@@ -31,10 +31,21 @@ class Packed:
     layout: int
     exact: bool = False
     """As in `Quantized`."""
+    free_planes: int = 1
+    """Planes with scales of their own: `weight` has one plane, and holds them side by side in its
+    columns (`formats/planewise.py`).
+    """
 
     @property
     def planes(self) -> int:
-        return layouts.get(self.layout).planes
+        return layouts.get(self.layout).planes * self.free_planes
+
+    @property
+    def columns(self) -> int:
+        """Those that `weight` has: K unless planes are free."""
+        columns = self.shape[1]
+        free = self.free_planes > 1
+        return planewise.width(columns, self.free_planes, self.group_size) if free else columns
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +71,8 @@ def pack(quantized: Quantized, target: str | int) -> Packed:
     Raises:
         WeightShapeError: the layout cannot hold the group size or the number of planes.
     """
+    if quantized.planewise:
+        return _pack_planes(quantized, target)
     planes = quantized.planes
     number = _number(planes, target, quantized.scale, quantized.shape)
     layout = layouts.get(number)
@@ -82,6 +95,18 @@ def pack(quantized: Quantized, target: str | int) -> Packed:
     )
 
 
+def _pack_planes(quantized: Quantized, target: str | int) -> Packed:
+    """Free planes as a weight of one plane."""
+    planes, size = quantized.planes, quantized.group_size
+    apart = dataclasses.replace(
+        quantized,
+        codes=planewise.spread(quantized.codes, planes, size),
+        scale=quantized.scale.flatten(1),
+        planes=1,
+    )
+    return dataclasses.replace(pack(apart, target), shape=quantized.shape, free_planes=planes)
+
+
 def _number(planes: int, target: str | int, scale: torch.Tensor, shape: tuple[int, int]) -> int:
     if isinstance(target, int):
         return target
@@ -96,8 +121,19 @@ def tied_codes(scale: torch.Tensor, shape: tuple[int, int]) -> int:
 def unpack(packed: Packed) -> Quantized:
     """The inverse of `pack`, bit for bit."""
     layout = layouts.get(packed.layout)
-    rows, columns = packed.shape
+    rows, columns = packed.shape[0], packed.columns
     multiplier = packed.multiplier
+    if packed.free_planes > 1:
+        planes, size = packed.free_planes, packed.group_size
+        trits = layout.unpack(packed.weight, rows, columns)
+        return Quantized(
+            codes=planewise.gathered(trits, planes, size, packed.shape[1]),
+            scale=packed.scale.unflatten(1, (-1, planes)),
+            multiplier=None,
+            group_size=size,
+            planes=planes,
+            exact=packed.exact,
+        )
     return Quantized(
         codes=layout.unpack(packed.weight, rows, columns),
         scale=packed.scale,
@@ -110,5 +146,6 @@ def unpack(packed: Packed) -> Quantized:
 
 def to_layout(packed: Packed, target: str | int) -> Packed:
     """The same weight in another layout; `packed` itself where it already is in that one."""
-    number = _number(packed.planes, target, packed.scale, packed.shape)
+    stored = layouts.get(packed.layout).planes
+    number = _number(stored, target, packed.scale, packed.shape)
     return packed if number == packed.layout else pack(unpack(packed), number)

@@ -8,6 +8,7 @@ import torch
 
 from ternc.config import INT8, LARGEST_CODE, MAX_MULTIPLIED_CODE
 from ternc.errors import WeightShapeError
+from ternc.formats.trits import planes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
-    """W[n, k] = scale[n] * multiplier[n, k // g] * codes[n, k], or scale[n, k // g] * codes[n, k].
+    """W[n, k] = scale[n] * multiplier[n, k // g] * codes[n, k], or scale[n, k // g] * codes[n, k],
+    or the sum over planes p of scale[n, k // g, p] * T_p[n, k].
 
     Raises:
         WeightShapeError: the tensors do not fit together.
@@ -30,7 +32,7 @@ class Quantized:
     codes: torch.Tensor
     """int8 [N, K], |codes| <= 1, 4, 13 for 1, 2, 3 planes, 127 for INT8."""
     scale: torch.Tensor
-    """fp32 [N] (rows), [1] (tensor) or [N, G] (free scales)."""
+    """fp32 [N] (rows), [1] (tensor), [N, G] (free scales) or [N, G, P] (free scales a plane)."""
     multiplier: torch.Tensor | None
     """uint8 [N, G] with multiplier * max|codes| <= 127, or None where every multiplier is 1."""
     group_size: int
@@ -52,6 +54,8 @@ class Quantized:
         shapes: list[tuple[int, ...]] = [(rows,), (1,)]
         if self.group_size and self.multiplier is None:
             shapes = [(rows, groups)]
+            if self.planes in (2, 3):
+                shapes.append((rows, groups, self.planes))
         seen = tuple(self.scale.shape)
         _require(seen in shapes, f"scale has shape {list(seen)}, not one of {shapes}")
         if self.multiplier is not None:
@@ -67,10 +71,19 @@ class Quantized:
     @property
     def free_scales(self) -> bool:
         """True where every group has a scale of its own instead of a multiplier."""
-        return self.scale.dim() == 2
+        return self.scale.dim() >= 2
+
+    @property
+    def planewise(self) -> bool:
+        """True where every plane of a group has a scale of its own."""
+        return self.scale.dim() == 3
 
     def dequantize(self) -> torch.Tensor:
-        """W as fp32 [N, K]; one rounding, of scale * (multiplier * codes)."""
+        """W as fp32 [N, K]; one rounding, of scale * (multiplier * codes); planes are added up."""
+        if self.planewise:
+            size, columns = self.group_size, self.shape[1]
+            planes = zip(self.scale.unbind(2), planes_of(self.codes, self.planes), strict=True)
+            return sum(expand_groups(s, size, columns) * t for s, t in planes)
         if self.free_scales:
             return expand_groups(self.scale, self.group_size, self.shape[1]) * self.codes
         values = self.codes.float()

@@ -47,6 +47,13 @@ def unpack(packed: torch.Tensor, columns: int) -> torch.Tensor:
     return codes if columns == codes.shape[1] else codes[:, :columns].contiguous()
 
 
+def planes_of(codes: torch.Tensor, planes: int) -> torch.Tensor:
+    """Codes [N, K] of any dtype -> T_p int8 [P, N, K]."""
+    digits = codes.to(torch.int16) + CODE_MAX[planes]
+    places = [3 ** (planes - 1 - plane) for plane in range(planes)]
+    return torch.stack([(digits // place % 3 - 1).to(torch.int8) for place in places])
+
+
 def packed_width(columns: int) -> int:
     """Bytes of one row of one plane: ceil(K / 5)."""
     return -(-columns // TRITS_PER_BYTE)

@@ -2,7 +2,8 @@
 
     trits           uint8 [P, N, ceil(K/5)]; or codes, int8 [N, K], of an int8 weight
     scale           fp16 [N] or [1] with scale_exponent int32 [] (scale = stored * 2**exponent);
-                    fp32 [N], [1] or [N, G] without exponent where fp16 would lose bits
+                    fp32 without exponent where fp16 would lose bits; [N, G] or [N, G, P] where
+                    scales are free
     multiplier      uint8 [N, G], only where groups share a scale
     rotation        int64 [2]: block and seed, only where the weight is rotated
 
@@ -11,6 +12,7 @@ The group size is not stored: the layer that is loaded knows it; the number of g
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -18,7 +20,7 @@ import torch
 from ternc.config import CODE_MAX, INT8, LARGEST_CODE
 from ternc.errors import CheckpointError, WeightShapeError
 from ternc.formats import layouts, trits
-from ternc.formats.packed import Packed, to_layout
+from ternc.formats.packed import Packed, to_layout, unpack
 from ternc.formats.quantized import Quantized, check_multiplier, group_count
 from ternc.formats.rotation import MAX_BLOCK, Rotation
 from ternc.formats.scales import scale_from_storage, scale_to_storage
@@ -36,7 +38,13 @@ def to_state(packed: Packed, rotation: Rotation | None = None) -> dict[str, torc
     Raises:
         WeightShapeError: never for a weight that `pack` made.
     """
-    rest = to_layout(packed, layouts.at_rest_layout(packed.planes))
+    if packed.free_planes > 1:
+        quantized, order = unpack(packed), layouts.get(layouts.at_rest_layout(packed.planes))
+        rest = dataclasses.replace(
+            packed, weight=order.pack(quantized.codes), scale=quantized.scale, free_planes=1
+        )
+    else:
+        rest = to_layout(packed, layouts.at_rest_layout(packed.planes))
     scale, exponent = (rest.scale, 0) if rest.scale.is_meta else scale_to_storage(rest.scale)
     state = {"trits": rest.weight, "scale": scale}
     if packed.planes == INT8:
@@ -175,7 +183,7 @@ def _group_size(
     prefix: str,
 ) -> int:
     grouped = multiplier if multiplier is not None else scale
-    if grouped.dim() != 2:
+    if grouped.dim() < 2:
         return 0
     known = [size for size in group_sizes if size > 0]
     for size in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ternc.formats.planewise import folded
 from ternc.modules.linear import TernaryLinear
 
 
@@ -31,18 +32,21 @@ class TernaryEmbedding(TernaryLinear):
         Raises:
             RuntimeError: an index is out of range (IndexError from the eager reference).
         """
-        keep = self.weight_dtype != torch.float64 and self.rotation is None
+        apart = self.free_planes > 1
+        keep = self.weight_dtype != torch.float64 and self.rotation is None and not apart
         rows = torch.ops.ternc.embedding(
             indices,
             self.packed_weight,
             self.scale.detach(),
             self.multiplier,
             self.num_embeddings,
-            self.embedding_dim,
+            self.packed.columns,
             self.group_size,
             self.layout,
             self.weight_dtype if keep else torch.float32,
         )
+        if apart:
+            rows = folded(rows, self.free_planes, self.group_size, self.embedding_dim)
         if self.rotation is not None:
             rows = self.rotation.restore(rows)
         return rows.to(self.weight_dtype)

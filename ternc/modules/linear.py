@@ -18,6 +18,7 @@ from ternc.decision import decide, decide_int8
 from ternc.errors import CheckpointError, InputError, NotTernaryError
 from ternc.formats import Refusal, detect_ternary, layouts
 from ternc.formats.packed import Packed, pack
+from ternc.formats.planewise import folded, spread_input
 from ternc.formats.quantized import Quantized, kind
 from ternc.formats.rotation import Rotation
 from ternc.modules import at_rest
@@ -34,7 +35,7 @@ class TernaryLinear(nn.Module):
 
     Attributes:
         packed_weight: uint8 bytes in the order of `layout` (docs/architecture.md).
-        scale: fp32 [N], [1] or [N, G]; a Parameter after `scale_requires_grad_()`.
+        scale: fp32 [N], [1], [N, G] or [N, G P]; a Parameter after `scale_requires_grad_()`.
         multiplier: uint8 in the order of `layout`, or None.
         bias: Parameter [N] or None.
         exact: the float weight already held these values.
@@ -56,6 +57,7 @@ class TernaryLinear(nn.Module):
     group_size: int
     layout: int
     exact: bool
+    free_planes: int
 
     def __init__(
         self,
@@ -152,6 +154,8 @@ class TernaryLinear(nn.Module):
             )
         if self.rotation is not None:
             input = torch.ops.ternc.hadamard(input, self.signs, self.rotation.block)
+        if self.free_planes > 1:
+            input = spread_input(input, self.free_planes, self.group_size, self.activation_bits)
         return torch.ops.ternc.linear(
             input,
             self.packed_weight,
@@ -171,17 +175,20 @@ class TernaryLinear(nn.Module):
         [out_features, in_features] ([in_features, out_features] where `transposed`) in the dtype of
         the weight that was replaced. Writing to it changes nothing.
         """
-        keep = self.weight_dtype != torch.float64 and self.rotation is None
+        apart = self.free_planes > 1
+        keep = self.weight_dtype != torch.float64 and self.rotation is None and not apart
         weight = torch.ops.ternc.dequantize(
             self.packed_weight,
             self.scale.detach(),
             self.multiplier,
             self.out_features,
-            self.in_features,
+            self.packed.columns,
             self.group_size,
             self.layout,
             self.weight_dtype if keep else torch.float32,
         )
+        if apart:
+            weight = folded(weight, self.free_planes, self.group_size, self.in_features)
         if self.rotation is not None:
             weight = self.rotation.restore(weight)
         weight = weight.to(self.weight_dtype)
@@ -190,7 +197,7 @@ class TernaryLinear(nn.Module):
     @property
     def planes(self) -> int:
         """Trit planes: 1, 2 or 3; or INT8."""
-        return layouts.get(self.layout).planes
+        return layouts.get(self.layout).planes * self.free_planes
 
     @property
     def packed(self) -> Packed:
@@ -203,6 +210,7 @@ class TernaryLinear(nn.Module):
             group_size=self.group_size,
             layout=self.layout,
             exact=self.exact,
+            free_planes=self.free_planes,
         )
 
     def packed_tensors(self) -> Iterator[torch.Tensor]:
@@ -214,7 +222,7 @@ class TernaryLinear(nn.Module):
         """Uses the buffers of `other` from now on: a tied weight, held once."""
         for name in ("packed_weight", "scale", "multiplier"):
             self._place(name, getattr(other, name))
-        self.group_size, self.layout, self.exact = other.group_size, other.layout, other.exact
+        self._describe(other.packed)
         self._rotate_inputs(other.rotation)
 
     def scale_requires_grad_(self, requires_grad: bool = True) -> TernaryLinear:
@@ -248,7 +256,11 @@ class TernaryLinear(nn.Module):
                     old.copy_(tensor)
             else:
                 self._place(name, tensor)
+        self._describe(packed)
+
+    def _describe(self, packed: Packed) -> None:
         self.group_size, self.layout, self.exact = packed.group_size, packed.layout, packed.exact
+        self.free_planes = packed.free_planes
 
     def _rotate_inputs(self, rotation: Rotation | None) -> None:
         self.rotation, self.signs = rotation, None
@@ -372,6 +384,7 @@ def describe(layer: TernaryLinear) -> str:
     else:
         unit = "row" if layer.scale.shape[0] == layer.out_features else "tensor"
     bits = layer.activation_bits
+    unit += " free" if layer.free_planes > 1 else ""
     rotated = " rotated" if layer.rotation is not None else ""
     activations = f" a{bits}" if bits else " float activations"
     return f"{kind(layer.planes)} {unit}{activations if layer.multiplies else ''}{rotated}"

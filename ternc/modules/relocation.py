@@ -31,7 +31,9 @@ def moved(packed: Packed, fn: Callable[[torch.Tensor], torch.Tensor]) -> Packed:
     )
     if device.type != packed.weight.device.type and device.type != "meta":
         number = layouts.resident_layout(
-            packed.planes, device.type, tied_codes(packed.scale, packed.shape)
+            layouts.get(packed.layout).planes,
+            device.type,
+            tied_codes(packed.scale, packed.shape),
         )
         if packed.weight.is_meta:
             after = _uninitialised(after, number, device)
@@ -51,7 +53,7 @@ def uncast(tensor: torch.Tensor, fn: Callable[[torch.Tensor], torch.Tensor]) -> 
 def _uninitialised(packed: Packed, number: int, device: torch.device) -> Packed:
     """Memory for a weight that was on the meta device, as `to_empty` wants it."""
     layout = layouts.get(number)
-    rows, columns = packed.shape
+    rows, columns = packed.shape[0], packed.columns
     weight = torch.empty(layout.weight_shape(rows, columns), dtype=torch.uint8, device=device)
     multiplier = None
     if packed.multiplier is not None:

@@ -6,19 +6,23 @@ import pytest
 import torch
 from calibration.cases import correlated, output_loss
 
+from ternc.calibration import plane_refit
 from ternc.calibration.fit import Metric, fit
 from ternc.calibration.gptq import compensate, damped, inverse_factor
 from ternc.calibration.grid import Grid
 from ternc.calibration.moments import Moments
+from ternc.calibration.plane_grid import grid_of
 from ternc.calibration.refit import corrected_bias, refit_codes, refit_steps
 from ternc.config import CODE_MAX, Config
 from ternc.formats import pack, unpack
 from ternc.formats.quantized import check_multiplier
+from ternc.formats.trits import planes_of
 from ternc.runtime import ops
 
 FORMATS = [
     {"group_size": 32},
     {"group_size": 32, "tie_scales": False},
+    {"group_size": 40, "tie_scales": False},
     {"group_size": None},
     {"group_size": "tensor"},
     {"group_size": 40},  # the last group is short
@@ -171,3 +175,39 @@ def test_bias_takes_up_the_mean_error():
     corrected = corrected_bias(bias, w - q.dequantize(), x.mean(0))
     output = x @ q.dequantize().T + corrected
     torch.testing.assert_close(output.mean(0), (x @ w.T + bias).mean(0), rtol=1e-3, atol=1e-3)
+
+
+def test_scales_of_planes_and_codes_end_at_a_local_optimum():
+    """The scales are the least squares of the codes, and no single code improves a row."""
+    w, x = correlated(4, 12, 400)
+    hessian = damped(x.T @ x / 400, 0.01)
+    config = Config(planes=2, group_size=8, tie_scales=False)  # the last group is short
+    grid = grid_of(w, 2, config)
+    codes = compensate(w, inverse_factor(hessian), grid)
+
+    def errors(c):
+        difference = w - grid.values(c)
+        return ((difference @ hessian) * difference).sum(1)
+
+    before = errors(codes)
+    plane_refit.refit_scales(w @ hessian, codes, hessian, grid)
+    refitted = errors(codes)
+    assert (refitted <= before * (1 + 1e-5)).all() and (refitted < before).any()
+    lower = torch.linalg.cholesky(hessian.double())
+    for row in range(4):
+        trits = planes_of(codes[row : row + 1], 2)[:, 0].double()
+        basis = torch.zeros(12, 4, dtype=torch.float64)
+        basis[:8, :2], basis[8:, 2:] = trits[:, :8].T, trits[:, 8:].T
+        wanted = torch.linalg.lstsq(lower.T @ basis, lower.T @ w[row].double()).solution
+        if (wanted > 0).all():
+            torch.testing.assert_close(
+                grid.scales[row].flatten().double(), wanted, rtol=1e-3, atol=1e-4
+            )
+    for _ in range(30):
+        codes = plane_refit.refit_codes(w, codes, hessian, grid)
+    best = errors(codes)
+    assert (best <= refitted * (1 + 1e-5)).all()
+    for j, value in itertools.product(range(12), range(-4, 5)):
+        trial = codes.clone()
+        trial[:, j] = value
+        assert (errors(trial) >= best * (1 - 1e-5)).all()

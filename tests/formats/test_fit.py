@@ -59,10 +59,25 @@ def test_refinement_does_not_worsen_the_fit():
 def test_free_scales(planes):
     w = torch.randn(10, 100) * torch.rand(10, 1)
     free = choose(w, Config(planes=planes, group_size=32, tie_scales=False))
-    assert free.scale.shape == (10, 4)
-    assert free.free_scales
+    assert free.scale.shape == ((10, 4) if planes == 1 else (10, 4, planes))
+    assert free.free_scales and free.planewise == (planes > 1)
     tied = choose(w, Config(planes=planes, group_size=32))
     assert free.relative_error(w) <= tied.relative_error(w) * 1.02
+    fitted = choose(w, Config(planes=planes, group_size=32, tie_scales=False), refine=8)
+    assert fitted.relative_error(w) <= free.relative_error(w)
+
+
+def test_planes_of_their_own_follow_weights_that_no_balanced_grid_holds():
+    """Two planes whose scales are as 2 to 1."""
+    trits = torch.randint(-1, 2, (2, 40, 64)).float()
+    scales = torch.tensor([2.0, 1.0])[:, None, None] * (0.5 + torch.rand(40, 64 // 32))[
+        :, :, None
+    ].expand(-1, -1, 32).flatten(1)
+    w = (scales * trits).sum(0)
+    free = choose(w, Config(planes=2, group_size=32, tie_scales=False), refine=8)
+    tied = choose(w, Config(planes=2, group_size=32), refine=8)
+    assert free.relative_error(w) < 0.5 * tied.relative_error(w)
+    assert free.scale.argsort(2, descending=True).equal(torch.tensor([0, 1]).expand(40, 2, 2))
 
 
 def test_group_of_a_whole_row_is_a_row_scale():
