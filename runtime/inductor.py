@@ -130,7 +130,7 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     patches = {key.replace("-", "_"): value for key, value in settings.items()}
     if unknown := [key for key in patches if key not in known]:
         raise UnknownOptionError(
-            unknown, [f"inductor setting such as {key}" for key in list(known)[:3]]
+            unknown, ["every setting of torch._inductor.config, such as 'cpp_wrapper'"]
         )
     return patches
 

@@ -73,6 +73,8 @@ def parse_options(options: Mapping[str, Any] | None) -> tuple[Config, str, dict[
     if unknown := [key for key in values if key not in known]:
         raise UnknownOptionError(unknown, known)
     settings = values.pop("inductor", None) or {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"inductor={settings!r} is not a dict of Inductor's settings")
     inner = values.pop("inner", "inductor")
     if inner not in INNER_COMPILERS:
         raise ConfigError(f"inner={inner!r} is not one of {', '.join(INNER_COMPILERS)}")
@@ -80,7 +82,7 @@ def parse_options(options: Mapping[str, Any] | None) -> tuple[Config, str, dict[
     if config.method not in ("auto", "rtn"):
         raise ConfigError(
             f"method={config.method!r} belongs to ternc.quantize: the backend quantises live "
-            "weights with one closed-form fit"
+            "weights with one closed-form fit; leave method out here"
         )
     refuse_live(config)
     return config, inner, dict(settings)

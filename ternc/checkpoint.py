@@ -45,9 +45,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         model: a model of `ternc.quantize` (a float model is saved as it is).
 
     Raises:
-        UnsupportedModelError: the state of a module is not made of tensors.
+        UnsupportedModelError: `model` is not a module, or its state is not made of tensors.
         OSError: the folder cannot be written.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"save takes a torch.nn.Module, not a {type(model).__name__}")
     buffers = _unsaved_buffers(model)
     tensors, aliases = _state(model, buffers)
     manifest = Manifest(
@@ -98,7 +100,10 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
 
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit the model; file and key named.
+        UnsupportedModelError: `model` is not a module.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"model= takes a torch.nn.Module, not a {type(model).__name__}")
     with torch.inference_mode(False), torch.no_grad():
         return _load(Path(folder), model)
 

@@ -89,8 +89,10 @@ class Config:
                 raise ConfigError(
                     f"group_size={size!r} is not a positive multiple of 4, None (row) or 'tensor'"
                 )
-        if not isinstance(self.seed, int):
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ConfigError(f"seed={self.seed!r} is not an int")
+        if not isinstance(self.tie_scales, bool):
+            raise ConfigError(f"tie_scales={self.tie_scales!r} is not True or False")
 
     def _require(self, name: str, choices: tuple[object, ...]) -> None:
         value = getattr(self, name)
@@ -124,6 +126,20 @@ class Config:
         if unknown := [key for key in values if key not in fields]:
             raise UnknownOptionError(unknown, fields)
         return cls(**values)
+
+
+def checked_config(config: Config | None) -> Config:
+    """`config`, or the default one.
+
+    Raises:
+        ConfigError: it is something else, such as a dict of fields.
+    """
+    if config is None or isinstance(config, Config):
+        return config or Config()
+    raise ConfigError(
+        f"config is a {type(config).__name__}, not a ternc.Config: write "
+        "ternc.Config(planes=2), or ternc.Config(**fields) where the fields are a dict"
+    )
 
 
 def _is_number(value: object) -> bool:

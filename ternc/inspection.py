@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ternc.backend import rewrite
-from ternc.config import Config
+from ternc.config import Config, checked_config
 from ternc.errors import UnsupportedModelError
 from ternc.modules.linear import TernaryLinear
 from ternc.passes.context import skipped_row
@@ -54,7 +54,9 @@ def explain(
 
     Raises:
         UnsupportedModelError: `model` is not a module.
+        ConfigError: `config` is not a `Config`.
     """
+    config = checked_config(config)
     ops.register()
     rows: list[Row] = []
     nodes: list[GraphNode] = []
@@ -68,7 +70,7 @@ def explain(
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal graphs
-        rewritten, context = rewrite(gm, inputs, config or Config())
+        rewritten, context = rewrite(gm, inputs, config)
         rows.extend(context.rows)
         nodes.extend(describe_graph(rewritten.graph, _prefix(graphs)))
         nodes_before.extend(prefixed(context.nodes_before, _prefix(graphs)))
@@ -84,7 +86,7 @@ def explain(
     rows.extend(_unreached(model, read, rows))
     return Report(
         rows=rows,
-        totals=Totals.of(model, rows, replaced, kept),
+        totals=Totals.of(model, _packed(rows), replaced, kept),
         notes=_notes(rows, graphs) + found,
         nodes=nodes,
         nodes_before=nodes_before,
@@ -111,7 +113,9 @@ def report(model: torch.nn.Module) -> Report:
     nodes: list[GraphNode] = []
     nodes_before: list[GraphNode] = []
     for index, (graph, instance) in enumerate(graphs):
-        rows.update((row.name, row) for row in _rows_of(graph, instance))
+        for row in _rows_of(graph, instance):
+            if not (_trains(row) and row.name in rows):  # what is packed for inference stays so
+                rows[row.name] = row
         still_read = _still_read(graph.graph_module)
         replaced.extend(_replaced(still_read, graph.sites, instance))
         kept.update(_kept(still_read, graph.sites))
@@ -131,7 +135,7 @@ def report(model: torch.nn.Module) -> Report:
     held_packed = {row.name for row in packed or () if row.action == "rewritten"}
     return Report(
         rows=found,
-        totals=Totals.of(model, found, replaced, kept),
+        totals=Totals.of(model, _packed(found), replaced, kept),
         notes=_notes([row for row in found if row.name not in held_packed], 1) + notes,
         nodes=nodes,
         nodes_before=nodes_before,
@@ -163,7 +167,11 @@ def repack(model: torch.nn.Module, recompile: bool = False) -> int:
 
     Returns:
         Number of packed weights that were marked.
+
+    Raises:
+        UnsupportedModelError: `model` is not a module.
     """
+    _check_module(model)
     count = CACHE.forget([*model.parameters(), *model.buffers()])
     if recompile:
         torch._dynamo.reset()
@@ -173,7 +181,7 @@ def repack(model: torch.nn.Module, recompile: bool = False) -> int:
 def _check_module(model: Any) -> None:
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedModelError(
-            f"a report is about a torch.nn.Module, not a {type(model).__name__}: "
+            f"this takes a torch.nn.Module, not a {type(model).__name__}: "
             "pass the module whose weights the compiled function reads"
         )
 
@@ -193,7 +201,7 @@ def _notes(rows: list[Row], graphs: int) -> list[str]:
     notes = []
     packed = [row for row in rows if row.action == "rewritten" and row.shape]
     live = [row for row in packed if "packed " not in row.pattern]
-    if any("training" in row.pattern for row in live):
+    if any(_trains(row) for row in live):
         notes.append(_TRAINING)
     elif live:
         total = sum(row.bytes_before for row in live) + sum(row.bytes_after for row in live)
@@ -201,6 +209,16 @@ def _notes(rows: list[Row], graphs: int) -> list[str]:
     if graphs > 1:
         notes.append(f"Dynamo split the model into {graphs} graphs")
     return notes
+
+
+def _trains(row: Row) -> bool:
+    """Whether the row is of a weight that a graph fake-quantises and trains."""
+    return "(training)" in row.pattern
+
+
+def _packed(rows: Sequence[Row]) -> list[Row]:
+    """Rows without those of trained weights, which the totals count among the model's tensors."""
+    return [row for row in rows if not _trains(row)]
 
 
 def _prefix(index: int) -> str:

@@ -24,7 +24,7 @@ from ternc.calibration.distance import Loss
 from ternc.calibration.reconstruct import Reconstruction
 from ternc.calibration.session import Session
 from ternc.calibration.tune import Tuning
-from ternc.config import Config
+from ternc.config import Config, checked_config
 from ternc.errors import ConfigError, UnsupportedModelError
 from ternc.folding import Folding, fold
 from ternc.modules.attention import PROJECTIONS, TernaryMultiheadAttention
@@ -104,9 +104,13 @@ def quantize(
         ConfigError: a setting that cannot be obeyed like this; the message names another.
         InputError: the calibration data are empty or hold no tensors.
         CheckpointError: the `resume` folder is damaged or of another run.
-        UnsupportedModelError: the model cannot be copied.
+        UnsupportedModelError: `model` is not a module, or cannot be copied.
     """
-    config = config or Config()
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"quantize takes a torch.nn.Module, not a {type(model).__name__}"
+        )
+    config = checked_config(config)
     refuse_offline(config, calibration is not None)
     ops.register()
     session = Session.of(config, calibration, loss, tuning, reconstruction, resume, progress)

@@ -270,6 +270,7 @@ def test_training_is_straight_through():
         ({"planes": 4}, ConfigError, "1, 2, 3"),
         ({"method": "gptq"}, ConfigError, "ternc.quantize"),
         ({"inner": "tvm"}, ConfigError, "inductor"),
+        ({"inductor": 3}, ConfigError, "dict"),
         ({"inductor": {"no_such_setting": 1}}, UnknownOptionError, "no_such_setting"),
     ],
     ids=str,

@@ -148,6 +148,13 @@ def test_info_json(capsys):
 
 
 @pytest.fixture(scope="module")
+def packed_folder(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    assert main(["quantize", str(model_folder), "-o", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -171,6 +178,29 @@ def test_explain_a_model_folder(model_folder, capsys):
     linears = [row for row in report["rows"] if row["shape"]]
     assert len(linears) == 7, "six in the layer, one pooler"
     assert all(row["action"] == "rewritten" and "x1" in row["format"] for row in linears)
+
+
+def test_explain_takes_a_packed_folder_as_it_is(packed_folder, capsys):
+    assert main(["explain", str(packed_folder)]) == 0
+    assert "packed linear" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["quantize", "train"])
+def test_what_needs_float_weights_refuses_packed_ones(command, packed_folder, tmp_path, capsys):
+    arguments = [command, str(packed_folder), "-o", str(tmp_path / "out")]
+    arguments += ["--text", str(packed_folder / "ternc.json")] if command == "train" else []
+    assert main(arguments) == 1
+    assert "are packed already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["quantize", "train"])
+def test_a_model_is_not_overwritten(command, model_folder, monkeypatch, capsys):
+    before = (model_folder / "model.safetensors").read_bytes()
+    monkeypatch.chdir(model_folder)
+    text = ["--text", "config.json"] if command == "train" else []
+    assert main([command, str(model_folder), "-o", ".", *text]) == 1
+    assert "folder of the model itself" in capsys.readouterr().err
+    assert (model_folder / "model.safetensors").read_bytes() == before
 
 
 def test_explain_writes_a_page(model_folder, tmp_path, capsys):

@@ -35,6 +35,8 @@ BAD = [
     ("exclude", None),
     ("include", [1]),
     ("seed", "0"),
+    ("seed", True),
+    ("tie_scales", "yes"),
 ]
 
 

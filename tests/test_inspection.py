@@ -52,6 +52,35 @@ def test_a_layer_that_was_not_called_has_a_row():
     assert actions(ternc.report(fast)) == {"a": "rewritten", "b": "rewritten"}
 
 
+def test_a_trained_weight_is_counted_once():
+    model = Branches()
+    fast, x = torch.compile(model, backend="ternc", options={"inner": "eager"}), torch.randn(3, 128)
+    size = 4 * 2 * (128 * 128 + 128)
+    explained = ternc.explain(model, x).totals
+    fast(x)
+    trained = ternc.report(fast).totals
+    assert explained == trained and trained.bytes_before == trained.bytes_after == size
+    with torch.no_grad():
+        fast(x)
+    packed = ternc.report(fast)
+    fast(x + 1)
+    assert ternc.report(fast).totals == packed.totals
+    assert packed.totals.bytes_before == size > packed.totals.bytes_after
+    assert packed.rows[0].pattern == "linear"
+
+
+@pytest.mark.parametrize("ask", [ternc.explain, ternc.report, ternc.repack, ternc.quantize])
+def test_what_is_no_module_is_named(ask):
+    with pytest.raises(UnsupportedModelError, match=r"torch.nn.Module, not a str"):
+        ask("model")
+
+
+def test_a_dict_is_no_config():
+    for ask in (ternc.quantize, lambda m, config: ternc.explain(m, torch.ones(128), config=config)):
+        with pytest.raises(ternc.errors.ConfigError, match=r"ternc.Config\(planes=2\)"):
+            ask(Branches(), {"planes": 2})
+
+
 def test_code_left_to_python_is_told():
     model = Recurrent().eval()
     fast = torch.compile(model, backend="ternc", options={"inner": "eager"})

@@ -29,11 +29,11 @@ def run(namespace: argparse.Namespace) -> int:
     import torch
 
     import ternc
-    from ternc.cli.huggingface import example_inputs, load_model
+    from ternc.cli.huggingface import example_inputs, load_folder
 
     config = config_of(namespace)
     say(f"loading {namespace.model}")
-    model = load_model(namespace.model)
+    model = load_folder(namespace.model)
     say("tracing and fitting")
     with torch.inference_mode():
         report = ternc.explain(model, config=config, **example_inputs(model))

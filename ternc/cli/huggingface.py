@@ -28,9 +28,14 @@ def load_model(folder: Path) -> torch.nn.Module:
 
     Raises:
         MissingExtraError: transformers is not installed.
-        CheckpointError: the folder holds no readable config.json or no weights.
+        CheckpointError: the folder holds no readable config.json or no weights, or packed ones.
         UnsupportedModelError: the installed transformers does not know the class.
     """
+    if is_packed(folder):
+        raise CheckpointError(
+            f"{folder}: its weights are packed already, by ternc; give the folder of the "
+            "floating-point model"
+        )
     os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import transformers
@@ -61,6 +66,15 @@ def load_folder(folder: Path) -> torch.nn.Module:
     import ternc
 
     return ternc.load(folder) if is_packed(folder) else load_model(folder)
+
+
+def refuse_overwriting(model: Path, output: Path) -> None:
+    """Raises InputError where the packed model would take the place of the floating-point one."""
+    if model.resolve() == output.resolve():
+        raise InputError(
+            f"{output} is the folder of the model itself, whose weights would be lost; "
+            "give another one to write to"
+        )
 
 
 def random_model(folder: Path) -> torch.nn.Module:

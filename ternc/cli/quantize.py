@@ -56,11 +56,13 @@ def run(namespace: argparse.Namespace) -> int:
         copy_side_files,
         example_inputs,
         load_model,
+        refuse_overwriting,
         text_batches,
         tokenizer_of,
     )
 
     config, training = config_of(namespace), _training(namespace)
+    refuse_overwriting(namespace.model, namespace.output)
     say(f"loading {namespace.model}")
     model = load_model(namespace.model).to(namespace.device)
     batches = None

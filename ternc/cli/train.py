@@ -47,8 +47,9 @@ def run(namespace: argparse.Namespace) -> int:
     """Train, pack, write; print the losses and the report."""
     import ternc
     from ternc.backend import ternc_backend
-    from ternc.cli.huggingface import copy_side_files, load_model
+    from ternc.cli.huggingface import copy_side_files, load_model, refuse_overwriting
 
+    refuse_overwriting(namespace.model, namespace.output)
     say(f"loading {namespace.model}")
     model = load_model(namespace.model).to(namespace.device)
     train, held_out = _loaders(namespace)

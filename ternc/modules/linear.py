@@ -25,6 +25,7 @@ from ternc.modules import at_rest
 from ternc.modules.relocation import moved, to_device, uncast
 from ternc.policy import refine_rounds
 from ternc.runtime import ops
+from ternc.runtime.ops.definition import FLOAT_TYPES
 
 
 class TernaryLinear(nn.Module):
@@ -151,6 +152,12 @@ class TernaryLinear(nn.Module):
             raise InputError(
                 f"TernaryLinear({self.in_features}, {self.out_features}): the input is "
                 f"{list(input.shape)}; its last dimension must be {self.in_features}"
+            )
+        if input.dtype not in FLOAT_TYPES:
+            raise InputError(
+                f"TernaryLinear({self.in_features}, {self.out_features}): the input is "
+                f"{input.dtype}; float32, bfloat16 and float16 are taken: convert it, "
+                "x.float() for example"
             )
         if self.rotation is not None:
             input = torch.ops.ternc.hadamard(input, self.signs, self.rotation.block)

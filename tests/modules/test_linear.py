@@ -85,6 +85,13 @@ def test_input_of_another_width_is_refused(shape):
         layer(torch.randn(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
+def test_input_of_another_type_is_refused(dtype):
+    layer = TernaryLinear.from_linear(nn.Linear(256, 8), Config(planes=1))
+    with pytest.raises(InputError, match=f"the input is {dtype}"):
+        layer(torch.zeros((3, 256), dtype=dtype))
+
+
 def test_weight_is_readable_and_not_stored():
     linear, layer = make(dtype=torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16 and layer.weight.shape == linear.weight.shape
