@@ -42,6 +42,8 @@ class Settings:
     """Windows to calibrate on."""
     calibration_batch: int = 16
     scored_batch: int = 64
+    judged_sequences: int = 128
+    """Windows of the scored text on which predictions are compared with the float model's."""
     tuning_epochs: int = 3
     reconstruction_steps: int = 800
     reconstruction_sequences: int = 2048
@@ -54,7 +56,7 @@ class Settings:
         return cls(
             width=64, layers=2, heads=2, hidden=128, context=64, batch=8, seconds=2.0,
             sequences=32, calibration_batch=4, scored_batch=8, tuning_epochs=1,
-            reconstruction_steps=8, reconstruction_sequences=32,
+            reconstruction_steps=8, reconstruction_sequences=32, judged_sequences=4,
         )  # fmt: skip
 
 

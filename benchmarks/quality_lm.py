@@ -25,7 +25,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import tabulate
 import torch
 from torch import nn
 
@@ -36,7 +35,6 @@ from byte_lm import Settings, load_model, new_model, save_model, train  # noqa: 
 from quality_baselines import (  # noqa: E402
     GROUP,
     absmean,
-    at_bits,
     gptq,
     greedy,
     integer,
@@ -44,20 +42,16 @@ from quality_baselines import (  # noqa: E402
     reference_stack,
     replace_weights,
 )
+from quality_lm_table import table  # noqa: E402
 
 import ternc  # noqa: E402
 from ternc.calibration.distance import kl_divergence  # noqa: E402
 from ternc.calibration.reconstruct import Reconstruction, reconstruct  # noqa: E402
 from ternc.calibration.tune import Tuning  # noqa: E402
-from ternc.eval import score_text  # noqa: E402
+from ternc.eval import compare_logits, score_text  # noqa: E402
 from ternc.modules.linear import TernaryLinear  # noqa: E402
 
 RECORD = "quality_lm.json"
-
-GOALS = {1: 0.25, 2: 0.015, 3: 0.002}
-"""Planes -> bits per byte that the full stack may lose."""
-GOAL_RECONSTRUCTED = 0.12
-"""The same for one plane with reconstructed blocks."""
 
 
 @dataclasses.dataclass
@@ -71,6 +65,8 @@ class Run:
     """The training text."""
     batches: list[torch.Tensor]
     texts: dict[str, str]
+    judged: list[torch.Tensor]
+    """Batches of windows of the validation text: predictions are compared there."""
     kept: Path
     """Fits, which tuning finds again: its seconds come on top."""
 
@@ -121,7 +117,8 @@ def run_all(options: argparse.Namespace, settings: Settings) -> tuple[dict, list
         texts[path.stem] = path.read_bytes()[: options.bytes].decode(errors="replace")
     with tempfile.TemporaryDirectory() as kept:
         batches = windows(corpus, options.sequences or settings.sequences, options, settings)
-        run = Run(options, settings, model, corpus, batches, texts, Path(kept))
+        judged = windows(texts["valid"].encode(), settings.judged_sequences, options, settings)
+        run = Run(options, settings, model, corpus, batches, texts, judged, Path(kept))
         for name, planes, make in variants(run):
             key = f"{name} {planes}".strip()
             if key in result["rows"] or (options.only and key not in options.only):
@@ -202,7 +199,7 @@ def variants(run: Run) -> Iterator[tuple[str, int | str, Callable[[], Made]]]:
         yield "reference stack", planes, in_place(run, reference_stack, planes, bits)
     for planes in (1, 2, 3):
         yield "ternc rtn, no data", planes, lambda k=planes: without_data(run, k)
-    for planes in (1, 2):
+    for planes in (1, 2, 3):
         yield "ternc, free scales", planes, lambda k=planes: ours(run, k, tied=False)
     yield "ternc + tuning", 3, lambda: ours(run, 3, tuned=True)
 
@@ -267,6 +264,9 @@ def row(run: Run, name: str, planes: int | str, make: Callable[[], Made]) -> dic
     quantised = sum(m.weight.numel() for m in linears(run.model).values())
     found["bits_of_the_model"] = (bits * quantised + 16 * (count - quantised)) / count
     found["bits_per_byte"] = score(run, model)
+    with torch.autocast("cuda", torch.bfloat16, enabled="cuda" in run.device):
+        agreement = compare_logits(model, run.model, run.judged)
+    found |= {"kl": agreement.kl, "top1": agreement.top1}
     packed = [module for module in model.modules() if isinstance(module, TernaryLinear)]
     for layer in packed:
         layer.activation_bits = 8
@@ -284,70 +284,6 @@ def score(run: Run, model: nn.Module) -> dict[str, float]:
             ).to_dict()["bits_per_byte"]
             for name, text in run.texts.items()
         }
-
-
-def table(result: dict) -> str:
-    """Markdown: one row a variant, its loss of bits per byte, and what the goals say."""
-    rows = result["rows"]
-    if "float" not in rows:
-        return "no row yet"
-    base = rows["float"]["bits_per_byte"]
-    cells = []
-    for found in rows.values():
-        numbers = [f"{found['bits']:.2f}", f"{found['bits_of_the_model']:.2f}"]
-        for text, wanted in base.items():
-            score = found["bits_per_byte"][text]
-            numbers += [f"{score:.4f}", f"{score - wanted:+.4f}"]
-            int8 = found["bits_per_byte_int8"]
-            numbers.append("-" if int8 is None else f"{int8[text] - wanted:+.4f}")
-        cells.append((found["method"], found["planes"], *numbers, f"{found['seconds']:.0f}"))
-    columns = [c for text in base for c in (text, "loss", "loss a8")]
-    headers = ("method", "planes / bits", "bits", "model", *columns, "s")
-    text = tabulate.tabulate(cells, headers, tablefmt="github", disable_numparse=True)
-    facts = result["training"]
-    return (
-        f"{text}\n\nBits per byte. {facts['parameters'] / 1e6:.1f} M parameters, "
-        f"{facts['bytes'] / 1e6:.0f} MB read in {facts['steps']} steps and "
-        f"{facts['seconds']:.0f} s; {result['device']}, torch {result['torch']}.\n{goals(result)}"
-    )
-
-
-def goals(result: dict) -> str:
-    """What the full stack loses on the validation text, against what it may lose."""
-    rows, lines = result["rows"], []
-    wanted = [
-        (f"{name} {planes}", goal)
-        for planes, goal in sorted(GOALS.items())
-        for name in ("ternc", "ternc + tuning")
-    ]
-    wanted.append(("ternc + reconstruction 1", GOAL_RECONSTRUCTED))
-    for key, goal in wanted:
-        if key in rows:
-            loss = rows[key]["bits_per_byte"]["valid"] - rows["float"]["bits_per_byte"]["valid"]
-            lines.append(f"{key}: {loss:+.4f}, at most {goal:+.3f} wanted.")
-    return "\n".join(lines + at_equal_bits(rows))
-
-
-def at_equal_bits(rows: dict) -> list[str]:
-    """ternc against the integers with error compensation, interpolated in log loss at its bits."""
-    points = [rows.get(f"int gptq {bits}") for bits in (3, 4)]
-    lines = []
-    for planes in (2, 3):
-        ours = rows.get(f"ternc + tuning {planes}") or rows.get(f"ternc {planes}")
-        if ours is None or None in points:
-            continue
-        base = rows["float"]["bits_per_byte"]["valid"]
-        losses = [point["bits_per_byte"]["valid"] - base for point in points]
-        if min(losses) <= 0:
-            continue
-        pairs = [(point["bits"], loss) for point, loss in zip(points, losses, strict=True)]
-        there = at_bits(pairs, ours["bits"])
-        loss = ours["bits_per_byte"]["valid"] - base
-        lines.append(
-            f"{planes} planes at {ours['bits']:.2f} bits: {loss:+.4f}; int gptq there, in log "
-            f"loss between (or beyond) 3 and 4 bits: {there:+.4f}."
-        )
-    return lines
 
 
 def join(folder: Path) -> bytes:

@@ -38,9 +38,11 @@ def test_every_row_is_made_once_and_a_call_goes_on(benchmark, tmp_path):
     assert benchmark.main(arguments) == 0
     result = json.loads((out / benchmark.RECORD).read_text())
     assert all(result["rows"][key] == row for key, row in first["rows"].items())
-    assert len(result["rows"]) == 24
+    assert len(result["rows"]) == 25
     scores = {key: row["bits_per_byte"]["valid"] for key, row in result["rows"].items()}
     assert scores["float"] < scores["ternc rtn, no data 1"] < scores["greedy 1"] + 1
+    kl = {key: row["kl"] for key, row in result["rows"].items()}
+    assert kl["float"] == 0 < kl["ternc 3"] < kl["ternc 2"] < kl["ternc 1"] < kl["greedy 1"]
     bits = {key: round(row["bits"], 2) for key, row in result["rows"].items()}
     assert bits["int gptq 3"] == 3.15 and 1.6 < bits["ternc 1"] < bits["ternc 2"] < bits["ternc 3"]
     table = (out / "quality_lm.md").read_text()
