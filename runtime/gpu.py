@@ -20,6 +20,7 @@ from ternc.runtime.ops import (
     embedding,
     fake_quantize,
     fit,
+    grouped_linear,
     hadamard,
     linear,
     linears,
@@ -35,6 +36,7 @@ FIRST_CAPABILITY = (8, 0)
 KERNELS: dict[str, tuple[str, str, Any]] = {
     "linear": ("linear", "linear", linear.reference),
     "linears1": ("linear", "linears1", linears1.reference),
+    "grouped_linear": ("linear_grouped", "grouped_linear", grouped_linear.grouped_linear),
     "dequantize": ("dequantize", "dequantize", dequantize.reference),
     "embedding": ("dequantize", "embedding", embedding.reference),
     "quantize_act": ("quantize_act", "quantize_act", quantize_act.reference),

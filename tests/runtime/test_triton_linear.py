@@ -19,7 +19,14 @@ from reference import dequantize_arguments, linear_arguments, random_quantized, 
 
 from ternc.formats import pack
 from ternc.runtime import dispatch
-from ternc.runtime.ops import dequantize, embedding, linear, quantize_act, token_linears
+from ternc.runtime.ops import (
+    dequantize,
+    embedding,
+    grouped_linear,
+    linear,
+    quantize_act,
+    token_linears,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -194,3 +201,27 @@ def test_free_scales(shape, tokens):
     seen = kernels.linear(*arguments)
     assert dispatch.last_kernel(packed.weight) == "triton_free"
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@inside
+@pytest.mark.parametrize(("planes", "group_size"), [(1, 0), (2, 128), (3, 24)])
+@pytest.mark.parametrize("ends", [None, [0, 7, 7, 28], [3, 3, 3, 3], [9, 9, 30, 30]], ids=str)
+def test_grouped_linear(planes, group_size, ends, register_ops):
+    """Experts without rows, rows without an expert, more rows than a tile has."""
+    from ternc.runtime.kernels.triton import linear_grouped as kernels
+
+    experts, rows, columns, tokens = len(ends or "four"), 70, 300, 30
+    stack = (experts * grouped_linear.padded_rows(rows), columns, planes, group_size)
+    quantized = random_quantized(*stack)
+    packed, known = pack(quantized, "cuda"), pack(quantized, "cpu")
+    offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    x = torch.randn(tokens, columns)
+
+    def run(function, one, x, sx):
+        tensors = (x, sx, offsets, one.weight, one.scale, one.multiplier)
+        return function(*tensors, experts, rows, group_size, 8, one.layout, torch.float32)
+
+    for given in ((x.view(2, 15, columns), None), quantize_act.reference(x, 8)):
+        y = run(kernels.grouped_linear, packed, *given)
+        assert dispatch.last_kernel(packed.weight) == "triton_grouped"
+        assert_same(y, run(grouped_linear.grouped_linear, known, *given))

@@ -153,14 +153,14 @@ def _multiply(
     if weight.layout == linear_int8.LAYOUT or weight.free_scales:
         kernel = "triton_free" if weight.free_scales else "triton_int8"
         multiply = linear_free if weight.free_scales else linear_int8.linear_int8
-        integers = Integers(_aligned(x), sx) if sx is not None else None
+        integers = Integers(aligned(x), sx) if sx is not None else None
         multiply(integers or linear_int8.quantize(x, activation_bits), product)
     elif not activation_bits:
         kernel = "triton_float"
         linear_float(x, product)
     elif tokens == 1 and not select.gemv_unsupported(weight, activation_bits, sx is not None):
         kernel = "triton_gemv"
-        x, kind = (x, select.GEMV) if sx is None else (_aligned(x), select.INTEGERS)
+        x, kind = (x, select.GEMV) if sx is None else (aligned(x), select.INTEGERS)
         linear_gemv(x, sx, product, select.gemv_config(weight, device, kind))
     else:
         kernel = "triton_gemm"
@@ -168,13 +168,13 @@ def _multiply(
         if sx is None:
             integers = linear_gemm.quantize(x, product, activation_bits, config)
         else:
-            integers = Integers(_aligned(x), sx)
+            integers = Integers(aligned(x), sx)
         linear_gemm.linear_gemm(integers, product, config)
     for each in product.weights:
         dispatch.record(each.bytes, kernel)
 
 
-def _aligned(q: torch.Tensor) -> torch.Tensor:
+def aligned(q: torch.Tensor) -> torch.Tensor:
     """q int8 [M, K], contiguous, its rows aligned; K padded with zeros where that takes it."""
     if missing := -q.shape[1] % ALIGNMENT:
         return F.pad(q, (0, missing))
