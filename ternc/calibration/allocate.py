@@ -6,9 +6,8 @@ measured loss most per bit gets it
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from torch import nn
 from ternc.calibration.batches import call, evaluating
 from ternc.calibration.calibrator import Layer
 from ternc.calibration.distance import Loss
-from ternc.calibration.execution import input_of, record
+from ternc.calibration.execution import input_of
+from ternc.calibration.prefix import Prefix
 from ternc.config import CODE_MAX, Config
 from ternc.errors import ConfigError
 from ternc.formats import fit as data_free
@@ -118,16 +118,17 @@ def measured_costs(
 
     The fit is the closed form, rotated where the configuration rotates: it ranks layers, and takes
     a moment. The model is run from the layer's block on; three planes are not run, but told from
-    two by the errors of the weight.
+    two by the errors of the weight. Kept meanwhile: the model's outputs on `MEASURED_BATCHES`
+    batches, and what one block is given and gives on them.
     """
     step = max(1, len(batches) // MEASURED_BATCHES)
     measured = list(batches[::step][:MEASURED_BATCHES])
     costs: dict[str, dict[int, Cost]] = {}
     with evaluating(model):
-        prefix = _Prefix(model, layers, measured[0])
-        targets = [prefix.call(batch) for batch in measured]
+        targets = [call(model, batch) for batch in measured]
+        prefix = Prefix(model, {name: layer.module for name, layer in layers.items()}, measured)
         exact = _mean(loss(target, target, b) for target, b in zip(targets, measured, strict=True))
-        for name in track(layers, len(layers), "allocate", progress):
+        for name in track(prefix.order, len(layers), "allocate", progress):
             w, module = layers[name].weight().float(), layers[name].module
             quantised = {planes: _quantised(w, planes, config) for planes in CODE_MAX}
             losses = {}
@@ -150,50 +151,6 @@ def measured_costs(
                 for planes in CODE_MAX
             }
     return costs
-
-
-class _Prefix:
-    """Blocks in front of a quantised layer: they give what they gave in the float model."""
-
-    def __init__(self, model: nn.Module, layers: Mapping[str, Layer], batch: Any) -> None:
-        self._model = model
-        modules = {name: layer.module for name, layer in layers.items()}
-        chains = record(model, modules, batch).chains
-        self._blocks = [[chain.block(i) for i in range(len(chain.keys))] for chain in chains]
-        self._kept: dict[nn.Module, list[Any]] = {b: [] for blocks in self._blocks for b in blocks}
-
-    def call(self, batch: Any) -> Any:
-        """The float model's output; what its blocks give is kept."""
-        handles = [
-            block.register_forward_hook(lambda block, _, output: self._kept[block].append(output))
-            for block in self._kept
-        ]
-        try:
-            return call(self._model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextlib.contextmanager
-    def skipping(self, layer: nn.Module) -> Iterator[None]:
-        """Meanwhile the model may be run on the batches of `call`, once each in their order."""
-        replaced = []
-        for blocks in self._blocks:
-            inside = [i for i, b in enumerate(blocks) if any(m is layer for m in b.modules())]
-            replaced += blocks[: inside[0]] if inside else []
-        try:
-            for block in replaced:
-                block.forward = _giving(self._kept[block])
-            yield
-        finally:
-            for block in replaced:
-                del block.forward
-
-
-def _giving(outputs: Sequence[Any]) -> Callable[..., Any]:
-    """A forward that gives one output after the other."""
-    left = iter(outputs)
-    return lambda *args, **kwargs: next(left)
 
 
 def _quantised(w: torch.Tensor, planes: int, config: Config) -> torch.Tensor:

@@ -75,8 +75,15 @@ class Chain:
 
     def advance(self, index: int, inputs: Leaves, block: nn.Module | None = None) -> Leaves:
         """Leaves of block `index` -> leaves of block `index` + 1, by running block `index`."""
-        outputs = pytree.tree_leaves(self.run(index, inputs, block))
-        return [_follow(link, inputs, outputs) for link in self.links[index]]
+        return self.step(index, inputs, block)[1]
+
+    def step(
+        self, index: int, inputs: Leaves, block: nn.Module | None = None
+    ) -> tuple[Any, Leaves]:
+        """What block `index` gives, and the leaves of block `index` + 1."""
+        output = self.run(index, inputs, block)
+        outputs = pytree.tree_leaves(output)
+        return output, [_follow(link, inputs, outputs) for link in self.links[index]]
 
 
 @dataclasses.dataclass
