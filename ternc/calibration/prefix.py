@@ -89,14 +89,14 @@ def _giving(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[Non
     own = [vars(block).get("forward") for block in blocks]
     try:
         for block in blocks:
-            block.forward = _answers(outputs)  # type: ignore[method-assign]
+            block.forward = _answers(outputs)
         yield
     finally:
         for block, forward in zip(blocks, own, strict=True):
             if forward is None:
                 del block.forward
             else:
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
 
 
 def _answers(outputs: Sequence[Any]) -> Callable[..., Any]:
