@@ -15,17 +15,17 @@ from torch import nn
 
 from ternc.config import INT8, Config
 from ternc.decision import decide, decide_int8
-from ternc.errors import CheckpointError, InputError, NotTernaryError
+from ternc.errors import CheckpointError, NotTernaryError
 from ternc.formats import Refusal, detect_ternary, layouts
 from ternc.formats.packed import Packed, pack
-from ternc.formats.planewise import folded, spread_input
+from ternc.formats.planewise import folded
 from ternc.formats.quantized import Quantized, kind
 from ternc.formats.rotation import Rotation
 from ternc.modules import at_rest
+from ternc.modules.product import product
 from ternc.modules.relocation import moved, to_device, uncast
 from ternc.policy import refine_rounds
 from ternc.runtime import ops
-from ternc.runtime.ops.definition import FLOAT_TYPES
 
 
 class TernaryLinear(nn.Module):
@@ -148,32 +148,7 @@ class TernaryLinear(nn.Module):
         return cls(packed, bias, config=config, weight_dtype=weight_dtype, transposed=transposed)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.shape[-1:] != (self.in_features,):
-            raise InputError(
-                f"TernaryLinear({self.in_features}, {self.out_features}): the input is "
-                f"{list(input.shape)}; its last dimension must be {self.in_features}"
-            )
-        if input.dtype not in FLOAT_TYPES:
-            raise InputError(
-                f"TernaryLinear({self.in_features}, {self.out_features}): the input is "
-                f"{input.dtype}; float32, bfloat16 and float16 are taken: convert it, "
-                "x.float() for example"
-            )
-        if self.rotation is not None:
-            input = torch.ops.ternc.hadamard(input, self.signs, self.rotation.block)
-        if self.free_planes > 1:
-            input = spread_input(input, self.free_planes, self.group_size, self.activation_bits)
-        return torch.ops.ternc.linear(
-            input,
-            self.packed_weight,
-            self.scale,
-            self.multiplier,
-            self.bias,
-            self.out_features,
-            self.group_size,
-            self.activation_bits or 0,
-            self.layout,
-        )
+        return product(self, input)
 
     @property
     def weight(self) -> torch.Tensor:
