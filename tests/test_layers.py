@@ -46,7 +46,9 @@ MAY_IMPORT = {
 EXCEPTIONS = {("ternc.runtime.cpu", "ternc")}
 """(module, imported): cpu.py asks the package where it is installed."""
 
-MODEL_NAMES = r"bert|llama|gpt2|gpt_?neo|qwen|mistral|mixtral|gemma|roberta|minilm|\bt5\b|\bvit\b"
+MODEL_NAMES = (
+    r"bert|llama(?!\.cpp)|gpt2|gpt_?neo|qwen|mistral|mixtral|gemma|roberta|minilm|\bt5\b|\bvit\b"
+)
 
 
 def module_name(path):

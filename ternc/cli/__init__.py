@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a float language model until its weights are ternary, and pack it",
     "eval": "perplexity and bits per byte of a model on text, and its distance to the float model",
     "generate": "continue a prompt with a language model, packed or float",
+    "export": "write a packed model as a file for llama.cpp, torch.export or transformers",
     "bench": "time a model or a layer: floating point, Inductor and ternc, in turn",
     "info": "torch, processor, GPU and the kernels available here",
 }
