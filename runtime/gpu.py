@@ -16,6 +16,7 @@ import torch
 
 from ternc.runtime.ops import (
     activate_quantize,
+    blend_quantize,
     dequantize,
     embedding,
     fake_quantize,
@@ -43,6 +44,8 @@ KERNELS: dict[str, tuple[str, str, Any]] = {
     "norm_quantize": ("fused_quantize", "norm_quantize", norm_quantize.reference),
     "activate_quantize": ("fused_quantize", "activate_quantize", activate_quantize.reference),
     "hadamard": ("rotate", "hadamard", hadamard.reference),
+    "blend_quantize": ("blend", "blend_quantize", blend_quantize.weight_reference),
+    "blend_quantize_act": ("blend", "blend_quantize_act", blend_quantize.activation_reference),
     "fit": ("fit", "fit", fit.reference),
     "fake_quantize": ("fit", "fake_quantize", fake_quantize.weight_reference),
     "fake_quantize_act": (

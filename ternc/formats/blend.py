@@ -101,11 +101,16 @@ def blend(
     """
     if state.device.type != "cpu":
         return blended({bits: quantizer(bits) for bits in formats}, state)
+    source, target, share = asked(formats, state)
+    if source == target or share == 1.0:
+        return quantizer(target)
+    return torch.lerp(quantizer(source), quantizer(target), share)
+
+
+def asked(formats: list[float], state: torch.Tensor) -> tuple[float, float, float]:
+    """The nearest two of `formats` and the blend that `state` asks for; waits for its device."""
     source, target, share = state.tolist()
-    wanted = [_nearest(formats, bits) for bits in (source, target)]
-    if wanted[0] == wanted[1] or share == 1.0:
-        return quantizer(wanted[1])
-    return torch.lerp(quantizer(wanted[0]), quantizer(wanted[1]), share)
+    return _nearest(formats, source), _nearest(formats, target), share
 
 
 def _nearest(formats: list[float], bits: float) -> float:

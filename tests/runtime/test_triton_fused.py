@@ -16,11 +16,13 @@ from packed_weights import assert_same
 from reference import random_quantized
 
 from ternc.formats import pack
+from ternc.formats.blend import ACTIVATION_BITS, WEIGHT_BITS, values_of
 from ternc.formats.int8 import fit_int8
 from ternc.formats.quantized import expand_groups
 from ternc.formats.scales import round_to_storage
 from ternc.runtime.ops import (
     activate_quantize,
+    blend_quantize,
     fit,
     hadamard,
     linears,
@@ -277,6 +279,41 @@ def test_scales_are_rounded_as_files_hold_them(top):
     scale[3:5] = torch.tensor([top, 0.0])
     _, stored = snap(torch.randn(9, 4), scale, None, 1, 0, torch.int8)
     assert torch.equal(stored, round_to_storage(scale))
+
+
+BLENDS = [(16.0, 8.0, 0.25), (8.0, 4.0, 0.5), (4.0, 2.0, 1.0), (2.0, 1.58, 0.75), (1.58, 1.58, 1)]
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_blends_of_weights(dtype):
+    from ternc.runtime.kernels.triton import blend as kernels
+
+    w = torch.randn(2, 60).to(dtype)
+    w[1] = 0
+    final = kernels.fake_quantize(w, 2, 0)
+    tolerance = torch.finfo(dtype).eps
+    for source, target, share in BLENDS if dtype == torch.float16 else BLENDS[2:4]:
+        ends = [final if bits == 1.58 else values_of(w, bits) for bits in (source, target)]
+        state = torch.tensor([source, target, share])
+        seen = kernels.blend_quantize(w, state, list(WEIGHT_BITS), 2, 0)
+        torch.testing.assert_close(
+            seen, torch.lerp(*ends, share), rtol=2 * tolerance, atol=tolerance
+        )
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_blends_of_activations(dtype, register_ops):
+    from ternc.runtime.kernels.triton import blend as kernels
+
+    x = torch.randn(2, 3, 130).to(dtype)
+    x[0, 0, 5], x[1] = torch.nan, 0
+    for numbers in (*BLENDS[:2], (8.0, 8.0, 1.0), (16.0, 16.0, 0.5)):
+        state = torch.tensor(numbers)
+        expected = blend_quantize.activation_reference(x, state, list(ACTIVATION_BITS))
+        seen = kernels.blend_quantize_act(x, state, list(ACTIVATION_BITS))
+        torch.testing.assert_close(seen, expected, equal_nan=True)
 
 
 @inside
