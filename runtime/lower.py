@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from ternc.errors import DifferentiationError
 from ternc.formats.rotation import SharedSigns
 from ternc.reporting import GraphNode, Row
 from ternc.runtime.inductor import keep_static
@@ -105,6 +107,8 @@ class CompiledGraph:
         GRAPHS.add(self)
 
     def __call__(self, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(args)
         if self._abstract and any(isinstance(value, FakeTensor) for value in args):
             # DDP's splitter calls every part once on fake tensors, for the strides of its outputs.
             entries = [_abstract_entry(site, args) for site in self.sites]
@@ -316,6 +320,16 @@ class _OpByOp(fx.Interpreter):
         elif site.own_quantizer:
             x = torch.ops.ternc.fake_quantize_act.default(x, bits)
         return F.linear(x, weight, None if bias is None else bias.to(dtype))
+
+
+def _refuse_tangents(args: Sequence[Any]) -> None:
+    """Raises DifferentiationError where an input has a forward-mode tangent: it would be lost."""
+    for value in args:
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise DifferentiationError(
+                "a compiled graph has no derivatives in forward mode; call the model uncompiled, "
+                "or use torch.func.jvp"
+            )
 
 
 def _plan(gm: fx.GraphModule, sites: list[WeightSite]) -> list[Argument]:

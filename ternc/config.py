@@ -23,7 +23,12 @@ LARGEST_CODE = {**CODE_MAX, INT8: 127}
 MAX_IN_FEATURES = 131_072
 """Largest K: 131,072 * 127 * 127 is the last sum that fits int32."""
 
-DEFAULT_EXCLUDE = ("lm_head", "*.lm_head", "*embed*", "*router*", "*.gate", "gate")
+GATES = ("*.gate", "gate")
+"""Names of routers of experts, and of gates of gated products: in the default `exclude` they mean
+weights with fewer outputs than inputs, as routers have.
+"""
+
+DEFAULT_EXCLUDE = ("lm_head", "*.lm_head", "*embed*", "*router*", *GATES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Config:
     method: Literal["auto", "rtn", "als", "gptq"] = "auto"
     """Fit of the codes; "auto" is "gptq" with calibration data, else "als"."""
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
-    """Name globs left in floating point."""
+    """Name globs left in floating point; a wide `gate` of a gated product is not, by default."""
     include: tuple[str, ...] = ()
     """Name globs that override `exclude`."""
     int8: tuple[str, ...] = ()

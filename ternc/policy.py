@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from ternc.config import Config
+from ternc.config import DEFAULT_EXCLUDE, GATES, Config
 from ternc.errors import ConfigError
 from ternc.formats.fit import REFINE_ROUNDS
 
 
-def excluded(name: str, config: Config) -> str | None:
+def excluded(name: str, config: Config, shape: Sequence[int] = ()) -> str | None:
     """Why the weight at module path `name` stays floating point, or None where it does not.
+
+    `shape` is (N, K) of the weight, where it is known: see `GATES`.
 
     `include` overrides `exclude` and `int8`; a glob matches the whole path, `*` also across dots.
     What `marked_int8` holds of is asked there first: here it only is no ternary weight.
@@ -20,9 +22,17 @@ def excluded(name: str, config: Config) -> str | None:
         return None
     if glob := _first_match(name, config.int8):
         return f"asked for as int8 (int8={glob!r}), which this use of the weight cannot be"
-    if glob := _first_match(name, config.exclude):
+    if glob := _first_match(name, _excluding(config, shape)):
         return f"excluded by name ({glob!r})"
     return None
+
+
+def _excluding(config: Config, shape: Sequence[int]) -> tuple[str, ...]:
+    """The globs of `exclude`; for a weight that is no router, the default ones less `GATES`."""
+    default = config.exclude[: len(DEFAULT_EXCLUDE)] == DEFAULT_EXCLUDE
+    if not default or len(shape) != 2 or shape[0] < shape[1]:
+        return config.exclude
+    return tuple(glob for glob in config.exclude if glob not in GATES)
 
 
 def marked_int8(name: str, config: Config) -> bool:

@@ -37,6 +37,7 @@ from ternc.modules.conversion import (
     convert_linear,
     convert_tied,
     is_attention,
+    matrix_shape,
     packed_row,
     skipped_row,
     spelling_of,
@@ -107,9 +108,7 @@ def quantize(
         UnsupportedModelError: `model` is not a module, or cannot be copied.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"quantize takes a torch.nn.Module, not a {type(model).__name__}"
-        )
+        raise UnsupportedModelError(f"quantize: a torch.nn.Module, not a {type(model).__name__}")
     config = checked_config(config)
     refuse_offline(config, calibration is not None)
     ops.register()
@@ -156,6 +155,10 @@ class ModuleSite:
     @property
     def name(self) -> str:
         return self.paths[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return matrix_shape(self.module, self.spelling)
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -216,7 +219,11 @@ def _layers_to_fit(sites: Sequence[ModuleSite], ties: Ties, config: Config) -> d
         if site.spelling is not None
         and not isinstance(site.module, QATLinear)
         and not (site.int8 or site.spelling is EMBEDDING)
-        and not (excluded(site.name, config) or ties.why_not(site.name) or why_not(site.module))
+        and not (
+            excluded(site.name, config, site.shape)
+            or ties.why_not(site.name)
+            or why_not(site.module)
+        )
     }
 
 
@@ -301,7 +308,7 @@ def _excluded(site: ModuleSite, config: Config) -> str | None:
     """
     if isinstance(site.module, QATLinear) or site.int8:
         return None
-    return excluded(site.name, config)
+    return excluded(site.name, config, site.shape)
 
 
 def _alias_rows(rows: Sequence[Row], name: str, alias: str) -> list[Row]:

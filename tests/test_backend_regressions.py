@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import ternc
 from ternc.backend import ternc_backend
+from ternc.errors import DifferentiationError
 from ternc.runtime.lower import GRAPHS
 
 
@@ -327,6 +329,39 @@ def test_transforms_of_functions_are_left_alone():
     assert {row.reason for row in ternc.report(model).skipped} == {
         "inside a transform of torch.func (vmap, grad, jvp)"
     }
+
+
+def test_forward_mode_is_refused_and_jvp_is_right():
+    model, x, t = Two().eval().requires_grad_(False), torch.randn(3, 64), torch.randn(3, 64)
+    fast = compiled(model)
+    fast(x)
+    with forward_ad.dual_level():
+        assert fast(x).shape == x.shape
+        with pytest.raises(DifferentiationError, match=r"torch.func.jvp"):
+            fast(forward_ad.make_dual(x, t))
+    expected = torch.func.jvp(model, (x,), (t,))[1]
+    assert relative(torch.func.jvp(fast, (x,), (t,))[1], expected) < 0.1
+
+
+def test_gates_of_gated_products_are_packed_and_routers_are_not():
+    class Gated(nn.Module):
+        def __init__(self, outputs):
+            super().__init__()
+            self.gate, self.up = nn.Linear(64, outputs), nn.Linear(64, outputs)
+
+        def forward(self, x):
+            return F.silu(self.gate(x)) * self.up(x)
+
+    for outputs, action in ((128, "rewritten"), (48, "skipped")):
+        x = torch.randn(3, 64)
+        for report in (
+            ternc.report(ternc.quantize(Gated(outputs))),
+            ternc.explain(Gated(outputs), x),
+        ):
+            assert {row.name: row.action for row in report.rows} == {
+                "gate": action,
+                "up": "rewritten",
+            }
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ternc.config import Config
+from ternc.config import DEFAULT_EXCLUDE, Config
 from ternc.errors import ConfigError
 from ternc.policy import excluded, marked_int8, refine_rounds, refuse_live, refuse_offline
 
@@ -13,6 +13,16 @@ from ternc.policy import excluded, marked_int8, refine_rounds, refuse_live, refu
 def test_heads_embeddings_and_routers_stay(name):
     reason = excluded(name, Config())
     assert reason is not None and "excluded by name" in reason
+
+
+def test_a_gate_is_a_router_where_it_has_fewer_outputs_than_inputs():
+    for config in (Config(), Config(exclude=(*DEFAULT_EXCLUDE, "down"))):
+        assert excluded("mlp.gate", config, (8, 64)) == "excluded by name ('*.gate')"
+        assert excluded("mlp.gate", config, (256, 64)) is None
+        assert excluded("gate", config, (64, 64)) is None
+        assert excluded("lm_head", config, (256, 64)) is not None
+    asked = Config(exclude=("*.gate",))
+    assert excluded("mlp.gate", asked, (256, 64)) is not None
 
 
 @pytest.mark.parametrize("name", ["layers.0.mlp.gate_proj", "h.0.attn.c_attn", "head", ""])

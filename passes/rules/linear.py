@@ -69,7 +69,7 @@ class LinearRule:
         if context.why_not_move(*expression.inputs):
             return Skip("the model writes to the weight in place")
         int8 = marked_int8(_name(match), context.config)
-        if not int8 and (reason := excluded(_name(match), context.config)):
+        if not int8 and (reason := excluded(_name(match), context.config, weight.shape)):
             return Skip(reason)
         if int8 and context.grad_enabled and requires_grad(expression, context):
             return Skip("asked for as int8: in training it stays floating point")

@@ -106,6 +106,15 @@ def float_weight(module: Any) -> torch.Tensor:
             part.training = training
 
 
+def matrix_shape(module: nn.Module, spelling: Spelling | None) -> tuple[int, ...]:
+    """(N, K) of the weight; () where the module holds no plain matrix."""
+    weight = module._parameters.get("weight")
+    if weight is None or nn.parameter.is_lazy(weight):
+        return ()
+    transposed = spelling is not None and spelling.transposed
+    return tuple(weight.shape[::-1] if transposed else weight.shape)
+
+
 _KNOWN_FORWARDS = (nn.Linear.forward, QATLinear.forward)
 
 

@@ -160,7 +160,7 @@ def _prepare_site(
     module, name = site.module, site.name
     if isinstance(module, QATLinear):
         return None, [skipped_row(name, "linear", "prepared before", module)]
-    reason = excluded(name, config.weights) or ties.why_not(name)
+    reason = excluded(name, config.weights, site.shape) or ties.why_not(name)
     if is_attention(module):
         return _prepare_attention(module, name, config, reason, made)
     if site.int8:
