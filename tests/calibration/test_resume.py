@@ -16,6 +16,7 @@ import ternc
 from ternc.calibration.distance import default_loss
 from ternc.calibration.identity import identity
 from ternc.calibration.resume import PLANES, RUN, Store, fingerprint
+from ternc.calibration.tune import Tuning
 from ternc.config import Config
 from ternc.errors import CheckpointError
 from ternc.formats.rotation import Rotation
@@ -167,7 +168,7 @@ def test_a_killed_process_is_taken_up_with_the_same_files(tmp_path):
     found = sorted(kept.glob("*.safetensors"))
     assert len(found) == 3
     (kept / f".{found[0].name}.{child.pid}").write_bytes(found[0].read_bytes()[:50])
-    settings = {"config": CONFIG, "calibration": inputs()}
+    settings = {"config": CONFIG, "calibration": inputs(), "tuning": Tuning(epochs=1)}
     ternc.save(ternc.quantize(build(), **settings, resume=kept), tmp_path / "resumed")
     assert len(list(kept.glob("[!.]*.safetensors"))) == 6
     for name in ("first", "second"):
