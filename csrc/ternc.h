@@ -38,6 +38,7 @@
 namespace ternc {
 
 enum class Dtype : int { f32, bf16, f16 };
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 enum class ScaleKind : int { tensor, row, group };  // [1], [N], [N, groups] ("free" scales)
 
@@ -134,6 +135,25 @@ struct LinearF32Args {
   int64_t stride;
   Output out;
   Prefetch prefetch = Prefetch::l1;
+};
+
+// Integers of a token in base 256: fp32 holds 24 bits, halves 11 at most.
+constexpr int MAX_DIGITS = 4;
+constexpr int digits_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 3; }
+
+struct SplitArgs {
+  const void* x;  // [M, K], contiguous
+  Dtype dtype;
+  int64_t columns;
+  int8_t* q;     // [M, digits, K]
+  float* scale;  // [M, digits]
+};
+
+// The products of digits, to be summed.
+struct JoinArgs {
+  const float* parts;  // [M, digits, N], digits those of out.dtype
+  int64_t rows;
+  Output out;
 };
 
 // Tokens in memory, `stride` elements from one to the next.
@@ -248,6 +268,11 @@ struct Kernels {
   void (*hadamard)(const HadamardArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*linear_i8[WEIGHT_KINDS])(const LinearI8Args&, const Range&);
   void (*linear_f32[WEIGHT_KINDS])(const LinearF32Args&, const Range&);
+  // Whether a token of K floating-point values may go through split(), linear_i8 and join(), which
+  // are null where linear_f32 is as fast.
+  bool (*is_even)(const void* x, Dtype, int64_t begin, int64_t columns);
+  void (*split)(const SplitArgs&, int64_t token_begin, int64_t token_end);
+  void (*join)(const JoinArgs&, int64_t token_begin, int64_t token_end);
   void (*dequantize)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);
   // Largest |w| of `count` values as the bits of a float; above 0x7f7fffff: not finite.
   uint32_t (*largest)(const void* w, Dtype, int64_t begin, int64_t count);

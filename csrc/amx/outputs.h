@@ -23,8 +23,6 @@ TERNC_INLINE f32 rounded(f32 y) {
   return y;
 }
 
-constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 // y + residual -> out[at, at + count).
 template <Dtype D>
 TERNC_NOINLINE void store_ragged(f32 y, const Output& out, int64_t at, int64_t count) {

@@ -38,7 +38,7 @@ static constexpr Kernels with_dense(Kernels kernels) {
 }
 
 extern const Kernels kernels;
-const Kernels kernels = with_dense(ALL_KERNELS);
+const Kernels kernels = with_digits(with_dense(ALL_KERNELS));
 }  // namespace ternc::avx512vnni
 
 TERNC_TARGET_END

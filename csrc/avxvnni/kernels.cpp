@@ -22,7 +22,7 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = ALL_KERNELS;
+const Kernels kernels = with_digits(ALL_KERNELS);
 }  // namespace ternc::avxvnni
 
 TERNC_TARGET_END

@@ -4,6 +4,7 @@
 
 #include "activation.h"
 #include "dequantize.h"
+#include "digits.h"
 #include "fit.h"
 #include "hadamard.h"
 #include "linear_f32.h"
@@ -21,6 +22,9 @@ constexpr Kernels ALL_KERNELS = {
     hadamard,
     {linear_i8<1>, linear_i8<2>, linear_i8<3>, linear_i8<EXPANDED>, linear_i8<INT8>},
     {linear_f32<1>, linear_f32<2>, linear_f32<3>, linear_f32<EXPANDED>, linear_f32<INT8>},
+    nullptr,
+    nullptr,
+    nullptr,
     dequantize,
     largest,
     magnitudes,
@@ -28,3 +32,11 @@ constexpr Kernels ALL_KERNELS = {
     snap_rows,
     snap_sums,
 };
+
+// For instruction sets whose dot() is one instruction, of any signed bytes.
+constexpr Kernels with_digits(Kernels kernels) {
+  kernels.is_even = is_even;
+  kernels.split = split;
+  kernels.join = join;
+  return kernels;
+}

@@ -1,11 +1,13 @@
 // x fp32, packed weight -> y: floating-point activations, fp32 sums of x * c, FMA.
 //
 // Codes are decoded to fp32 lanes once for up to four tokens; a carried field's sum is scaled by
-// 2^-carry, which is exact. Sums restart every group or 512 columns, so that rounding errors grow
-// with the length of a piece, not of a row.
+// 2^-carry, which is exact. Sums restart every group or 128 columns, so that rounding errors grow
+// with the length of a piece, not of a row: twice those of F.linear with 512.
 #pragma once
 
 #include "linear.h"
+
+constexpr int64_t SUMMED_COLUMNS = 128;
 
 struct SpanF32 {
   const LinearF32Args* args;
@@ -120,8 +122,8 @@ inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
         weight.multiplier == nullptr
             ? nullptr
             : weight.multiplier + (block * weight.groups + group) * block_rows(PLANES);
-    for (int64_t k = begin; k < end; k += PIECE_COLUMNS) {
-      span.count = (end - k < PIECE_COLUMNS ? end - k : PIECE_COLUMNS) / STEP_COLUMNS;
+    for (int64_t k = begin; k < end; k += SUMMED_COLUMNS) {
+      span.count = (end - k < SUMMED_COLUMNS ? end - k : SUMMED_COLUMNS) / STEP_COLUMNS;
       span.steps = weight.bytes + (block * steps + k / STEP_COLUMNS) * stored_bytes(PLANES);
       if constexpr (PLANES == EXPANDED) {
         expand(span.steps, span.count, expanded, args.prefetch);

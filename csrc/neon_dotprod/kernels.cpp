@@ -24,7 +24,7 @@ namespace {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = ALL_KERNELS;
+const Kernels kernels = with_digits(ALL_KERNELS);
 }  // namespace ternc::neon_dotprod
 
 TERNC_TARGET_END

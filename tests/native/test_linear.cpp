@@ -173,6 +173,98 @@ void check_f32(const Kernels& kernels, const TernaryWeight& weight, int64_t coun
   check_close(again, weight, wide, stride, epilogue, "linear_f32 on threads");
 }
 
+// Tokens as digits, the products of these by linear_i8, joined.
+void check_digits(const Kernels& kernels, const TernaryWeight& weight, int64_t count,
+                  int64_t variant, Random& random) {
+  if (kernels.split == nullptr) return;
+  const Weight& w = weight.lanes();
+  const Dtype dtype = DTYPES[variant % 3];
+  const int64_t digits = digits_of(dtype), rows = count * digits, stride = whole_steps(w.columns);
+  const Values x = random_values(random, dtype, count * w.columns);
+  const Buffer<float> wide(count * stride), scale(rows);
+  const Buffer<int8_t> given(rows * w.columns), q(rows * stride);
+  kernels.widen(x.data(), dtype, w.columns, wide.data(), stride, 0, count);
+  on_threads([&](int i) {
+    kernels.split({x.data(), dtype, w.columns, given.data(), scale.data()}, piece_begin(count, i),
+                  piece_begin(count, i + 1));
+  });
+  for (int64_t i = 0; i < rows * stride; ++i)
+    q[i] = i % stride < w.columns ? given[i / stride * w.columns + i % stride] : int8_t(0);
+  const Buffer<int32_t> sums(rows * w.groups);
+  const Tokens tokens{q.data(), scale.data(), sums.data(), rows, stride};
+  kernels.sum_groups(tokens, w.columns, w.group_size, w.groups, 0, rows);
+  const Values parts(Dtype::f32, rows * w.rows), y(dtype, count * w.rows);
+  const Output out{parts.data(), Dtype::f32, nullptr, Dtype::f32, nullptr};
+  kernels.linear_i8[kind_index(weight.planes())]({w, tokens, out, Prefetch(variant % 2)},
+                                                 {0, weight.blocks(), 0, rows});
+  const Epilogue epilogue(random, dtype, count, w.rows, variant);
+  const JoinArgs join{static_cast<const float*>(parts.data()), w.rows, epilogue.into(y)};
+  on_threads([&](int i) { kernels.join(join, piece_begin(count, i), piece_begin(count, i + 1)); });
+  check_close(y, weight, wide, stride, epilogue, "digits");
+}
+
+// x[k] = sum over d of q[d][k] * s[d], to 2^-30 (2^-22 with three digits) of the largest; exact
+// for integers over 128.
+void check_split(const Kernels& kernels, Dtype dtype, float size) {
+  Random random(5);
+  for (const int64_t columns : {1, 63, 64, 200}) {
+    const int digits = digits_of(dtype);
+    const Values x(dtype, columns);
+    const Buffer<float> scale(digits);
+    const Buffer<int8_t> q(digits * columns);
+    for (int64_t k = 0; k < columns; ++k)
+      x.set(k, k % 5 == 4 ? float(int(random.below(255)) - 127) * size / 128.0f
+                          : size * random.uniform());
+    x.set(columns / 2, columns == 63 ? size : -size);
+    kernels.split({x.data(), dtype, columns, q.data(), scale.data()}, 0, 1);
+    for (int64_t k = 0; k < columns; ++k) {
+      double sum = 0.0;
+      for (int d = 0; d < digits; ++d) sum += double(q[d * columns + k]) * double(scale[d]);
+      const double error = std::fabs(sum - double(x.at(k)));
+      const bool exact = size == 1.0f && k % 5 == 4;
+      expect(error <= (exact ? 0.0 : double(size) * (digits == 4 ? 0x1p-30 : 0x1p-22)),
+             "digits of %g (of %g, %s): off by %g", double(x.at(k)), double(size), name_of(dtype),
+             error);
+    }
+  }
+}
+
+void check_even(const Kernels& kernels) {
+  constexpr int64_t COLUMNS = 1030;
+  const Buffer<float> x(COLUMNS);
+  const auto even = [&] { return kernels.is_even(x.data(), Dtype::f32, 0, COLUMNS); };
+  const auto fill = [&](auto value) {
+    for (int64_t k = 0; k < COLUMNS; ++k) x[k] = value(k);
+  };
+  const auto ones = [](int64_t k) { return k % 2 == 1 ? 1.0f : -0.75f; };
+  fill(ones);
+  expect(even(), "values of one size are uneven");
+  for (const int64_t at : {int64_t(0), int64_t(7), COLUMNS - 1})
+    for (const float most : {300.0f, -300.0f, 900.0f, 1e30f, INFINITY, NAN}) {
+      fill(ones);
+      x[at] = most;
+      expect(even() == (std::fabs(most) == 300.0f), "%g among ones at %lld", double(most),
+             (long long)at);
+    }
+  for (const float size : {0.0f, 1e-40f, 1e-20f, 1e35f}) {
+    fill([&](int64_t k) { return size * ones(k); });
+    expect(!even(), "a token of %g is split", double(size));
+  }
+  fill([](int64_t k) { return k < 64 ? 1e-3f : 1.0f; });
+  expect(!even(), "a span of small values is split");
+  fill([](int64_t k) { return k % 4 == 0 ? 1e-3f : 1.0f; });
+  expect(!even(), "every fourth value is small and split");
+  fill([](int64_t k) { return k < 64 || k % 4 == 0 ? 0.0f : 1.0f; });
+  expect(even(), "zeros are uneven");
+}
+
+void check_digits_alone(const Kernels& kernels) {
+  if (kernels.split == nullptr) return;
+  check_even(kernels);
+  for (const Dtype dtype : DTYPES)
+    for (const float size : {1.0f, 1.99f, 0.0117f, 300.0f}) check_split(kernels, dtype, size);
+}
+
 // body(weight, count, variant, random) for every form, number of planes and of tokens.
 template <class Body>
 void each_product(const Body& body) {
@@ -228,8 +320,10 @@ void test_linear_i8(const Kernels& kernels) {
 }
 
 void test_linear_f32(const Kernels& kernels) {
+  check_digits_alone(kernels);
   each_product([&](const TernaryWeight& weight, int64_t count, int64_t variant, Random& random) {
     check_f32(kernels, weight, count, variant, random);
+    check_digits(kernels, weight, count, variant, random);
   });
 }
 

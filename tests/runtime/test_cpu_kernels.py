@@ -78,6 +78,40 @@ def test_float_activations(weight, planes, dtype):
         assert_as_good_as(y, low, exact, atol=3e-7 * weight[1] ** 0.5 * exact.abs().max().item())
 
 
+HARD = {
+    "normal": lambda x: x,
+    "outlier": lambda x: x.index_fill(1, torch.tensor([500]), 60.0),
+    "huge outlier": lambda x: x.index_fill(1, torch.tensor([500]), 3e4),
+    "small half": lambda x: torch.cat([x[:, :551], x[:, 551:] / 128], 1),
+    "smaller half": lambda x: torch.cat([x[:, :551], x[:, 551:] / 4096], 1),
+    "any size": lambda x: x * 10 ** (8 * torch.rand(x.shape) - 4),
+    "one sided": lambda x: x.relu() + 10,
+    "small": lambda x: x * 2e-6,
+}
+
+
+@pytest.mark.parametrize("group_size", [0, 128])
+@DTYPES
+@pytest.mark.parametrize("kind", HARD)
+def test_float_activations_of_any_range(group_size, dtype, kind, threads):
+    """As good as F.linear, also in rows that read only the small values (fixed point is not)."""
+    packed = packed_weight((300, 1102, group_size, "row"), 1)
+    w = dequantize.reference(*dequantize_arguments(packed, torch.float32)).double()
+    x = HARD[kind](torch.randn(18, 1102)).to(dtype)
+    exact, low = x.double() @ w.T, (x.float() @ w.float().T).to(dtype)
+    few = w[:, 500] == 0
+    for tokens in (1, 18):
+        arguments = linear_arguments(x[:tokens], packed, None, 0)
+        y = torch.ops.ternc.linear(*arguments)
+        threads(2)
+        assert torch.equal(y, torch.ops.ternc.linear(*arguments))
+        threads(1)
+        for rows in (few, ~few):
+            size = exact[:tokens, rows].norm()
+            error = (y - exact[:tokens])[:, rows].norm() / size
+            assert error <= 1.5 * (low[:tokens] - exact[:tokens])[:, rows].norm() / size + 1e-7
+
+
 @pytest.mark.parametrize("weight", [(1, 1, 0), (127, 129, 32), (161, 1100, 0)], ids=str)
 def test_one_plane_in_its_dense_form(weight):
     rows, columns, group_size = weight
@@ -104,8 +138,9 @@ def test_the_dense_form_takes_no_free_scales():
 
 @pytest.mark.parametrize("bits", [8, 4, 0])
 def test_rows_that_are_not_finite_or_zero(bits):
-    packed = packed_weight((70, 1100, 0, "row"), 1)
+    packed = packed_weight((130, 1100, 0, "row"), 1)
     x = torch.randn(9, 1100)
+    x[8, 3] = 3e7
     expected = torch.ops.ternc.linear(*linear_arguments(x, packed, None, bits))
     x[1, 500], x[3, 0], x[6] = torch.nan, -torch.inf, 0.0
     y = torch.ops.ternc.linear(*linear_arguments(x, packed, None, bits))
