@@ -197,7 +197,7 @@ void multiply_digits(const Kernels& kernels, const Input& x, const Few<Product>&
   Few<Product> parts;
   float* next = sums.get();
   for (const Product& product : products) {
-    parts.push_back({product.held, {next, Dtype::f32, nullptr, Dtype::f32, nullptr}});
+    parts.push_back({product.held, {next, Dtype::f32, nullptr, Dtype::f32, nullptr, true}});
     next += count * product.held->weight.rows;
   }
   multiply_integers(kernels, {q.get(), Dtype::f32, scale, count, x.columns}, 8, parts);

@@ -108,7 +108,8 @@ struct Output {
   Dtype dtype;
   const void* bias;  // [N] or null
   Dtype bias_dtype;
-  const void* residual;  // [M, N] in `dtype` or null: added after the rounding, rounded again
+  const void* residual;       // [M, N] in `dtype` or null: added after the rounding, rounded again
+  bool read_at_once = false;  // to be kept in the caches, however large
 };
 
 struct QuantizeArgs {

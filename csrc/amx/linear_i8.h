@@ -2,7 +2,8 @@
 //
 //   for tokens that fit L2 together
 //     for each block, for each 32 (up to 16) tokens, for each 2 (4) of its fields: a pass
-//       for each 64 columns    decode AHEAD steps on; multiply; write outputs of the pass before
+//       for each 64 columns    decode AHEAD steps on; multiply
+//       write outputs
 //
 // Decoding goes on over the ends of passes, and the next block comes from memory evenly over the
 // steps of this one: nothing waits between passes. What was slower (64 and 256 tokens, 4096 ->
@@ -79,18 +80,17 @@ TERNC_NOINLINE void multiply_passes(const LinearI8Args& args, const Range& range
   using Decoding = Decoder<PLANES, TILES, GROUPS>;
   alignas(64) int8_t storage[SLOTS * Decoding::SLOT_BYTES + PAGE];
   int8_t* ring = storage + in_phase(storage, args.weight.bytes);
-  alignas(64) Sums sums[2];
+  alignas(64) Sums sums;
   const int64_t steps = args.tokens.stride / STEP_COLUMNS, count = ceil_div(steps, TILE_STEPS);
   const int64_t next = count * TILE_SIZE;  // from 16 tokens to the next 16
   const int64_t block_bytes = steps * step_bytes(PLANES);
   const int64_t tokens = range.token_end - range.token_begin;
   NextBytes next_bytes(args.weight.bytes + range.block_begin * block_bytes, block_bytes,
                        ceil_div(tokens, Order::TOKENS_AT_ONCE) * Order::PARTS_A_BLOCK, count);
-  const int64_t outputs_a_step = ceil_div(Order::TOKENS_AT_ONCE + OUTPUTS_AHEAD, count);
-  Outputs<PLANES, TILES, GROUPS> outputs(args, range.token_end);
+  Outputs<PLANES, TILES, GROUPS> outputs(args);
   Decoding decoder(args, range);
   Between<Decoding> between = {decoder, next_bytes};
-  int64_t made = 0, used = 0, passed = 0;  // steps, steps, passes
+  int64_t made = 0, used = 0;  // steps
   for (; made < AHEAD && !decoder.done(); ++made) {
     decoder.begin(ring + made % SLOTS * Decoding::SLOT_BYTES);
     between.template run<0>();
@@ -99,7 +99,7 @@ TERNC_NOINLINE void multiply_passes(const LinearI8Args& args, const Range& range
     between.template run<3>();
     decoder.end();
   }
-  for (Order pass(range); !pass.done(); pass.next(), ++passed) {
+  for (Order pass(range); !pass.done(); pass.next()) {
     const int8_t* a = args.tokens.tiles + pass.token / TILE_ROWS * next;
     const uint8_t* step = args.weight.bytes + pass.block * block_bytes;
     zero_sums();
@@ -114,13 +114,10 @@ TERNC_NOINLINE void multiply_passes(const LinearI8Args& args, const Range& range
       decoder.end();
       a += TILE_SIZE;
       step += TILE_STEPS * step_bytes(PLANES);
-      outputs.advance(outputs_a_step);
     }
-    outputs.write_all();
-    store_sums(sums[passed % 2]);
-    outputs.start(pass, sums[passed % 2]);
+    store_sums(sums);
+    outputs.write(pass, sums, range.token_end);
   }
-  outputs.write_all();
 }
 
 template <int PLANES, bool GROUPS>

@@ -122,6 +122,14 @@ void check_largest_sums(const Kernels& kernels, int planes, int64_t group_size) 
   }
 }
 
+// Outputs of 1 MB and more in every dtype, which tile kernels stream past the caches.
+void check_large_outputs(const Kernels& kernels) {
+  if (kernels.tile_token == nullptr) return;
+  Random random(6);
+  const TernaryWeight weight({8192, 8, 0, ScaleKind::row}, 1, random);
+  for (const int64_t variant : {0, 1, 2, 3, 4, 5}) check_i8(kernels, weight, 64, variant, random);
+}
+
 // Sum over columns of x * m * c * s, and of its terms' sizes.
 struct RealProduct {
   double value, size;
@@ -317,6 +325,7 @@ void test_linear_i8(const Kernels& kernels) {
   });
   for (const int planes : KINDS)
     for (const int64_t group_size : {0, 128}) check_largest_sums(kernels, planes, group_size);
+  check_large_outputs(kernels);
 }
 
 void test_linear_f32(const Kernels& kernels) {

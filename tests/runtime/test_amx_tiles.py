@@ -116,6 +116,16 @@ def test_bit_for_bit(library, weight, planes):
             assert torch.equal(tile_linear(library, x, packed, bias, halves), expected)
 
 
+@pytest.mark.parametrize("rows", [4096, 4100])
+def test_large_outputs(library, rows):
+    """Streamed past the caches where their rows are whole lines."""
+    packed = pack(random_quantized(rows, 68, 1, 0), "cpu")
+    x, bias = torch.randn(70, 68), torch.randn(rows)
+    expected = linear.reference(*linear_arguments(x, packed, bias, 8))
+    assert expected.nbytes >= 1 << 20
+    assert torch.equal(tile_linear(library, x, packed, bias, [(0, 32), (32, 70)]), expected)
+
+
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("group_size", [0, 128])
 def test_the_largest_sums_fit(library, planes, group_size):
