@@ -10,7 +10,7 @@ import ternc
 from ternc.cli import main
 from ternc.config import INT8
 from ternc.errors import InputError, UnsupportedModelError, WeightShapeError
-from ternc.export import export, load_program
+from ternc.export import export, gguf_tokenizer, load_program
 from ternc.export.blocks import blocks_of, to_bytes
 from ternc.formats.quantized import Quantized
 
@@ -180,6 +180,57 @@ def test_gguf_file_holds_every_weight(tmp_path, kind):
     assert torch.equal(tensors["blk.0.attn_q.weight"], query)
     assert torch.equal(tensors["token_embd.weight"], model.model.embed_tokens.weight)
     assert int(read.fields[f"{found['architecture']}.attention.head_count_kv"].contents()) == 2
+
+
+def tokenizer(pattern=None, prefix=False):
+    tokenizers = pytest.importorskip("tokenizers")
+    cut = tokenizers.pre_tokenizers
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = cut.ByteLevel(add_prefix_space=prefix, use_regex=pattern is None)
+    if pattern is not None:
+        split = cut.Split(tokenizers.Regex(pattern), "isolated")
+        made.pre_tokenizer = cut.Sequence([split, made.pre_tokenizer])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=80, special_tokens=["<begin>", "<end>"], show_progress=False
+    )
+    made.train_from_iterator(["one and two and three and many more of them"], trainer)
+    names = {"bos_token": "<begin>", "eos_token": "<end>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+@pytest.mark.parametrize("entry", json.loads(gguf_tokenizer.TABLE.read_text(encoding="utf-8")))
+def test_gguf_file_holds_the_tokenizer(tmp_path, entry):
+    gguf = pytest.importorskip("gguf")
+    made, path = tokenizer(entry["split"]), tmp_path / "model.gguf"
+    export(packed(), "gguf", path, tokenizer=made)
+    fields = gguf.GGUFReader(path).fields
+    read = {name.removeprefix("tokenizer.ggml."): f.contents() for name, f in fields.items()}
+    assert (read["model"], read["pre"]) == ("gpt2", entry["name"])
+    ids = made.get_vocab()
+    assert {name: read["tokens"].index(name) for name in ids} == ids
+    assert len(read["tokens"]) == 96 and read["token_type"].count(5) == 96 - len(ids)
+    assert read["token_type"][:3] == [3, 3, 1]
+    known = [m if isinstance(m, str) else " ".join(m) for m in gguf_merges(made)]
+    assert read["merges"] == known != []
+    assert (read["bos_token_id"], read["eos_token_id"], read["add_bos_token"]) == (0, 1, False)
+
+
+def gguf_merges(made):
+    return json.loads(made.backend_tokenizer.to_str())["model"]["merges"]
+
+
+def test_tokenizers_that_gguf_does_not_hold(tmp_path):
+    pytest.importorskip("gguf")
+    for made, message in (
+        (tokenizer(prefix=True), "cuts text by .*--no-tokenizer"),
+        (tokenizer(pattern=r"\w+"), "cuts text by"),
+        (object(), "object: its tokens are 'of no known kind'"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message):
+            export(packed(), "gguf", tmp_path / "model.gguf", tokenizer=made)
+    small = ternc.quantize(decoder(vocab_size=32), ternc.Config(planes=1))
+    with pytest.raises(UnsupportedModelError, match="the model's embedding 32 rows"):
+        export(small, "gguf", tmp_path / "model.gguf", tokenizer=tokenizer())
 
 
 @pytest.mark.parametrize(

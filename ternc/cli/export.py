@@ -25,13 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="gguf: round scales to fp16 (1 part in 2,048) where a smaller type then fits",
     )
+    add("--no-tokenizer", action="store_true", help="gguf: llama.cpp is given token ids")
     add("--device", help="pt2: cpu (default) or cuda, where the file will run")
     add_json_option(parser)
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Write the file; print what is in it."""
-    from ternc.cli.huggingface import copy_side_files, is_packed, load_folder
+    from ternc.cli.huggingface import copy_side_files, is_packed, load_folder, tokenizer_of
     from ternc.export import export
 
     options = _options(namespace)
@@ -44,6 +45,8 @@ def run(namespace: argparse.Namespace) -> int:
     model = load_folder(namespace.model).to(namespace.device or "cpu")
     if namespace.to == "pt2":
         options["inputs"] = _inputs(model, namespace.device or "cpu")
+    if namespace.to == "gguf" and not options.pop("no_tokenizer", False):
+        options["tokenizer"] = tokenizer_of(namespace.model)
     written = export(model, namespace.to, namespace.output, **options)
     if namespace.to == "bitnet":
         copy_side_files(namespace.model, namespace.output)
@@ -59,7 +62,8 @@ def run(namespace: argparse.Namespace) -> int:
 def _options(namespace: argparse.Namespace) -> dict[str, Any]:
     """Options of the target. Raises InputError for one of another target."""
     found: dict[str, Any] = {}
-    for name, target in (("trits", "gguf"), ("round_scales", "gguf"), ("device", "pt2")):
+    targets = {"trits": "gguf", "round_scales": "gguf", "no_tokenizer": "gguf", "device": "pt2"}
+    for name, target in targets.items():
         value = getattr(namespace, name)
         if value and namespace.to != target:
             flag = name.replace("_", "-")

@@ -21,6 +21,7 @@ from ternc.errors import (
     UnsupportedModelError,
     WeightShapeError,
 )
+from ternc.export import gguf_tokenizer
 from ternc.export.blocks import TRITS, blocks_of, to_bytes
 from ternc.export.weights import packed_layers, weights
 from ternc.formats.quantized import Quantized
@@ -30,19 +31,25 @@ TABLE = Path(__file__).with_name("gguf_architectures.json")
 
 
 def write(
-    model: nn.Module, path: Path, *, trits: str = "TQ2_0", round_scales: bool = False
+    model: nn.Module,
+    path: Path,
+    *,
+    tokenizer: Any = None,
+    trits: str = "TQ2_0",
+    round_scales: bool = False,
 ) -> dict[str, Any]:
-    """Writes one file without a tokenizer: llama.cpp is given token ids.
+    """Writes one file.
 
     Args:
+        tokenizer: fast tokenizer of transformers, byte-level BPE; None: llama.cpp gets token ids.
         trits: type of weights of one plane: TQ2_0, or TQ1_0 in fewer bytes.
         round_scales: scales may be rounded to fp16 (by at most 1 part in 2,048) where a smaller
             type then holds a weight. Otherwise every value in the file is exact.
 
     Raises:
         MissingExtraError: gguf is not installed.
-        UnsupportedModelError: an architecture that is not in the table, or a kind of rotary
-        embedding that the file cannot tell.
+        UnsupportedModelError: an architecture that is not in the table, a kind of rotary
+        embedding or a tokenizer that the file cannot tell.
         WeightShapeError: no type holds a packed weight.
     """
     try:
@@ -56,6 +63,7 @@ def write(
     layers = packed_layers(model, TARGET)
     writer = gguf.GGUFWriter(path, known["architecture"], use_temp_file=False)
     _describe(writer, config)
+    gguf_tokenizer.describe(writer, tokenizer, config.vocab_size)
     number = next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == known["architecture"])
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
     head = _head(config)
@@ -121,7 +129,6 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
 
 def _describe(writer: Any, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
