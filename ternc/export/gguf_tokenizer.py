@@ -49,8 +49,9 @@ def describe(writer: Any, tokenizer: Any, size: int) -> None:
     for content, index, kind in own:
         tokens[index], kinds[index] = content, kind
     merges = parts["model"]["merges"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_cut(parts))
+    cut = _cut(parts)
+    writer.add_tokenizer_model(cut["model"])
+    writer.add_tokenizer_pre(cut["name"])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
@@ -80,8 +81,8 @@ def _parts(tokenizer: Any) -> dict[str, Any]:
     return parts
 
 
-def _cut(parts: dict[str, Any]) -> str:
-    """llama.cpp's name of the way that text is cut."""
+def _cut(parts: dict[str, Any]) -> dict[str, str]:
+    """The entry of the table: llama.cpp's names of the kind of tokenizer and of its cuts."""
     steps = parts.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
     splits = [s["pattern"].get("Regex") for s in steps if s.get("type") == "Split"]
@@ -92,7 +93,7 @@ def _cut(parts: dict[str, Any]) -> str:
         if levels[0].get("use_regex", True) == (split is None):
             for entry in json.loads(TABLE.read_text(encoding="utf-8")):
                 if entry["split"] == split:
-                    return entry["name"]
+                    return entry
     raise UnsupportedModelError(
         f"the tokenizer cuts text by {json.dumps(steps)[:200]}, of which llama.cpp's name is not "
         "known here; write the file without a tokenizer (--no-tokenizer)"
