@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from packed_weights import assert_same, packed_on_gpu
-from reference import linear_arguments
+from reference import linear_arguments, random_quantized
 
 from ternc.formats import pack
 from ternc.formats.int8 import fit_int8
+from ternc.modules.linear import TernaryLinear
 from ternc.runtime import dispatch
 from ternc.runtime.ops import linear as linear_op
 
@@ -94,6 +95,15 @@ def test_free_scales(shape):
         y = torch.ops.ternc.linear(*arguments)
         assert dispatch.last_kernel(packed.weight) == "triton_free"
         torch.testing.assert_close(y, linear_op.reference(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 100, 2, 32), (70, 300, 3, 128)], ids=str)
+def test_free_planes(shape):
+    layer = TernaryLinear.from_quantized(random_quantized(*shape, "planes"))
+    x, state = torch.randn(9, shape[1]), layer.state_dict()
+    expected = layer(x)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), expected, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(v.cpu(), state[name]) for name, v in layer.state_dict().items())
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (2560, 6912), (6912, 2560)], ids=str)
