@@ -31,7 +31,7 @@ def decide(weight: torch.Tensor, planes: int | None, config: Config, refine: int
     )
     if not isinstance(found, Refusal):
         return Decision(found, "ternary by value: lowered exactly", 0.0)
-    near = f"; not exactly ternary: {found.reason}" if found.near_ternary else ""
+    near = f"; {found.reason}" if found.near_ternary else ""
     chosen = choose(weight, config, refine=refine)
     if isinstance(chosen, Refusal):
         return Decision(None, chosen.reason + near)
@@ -72,7 +72,7 @@ def decide_rotated(
     if rotation is None or not isinstance(found := detect_ternary(weight, group), Refusal):
         return decide(weight, planes, config, refine)
     decision = decide(rotation.rotate(weight), planes, config, refine)
-    near = f"; not exactly ternary: {found.reason}" if found.near_ternary else ""
+    near = f"; {found.reason}" if found.near_ternary else ""
     return dataclasses.replace(decision, rotation=rotation, reason=decision.reason + near)
 
 
@@ -91,7 +91,14 @@ def _grown(quantized: Quantized, weight: torch.Tensor) -> str | None:
     return f"packed in {packed:,} bytes it would not be smaller than its {weight.nbytes:,}"
 
 
+def fewest(planes: int, budget: float) -> str:
+    """The reason of a plane count that "auto" chose."""
+    if planes == 1:
+        return f"one plane is within error_budget {budget:g}"
+    return f"{planes} planes are the fewest within error_budget {budget:g}"
+
+
 def _rule(config: Config, planes: int) -> str:
     if config.planes == "auto":
-        return f"{planes} planes are the fewest within error_budget {config.error_budget:g}"
-    return f"planes={config.planes} as configured"
+        return fewest(planes, config.error_budget)
+    return f"planes={planes} as configured"

@@ -269,6 +269,8 @@ def _unique(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     seen = set()
     for tensors in (model.parameters(), model.buffers()):
         for tensor in tensors:
+            if torch.nn.parameter.is_lazy(tensor):
+                continue  # no storage yet
             if (key := _storage(tensor)) not in seen:
                 seen.add(key)
                 yield tensor

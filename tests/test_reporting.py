@@ -147,6 +147,10 @@ def test_totals_are_the_same_from_the_float_and_from_the_packed_model():
     assert from_float.bits_per_weight == pytest.approx(32 / from_float.ratio_fp32)
 
 
+def test_totals_of_a_model_that_has_no_weights_yet():
+    assert Totals.of(torch.nn.LazyLinear(8), [], replaced=[]) == Totals(0, 0, 0, 0)
+
+
 def test_totals_count_a_shared_weight_once():
     model = torch.nn.Sequential(torch.nn.Linear(128, 64, bias=False))
     rows = [linear_row("0"), linear_row("1", shared_with="0")]

@@ -23,6 +23,7 @@ from ternc.calibration.refit import corrected_bias
 from ternc.calibration.resume import Store
 from ternc.calibration.target import Target, target_of, transfer
 from ternc.config import CODE_MAX, Config
+from ternc.decision import fewest
 from ternc.formats.detect import detect_ternary
 from ternc.formats.fit import over_budget, refuse
 from ternc.formats.quantized import Refusal
@@ -190,9 +191,7 @@ class Calibrator:
             source = "by measured sensitivity" if name in self._planes else "as configured"
             reason = f"planes={count} {source}"
         elif self._within(candidates):
-            reason = (
-                f"{count} planes are the fewest within error_budget {budget:g} on held-out data"
-            )
+            reason = f"{fewest(count, budget)} on held-out data"
         else:
             refusal = over_budget(count, "held-out output error", chosen.error, budget)
             return Decision(None, refusal.reason, output_error=chosen.error)

@@ -123,7 +123,7 @@ def _difference(w: torch.Tensor, size: int) -> str:
     count = int(off.sum())
     seen, wanted = _distinct(w[row, column].item(), typical[unit].item())
     return (
-        f"not ternary: {count:,} of {w.numel():,} elements "
+        f"not exactly ternary: {count:,} of {w.numel():,} elements "
         f"{'differs' if count == 1 else 'differ'}; "
         f"element [{row}, {column}] = {seen} where {where} +-{wanted}"
     )

@@ -78,6 +78,11 @@ def from_state(
     try:
         codes, planes = _codes(tensors, prefix, shape)
         scale = _scale(tensors, prefix)
+        if not scale.isfinite().all():
+            raise CheckpointError(
+                f"{prefix}scale holds {int((~scale.isfinite()).sum()):,} values that are not "
+                "finite; save or copy the folder again"
+            )
         multiplier = tensors.get("multiplier")
         quantized = Quantized(
             codes=codes,

@@ -74,7 +74,8 @@ def test_one_element_off(unit, where):
     assert isinstance(refusal, Refusal)
     assert refusal.near_ternary
     pattern = (
-        rf"not ternary: 1 of {w.numel():,} elements differs; element \[3, 17\] = -0\.21 where "
+        rf"not exactly ternary: 1 of {w.numel():,} elements differs; "
+        r"element \[3, 17\] = -0\.21 where "
     )
     assert re.search(pattern + where, refusal.reason), refusal.reason
 

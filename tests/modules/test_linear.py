@@ -223,6 +223,7 @@ def test_refuses_a_float_weight_it_would_ruin():
         ({"trits": torch.full((2, 48, 26), 243, dtype=torch.uint8)}, r"x\.trits: byte 243"),
         ({"scale": torch.zeros(47, dtype=torch.float16)}, "scale"),
         ({"scale": torch.zeros(48, dtype=torch.float32)}, r"x\.scale is torch.float32 beside"),
+        ({"scale": torch.full((48,), torch.nan, dtype=torch.float16)}, r"x\.scale holds 48 values"),
         ({"scale_exponent": torch.tensor(9999, dtype=torch.int32)}, r"x\.scale_exponent"),
         ({"scale_exponent": torch.tensor(1.5)}, r"x\.scale_exponent"),
         ({"multiplier": torch.zeros(48, 9, dtype=torch.uint8)}, r"9 groups"),
