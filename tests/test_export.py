@@ -12,6 +12,7 @@ from ternc.config import INT8
 from ternc.errors import InputError, UnsupportedModelError, WeightShapeError
 from ternc.export import export, gguf_tokenizer, load_program
 from ternc.export.blocks import blocks_of, to_bytes
+from ternc.formats.packed import unpack
 from ternc.formats.quantized import Quantized
 
 transformers = pytest.importorskip("transformers")
@@ -278,3 +279,11 @@ def test_command(tmp_path, ids, capsys):
     decoder().save_pretrained(tmp_path / "float")
     assert main(["export", str(tmp_path / "float"), "--to", "pt2", "-o", out]) == 1
     assert "make one with ternc quantize" in capsys.readouterr().err
+
+
+def test_planes_with_scales_of_their_own_are_refused_by_name(tmp_path, ids):
+    model = packed(planes=2, group_size=32, tie_scales=False)
+    assert blocks_of(unpack(model.model.layers[0].mlp.up_proj.packed), "TQ2_0", True) is None
+    pytest.importorskip("gguf")
+    with pytest.raises(WeightShapeError, match="tie_scales=True"):
+        export(model, "gguf", tmp_path / "model.gguf")

@@ -76,7 +76,7 @@ def blocks_of(quantized: Quantized, trits: str, round_scales: bool) -> Blocks | 
 def _readings(quantized: Quantized, block: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Ways to write W = scales [N, blocks] * codes [N, K], fewest values of a code first."""
     rows, columns = quantized.shape
-    if columns % block or not columns:
+    if columns % block or not columns or quantized.planewise:
         return []
     blocks, group, many = columns // block, quantized.group_size, quantized.multiplier
     row = None if quantized.free_scales else quantized.scale.expand(rows)[:, None]

@@ -185,7 +185,9 @@ def _add_float(writer: Any, name: str, value: torch.Tensor) -> str:
 def _no_type(name: str, value: Quantized, round_scales: bool) -> WeightShapeError:
     columns = value.shape[1]
     do = "rows need a multiple of 32 columns; leave the layer out with exclude="
-    if columns % 32 == 0:
+    if value.planewise:
+        do = "its planes have scales of their own; quantize with tie_scales=True"
+    elif columns % 32 == 0:
         do = "its scales are no fp16 numbers; "
         do += (
             "leave it out with exclude=" if round_scales else "let them be rounded: --round-scales"
