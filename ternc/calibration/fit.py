@@ -11,6 +11,7 @@ are fitted as one stack of rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -45,8 +46,6 @@ class Metric:
 
     hessian: torch.Tensor
     """fp32 [K, K]."""
-    factor: torch.Tensor
-    """Upper Cholesky factor of the inverse, fp32 [K, K]."""
 
     @classmethod
     def of(cls, moments: Moments, centred: bool, rotation: Rotation | None = None) -> Metric:
@@ -60,7 +59,12 @@ class Metric:
         rotated = moments if rotation is None else moments.rotated(rotation)
         hessian = damped(rotated.metric(centred), SHORT_DAMPING if few else DAMPING)
         del rotated
-        return cls(hessian, inverse_factor(hessian))
+        return cls(hessian)
+
+    @functools.cached_property
+    def factor(self) -> torch.Tensor:
+        """Upper Cholesky factor of the inverse, fp32 [K, K]; compensation alone wants it."""
+        return inverse_factor(self.hessian)
 
 
 def fit(
