@@ -309,8 +309,8 @@ def _timings(timings: dict[str, dict]) -> list[str]:
             for arm, value in found["milliseconds"].items()
         )
         lines.append(
-            f"A step of {found['bytes_per_step']} bytes, {found['compiled']} compiled, teacher not "
-            f"included: {own}; the teacher's forward "
+            f"A step of {found['bytes_per_step']} bytes, {found['compiled']} compiled, without the "
+            f"teacher where it is not named: {own}; the teacher's forward "
             f"{found['teacher_forward_milliseconds']:.1f} ms. {found['device']}, torch "
             f"{found['torch']}."
         )
