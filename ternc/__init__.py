@@ -52,7 +52,7 @@ __all__ = [
     "sites",
 ]
 
-_SUBPACKAGES = ("bitlinear", "bitnet_v3", "train")
+_SUBPACKAGES = ("bitlinear", "bitnet_v3", "export", "train")
 """Reachable as attributes too: `ternc.train.Trainer`."""
 
 # A source checkout keeps passes/, runtime/ and csrc/ beside ternc/, an installed package inside.
