@@ -40,6 +40,7 @@ struct HadamardRow {
   int64_t columns;
   float factor;  // 1 / sqrt(block)
   bool last;     // this pass is the last one: it applies the factor, and finds the largest
+  bool wanted;   // the largest
   float* out;
   uint32_t largest;  // |value| as the bits of a float
 };
@@ -61,6 +62,11 @@ TERNC_INLINE void store_pass(const HadamardRow& row, const f32 (&v)[R], int64_t 
     return;
   }
   const f32 factor = splat_f32(row.factor);
+  if (!row.wanted) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) store_f32(out + i * distance, mul_f32(v[i], factor));
+    return;
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) {
     const f32 value = mul_f32(v[i], factor);
@@ -128,13 +134,13 @@ TERNC_INLINE void wide_pass(HadamardRow& row, int64_t radix, int64_t distance,
 }
 
 // values [padded(columns)] -> out [padded(columns)]; what is past `columns` has no meaning. Returns
-// the largest |value| of out, as bits that order like integers.
+// the largest |value| of out, as bits that order like integers, where it is `wanted`.
 template <class Values>
 inline uint32_t rotate_row(const Values& values, const Rotation& rotation, int64_t columns,
-                           float* out) {
+                           float* out, bool wanted = true) {
   const int64_t block = rotation.block;
   const float factor = float(1.0 / __builtin_sqrt(double(block)));
-  HadamardRow row = {rotation.signs, columns, factor, true, out, 0};
+  HadamardRow row = {rotation.signs, columns, factor, true, wanted, out, 0};
   if (block <= LANES) {
     narrow_pass<1>(row, block, values);
     return row.largest;
@@ -184,7 +190,7 @@ inline void hadamard(const HadamardArgs& args, int64_t token_begin, int64_t toke
     const int64_t begin = token * args.columns;
     const float* x = float_row(args.x, token, args.columns, scratch);
     float* out = direct ? static_cast<float*>(args.y) + begin : scratch;
-    rotate_row(PlainValues{x}, args.rotation, args.columns, out);
+    rotate_row(PlainValues{x}, args.rotation, args.columns, out, false);
     if (!direct) store_values(out, args.columns, args.x.dtype, args.y, begin);
   }
 }

@@ -97,7 +97,8 @@ struct CursorI8 {
   const int8_t* q;
 };
 
-// `count` steps x fields [F0, F0 + FN) x parts [part, part + PN) x T tokens.
+// `count` steps x fields [F0, F0 + FN) x parts [part, part + PN) x T tokens: 20 sums at most, which
+// a loop over them that is not unrolled would put in memory.
 template <int PLANES, int T, int F0, int FN, int PN>
 TERNC_INLINE void sum_steps(i32 (&sum)[FN][PN][T], CursorI8& at, int64_t count, int64_t stride,
                             int part, Prefetch prefetch) {
@@ -106,7 +107,7 @@ TERNC_INLINE void sum_steps(i32 (&sum)[FN][PN][T], CursorI8& at, int64_t count, 
   bytes q[T];
 #pragma GCC unroll 8
   for (int set = 0; set < SETS; ++set)
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int i = 0; i < FN * PN * T; ++i) acc[set][i / (PN * T)][i / T % PN][i % T] = splat_i32(0);
   int64_t s = 0;
   for (; s + SETS <= count; s += SETS) {
@@ -124,7 +125,7 @@ TERNC_INLINE void sum_steps(i32 (&sum)[FN][PN][T], CursorI8& at, int64_t count, 
       load_q<T>(q, at.q, stride);
       add_step<PLANES, T, F0, FN, PN>(acc[0], at.step, q, part);
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
   for (int i = 0; i < FN * PN * T; ++i) {
     i32& whole = sum[i / (PN * T)][i / T % PN][i % T];
     whole = acc[0][i / (PN * T)][i / T % PN][i % T];
