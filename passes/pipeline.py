@@ -4,6 +4,8 @@ and nowhere else.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import fx
 
@@ -47,7 +49,9 @@ from ternc.passes.ternary_call import read
 from ternc.passes.trace import trace
 from ternc.passes.verify import verify
 from ternc.passes.weight_expression import WeightExpression
+from ternc.passes.weight_site import packed_bytes
 from ternc.reporting import Row
+from ternc.site import Variant
 
 RULES: tuple[Rule, ...] = (
     EmbeddingRule(),
@@ -194,17 +198,24 @@ def _packed_row(node: fx.Node, name: str, embeds: bool) -> Row:
     given = arguments(node)
     rows, columns = given[4:6] if embeds else (given[5], example_value(given[0]).shape[-1])
     rotated = "" if embeds or not read_rotation(given[0]).block else " rotated"
-    tensors = [example_value(arg) for arg in given[1:4] if isinstance(arg, fx.Node)]
-    nbytes = sum(t.numel() * t.element_size() for t in tensors)
-    layout = layouts.get(given[7] if embeds else given[8])
+    scale, multiplier = tuple(example_value(given[2]).shape), given[3]
+    bits, number = (None, given[7]) if embeds else given[7:9]
+    variant = Variant(number, given[6], scale, multiplier is not None)
+    planes = layouts.get(number).planes
+    at_rest = dataclasses.replace(variant, layout=layouts.at_rest_layout(planes))
+    rows, columns = int(rows), int(columns)
+    nbytes = packed_bytes(rows, columns, variant)
+    unit = f"g{given[6]}" if given[6] else "row" if scale[0] == rows else "tensor"
+    activations = "" if embeds else f" a{bits}" if bits else " float activations"
     return Row(
         name=name,
         pattern=f"packed {'embedding' if embeds else 'linear'}",
         action="rewritten",
         reason="packed before compilation; its buffers are the weights",
-        format=f"{kind(layout.planes)} layout {layout.number}{rotated}",
-        shape=(int(rows), int(columns)),
-        bytes_before=int(rows * columns) * example_value(node).element_size(),
+        format=f"{kind(planes)} {unit}{activations}{rotated}",
+        shape=(rows, columns),
+        bytes_before=rows * columns * example_value(node).element_size(),
         bytes_after=nbytes,
+        bytes_at_rest=packed_bytes(rows, columns, at_rest),
         bits_per_weight=8.0 * nbytes / max(1, rows * columns),
     )

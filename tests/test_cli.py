@@ -132,6 +132,14 @@ def test_info_says_what_is_here(capsys):
     assert "kernel on the CPU" in printed
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    command = f"{sys.executable} -m ternc info | true"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_info_json(capsys):
     assert main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)

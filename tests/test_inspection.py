@@ -81,6 +81,18 @@ def test_a_dict_is_no_config():
             ask(Branches(), {"planes": 2})
 
 
+def test_a_packed_model_is_explained_as_it_is_reported():
+    config = ternc.Config(planes=2, group_size=64, int8=("a",))
+    q = ternc.quantize(Branches().eval(), config)
+    explained, held = ternc.explain(q, torch.randn(3, 128)), ternc.report(q)
+    (row,) = (row for row in explained.rows if row.name == "a")
+    assert row.format == held.rows[0].format == "int8 row a8"
+    assert row.bytes_after == held.rows[0].bytes_after
+    (row,) = (r for r in ternc.explain(q, torch.randn(3, 128), False).rows if r.name == "b")
+    assert row.format == held.rows[1].format == "ternary x2 g64 a8"
+    assert 0 < row.bytes_at_rest < row.bytes_after == held.rows[1].bytes_after
+
+
 def test_code_left_to_python_is_told():
     model = Recurrent().eval()
     fast = torch.compile(model, backend="ternc", options={"inner": "eager"})

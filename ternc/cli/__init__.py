@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,7 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             module.add_arguments(command)
     namespace = parser.parse_args(arguments)
     try:
-        return module.run(namespace)
+        status = module.run(namespace)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read the output has closed it; Python would write to it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
     except (TerncError, OSError) as error:

@@ -76,13 +76,13 @@ def describe(info: dict[str, Any]) -> str:
     ]
     isas = [(isa["name"], isa["why_not"] or "yes") for isa in info["isas"]]
     layouts = [
-        (layout["number"], layout["name"], layout["planes"], layout["cpu"], layout["cuda"])
+        (layout["number"], layout["name"], layout["weight"], layout["cpu"], layout["cuda"])
         for layout in info["layouts"]
     ]
     parts = [tabulate.tabulate(facts, tablefmt="plain")]
     if isas:
         parts.append(tabulate.tabulate(isas, ("instruction set", "available"), tablefmt="simple"))
-    headers = ("layout", "name", "planes", "kernel on the CPU", "kernel on a GPU")
+    headers = ("layout", "name", "weight", "kernel on the CPU", "kernel on a GPU")
     parts.append(tabulate.tabulate(layouts, headers, tablefmt="simple", colalign=("left",) * 5))
     return "\n\n".join(parts)
 
@@ -116,6 +116,7 @@ def _gpu() -> dict[str, Any]:
 def _layouts(status: dict[str, Any]) -> list[dict[str, Any]]:
     """For each byte layout: the kernel of `ternc::linear` that reads it, or why there is none."""
     from ternc.formats import layouts
+    from ternc.formats.quantized import kind
     from ternc.runtime import gpu
 
     missing = gpu.missing()
@@ -123,7 +124,7 @@ def _layouts(status: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "number": number,
             "name": layout.name,
-            "planes": layout.planes,
+            "weight": kind(layout.planes),
             "cpu": _kernel(layout, "cpu", status["isa"], "no C++ library"),
             "cuda": _kernel(layout, "cuda", None if missing else "Triton", missing),
         }
