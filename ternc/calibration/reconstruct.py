@@ -120,14 +120,17 @@ def reconstruct(
 def _trainable(
     model: nn.Module, teacher: nn.Module
 ) -> Iterator[tuple[TernaryLinear, tuple[str, nn.Module]]]:
-    """Packed layers with name and float original; not those tied to others, or held exactly."""
+    """Packed layers with name and float original; not those tied to others, held exactly, or whose
+    planes have scales of their own.
+    """
     originals = dict(teacher.named_modules())
     packed = {m: name for name, m in model.named_modules() if isinstance(m, TernaryLinear)}
     shared: dict[int, int] = {}
     for layer in packed:
         shared[id(layer.packed_weight)] = shared.get(id(layer.packed_weight), 0) + 1
     for layer, name in packed.items():
-        if name in originals and shared[id(layer.packed_weight)] == 1 and not layer.exact:
+        alone = shared[id(layer.packed_weight)] == 1 and layer.free_planes == 1
+        if name in originals and alone and not layer.exact:
             yield layer, (name, originals[name])
 
 
