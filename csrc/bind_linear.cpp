@@ -1,23 +1,22 @@
 // torch tensors -> the linear kernels: the CPU implementations of ternc::linear and linears1..4.
-#include "bind_product.h"
+#include "bind_held.h"
 #include "entry.h"
 
 namespace ternc {
-namespace {
-
-// One weight of a call: what the kernels read, where its result goes, and what keeps that alive.
-struct HeldProduct {
-  WeightTensors held;
-  Tensor y;
-  std::optional<Tensor> bias, residual;
-  Output out;
-};
 
 void multiply(const Input& x, int64_t activation_bits, const std::vector<HeldProduct>& held) {
   Few<Product> products;
   for (const HeldProduct& product : held) products.push_back({&product.held, product.out});
   multiply(x, activation_bits, products);
 }
+
+void check_input(const char* op, const Tensor& x, int64_t activation_bits) {
+  STD_TORCH_CHECK(x.dim() >= 1, "ternc::", op, ": x is a scalar; it needs a dimension of features");
+  STD_TORCH_CHECK(activation_bits == 8 || activation_bits == 4 || activation_bits == 0,
+                  "ternc::", op, ": activation_bits=", activation_bits, ", not 8, 4 or 0");
+}
+
+namespace {
 
 // The weight as it is read, a new y for it, and its bias.
 HeldProduct product_of(const char* op, const Tensor& x, ScalarType type, WeightTensors held,
@@ -34,12 +33,6 @@ HeldProduct product_of(const char* op, const Tensor& x, ScalarType type, WeightT
     product.out.bias_dtype = dtype_of(bias->scalar_type(), op, "bias");
   }
   return product;
-}
-
-void check_input(const char* op, const Tensor& x, int64_t activation_bits) {
-  STD_TORCH_CHECK(x.dim() >= 1, "ternc::", op, ": x is a scalar; it needs a dimension of features");
-  STD_TORCH_CHECK(activation_bits == 8 || activation_bits == 4 || activation_bits == 0,
-                  "ternc::", op, ": activation_bits=", activation_bits, ", not 8, 4 or 0");
 }
 
 void check_layout(const char* op, int64_t layout) {
@@ -121,36 +114,30 @@ Tensor linears1(const Tensor& x, const std::optional<Tensor>& sx, const Tensor& 
   return product.y;
 }
 
-std::vector<HeldProduct> several(const Tensor& x, const std::optional<Tensor>& sx, size_t count,
-                                 const std::vector<Tensor>& weights,
-                                 const std::vector<Tensor>& scales,
-                                 const std::vector<Tensor>& multipliers,
-                                 const std::vector<Tensor>& biases,
-                                 const std::vector<int64_t>& out_features,
-                                 const std::vector<int64_t>& group_sizes, int64_t activation_bits,
-                                 const std::vector<int64_t>& layouts, ScalarType dtype) {
-  const HeldInput held = read_input("linears", x, sx, activation_bits, dtype);
-  STD_TORCH_CHECK(weights.size() == count && scales.size() == count &&
-                      multipliers.size() == count && biases.size() == count &&
-                      out_features.size() == count && group_sizes.size() == count &&
-                      layouts.size() == count,
-                  "ternc::linears: lists that are not of ", count, " entries");
+}  // namespace
+
+std::vector<HeldProduct> read_products(const char* op, const Tensor& x, size_t count,
+                                       const PackedLists& lists, ScalarType type) {
+  STD_TORCH_CHECK(lists.weights.size() == count && lists.scales.size() == count &&
+                      lists.multipliers.size() == count && lists.biases.size() == count &&
+                      lists.out_features.size() == count && lists.group_sizes.size() == count &&
+                      lists.layouts.size() == count,
+                  "ternc::", op, ": lists that are not of ", count, " entries");
+  const int64_t columns = x.size(x.dim() - 1);
   std::vector<HeldProduct> products;
   products.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    check_layout("linears", layouts[i]);
-    products.push_back(
-        product_of("linears", x, dtype,
-                   read_weight("linears", weights[i], scales[i], given(multipliers[i]),
-                               out_features[i], held.input.columns, group_sizes[i], layouts[i]),
-                   given(biases[i])));
+    check_layout(op, lists.layouts[i]);
+    products.push_back(product_of(
+        op, x, type,
+        read_weight(op, lists.weights[i], lists.scales[i], given(lists.multipliers[i]),
+                    lists.out_features[i], columns, lists.group_sizes[i], lists.layouts[i]),
+        given(lists.biases[i])));
   }
-  multiply(held.input, activation_bits, products);
   return products;
 }
 
-template <size_t>
-using OneTensor = Tensor;
+namespace {
 
 // ternc::linears<N>: a tuple of as many tensors as there are entries in I.
 template <size_t... I>
@@ -160,9 +147,10 @@ std::tuple<OneTensor<I>...> linears(
     const std::vector<Tensor>& biases, const std::vector<int64_t>& out_features,
     const std::vector<int64_t>& group_sizes, int64_t activation_bits,
     const std::vector<int64_t>& layouts, ScalarType dtype) {
-  const std::vector<HeldProduct> products =
-      several(x, sx, sizeof...(I), weights, scales, multipliers, biases, out_features, group_sizes,
-              activation_bits, layouts, dtype);
+  const HeldInput held = read_input("linears", x, sx, activation_bits, dtype);
+  const PackedLists lists{weights, scales, multipliers, biases, out_features, group_sizes, layouts};
+  const std::vector<HeldProduct> products = read_products("linears", x, sizeof...(I), lists, dtype);
+  multiply(held.input, activation_bits, products);
   return {products[I].y...};
 }
 

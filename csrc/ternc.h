@@ -204,7 +204,8 @@ struct ActivateArgs {
   int64_t columns;
   Activation function;
   Rotation rotation;
-  QuantizedRows out;
+  QuantizedRows out;  // read without h
+  void* h;            // [M, K] in the dtype of gate, may be gate itself; or null
 };
 
 struct HadamardArgs {

@@ -1,4 +1,4 @@
-// gate, up -> h = act(gate) * up -> rotation -> q, sx, a token at a time, in fp32.
+// gate, up -> h = act(gate) * up -> rotation -> q, sx, a token at a time, in fp32; or h alone.
 //
 // exp and erf are polynomials of least maximal error (fitted in float64 on Chebyshev nodes):
 //   exp(x) = 2^n exp(r), |r| <= ln 2 / 2      1 to 2 ulp
@@ -126,6 +126,9 @@ inline void activate(const ActivateArgs& args, int64_t token_begin, int64_t toke
                      float* scratch) {
   for (int64_t token = token_begin; token < token_end; ++token) {
     gated_row(args, token, scratch + padded(args.columns), scratch);
-    quantize_rotated(scratch, args.columns, args.rotation, args.gate.dtype, args.out, token);
+    if (args.h != nullptr)
+      store_values(scratch, args.columns, args.gate.dtype, args.h, token * args.columns);
+    else
+      quantize_rotated(scratch, args.columns, args.rotation, args.gate.dtype, args.out, token);
   }
 }

@@ -1,8 +1,8 @@
 """linears(norm_quantize(x), W) -> token_linears(x, W), and with activate_quantize behind it one op
-more: of one token, products normalise their own input and write act(gate) * up.
+more: of one token, products normalise their own input and write act(gate) * up, or act(gate).
 
-Every program of a one-token product reads all of x: normalising it again in each costs less than
-the launch of a kernel that does it once.
+Of one token an op takes about as long to be called as to normalise a row. On CUDA every program of
+a product reads all of x: normalising it again in each costs less than a launch that does it once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ternc.passes.ternary_call import TernaryCall, read, replace_outputs, severa
 from ternc.runtime.ops.linears import MAX_WEIGHTS
 from ternc.runtime.ops.token_linears import BITS
 
-TOKEN_DEVICES = ("cuda",)
+TOKEN_DEVICES = ("cpu", "cuda")
 """Device types with a kernel for `ternc::token_linears1..4`."""
 
 
@@ -60,18 +60,19 @@ class TokenNormRule:
 class TokenActivationRule:
     """Runs after TokenNormRule."""
 
-    name = "activate_quantize(linears(x, [W, V])) -> token_linears(x, [W, V], activation)"
+    name = "activate_quantize(linears(x, W)) -> token_linears(x, W, activation)"
 
     def match(self, node: fx.Node) -> Match | None:
         if node.target is not torch.ops.ternc.activate_quantize.default:
             return None
         gate, up, activation, _, block, bits = arguments(node)
-        if block or bits != BITS or up is None or not _one_token(gate):
+        if block or bits != BITS or not _one_token(gate):
             return None
-        product = _pair(gate, up)
+        halves = (gate,) if up is None else (gate, up)
+        product = _product(halves)
         if product is None:
             return None
-        return Match(node, {"product": product, "activation": activation, "halves": (gate, up)})
+        return Match(node, {"product": product, "activation": activation, "halves": halves})
 
     def check(self, match: Match, context: Context) -> Skip | None:
         product, halves = match.parts["product"], match.parts["halves"]
@@ -120,17 +121,22 @@ def _source(call: TernaryCall, target: Any, items: tuple[int, int]) -> fx.Node |
     return source if not sources and source.target is target else None
 
 
-def _pair(gate: fx.Node, up: fx.Node) -> fx.Node | None:
-    """The product of two weights whose outputs are gate and up, its input floating point."""
-    for half, index in ((gate, 0), (up, 1)):
-        if half.target is not operator.getitem or arguments(half)[1] != index:
+def _product(halves: tuple[fx.Node, ...]) -> fx.Node | None:
+    """The normalising product of one or two weights whose outputs, in order, are the halves."""
+    product = halves[0]
+    if len(halves) > 1:
+        for index, half in enumerate(halves):
+            if half.target is not operator.getitem or arguments(half)[1] != index:
+                return None
+        sources = {arguments(half)[0] for half in halves}
+        product = sources.pop()
+        if sources:
             return None
-    product, other = arguments(gate)[0], arguments(up)[0]
-    token_op = torch.ops.ternc.token_linears2.default
-    if product is not other or product.target is not token_op:
+    if product.target is not getattr(torch.ops.ternc, f"token_linears{len(halves)}").default:
         return None
-    rows = product.meta["ternc_token"][0].out_features
-    return product if rows[0] == rows[1] else None
+    rows = _operands(product)[0].out_features
+    plain = not arguments(product)[7]  # without an activation of its own
+    return product if plain and len(rows) == len(halves) and rows[0] == rows[-1] else None
 
 
 def _operands(product: fx.Node) -> tuple[TernaryCall, fx.Node, tuple[Any, ...]]:

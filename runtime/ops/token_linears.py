@@ -1,5 +1,5 @@
-"""token_linears1..4(x) -> linear(norm(x), W_i), or act(W_0 y) * (W_1 y): one token's product with
-what stands before it and behind it, in one launch.
+"""token_linears1..4(x) -> linear(norm(x), W_i), or act(W_0 y) (* (W_1 y)): one token's product with
+what stands before it and behind it, in one call or launch.
 
 The number counts the outputs. 8-bit activations; the norm is that of `ternc::norm_quantize`, the
 activation that of `ternc::activate_quantize`, both without a rotation.
@@ -47,10 +47,10 @@ def check_token_linears(
     if activation not in activate_quantize.ACTIVATIONS:
         known = list(activate_quantize.ACTIVATIONS)
         raise KernelError(f"ternc::token_linears: activation={activation!r}, not one of {known}")
-    if len(weights) != 2 or out_features[0] != out_features[1]:
+    if len(weights) > 2 or out_features[0] != out_features[-1]:
         raise KernelError(
             f"ternc::token_linears: {activation} of weights with {list(out_features)} rows, not of "
-            "two with as many"
+            "one, or of two with as many"
         )
 
 
@@ -73,7 +73,8 @@ def reference(
 ) -> _Outputs:
     """x [..., K] -> y_i [..., N_i] in x.dtype, or with an activation h [..., N] alone.
 
-    kind: "" for no norm. h: the activation of y_0 in fp32, rounded, times y_1, rounded again.
+    kind: "" for no norm. h: the activation of y_0 in fp32, rounded; of two weights times y_1, and
+    rounded again.
     """
     norm = (gain, shift, kind, eps, gain_offset, round_first)
     packed = (weights, scales, multipliers, biases, out_features, group_sizes)
@@ -86,8 +87,9 @@ def reference(
 def joined(outputs: tuple[torch.Tensor, ...], activation: str) -> _Outputs:
     """Products -> what the op returns of them."""
     if activation:
-        gate, up = outputs
-        return activate_quantize.ACTIVATIONS[activation](gate.float()).to(gate.dtype) * up
+        gate, *up = outputs
+        h = activate_quantize.ACTIVATIONS[activation](gate.float()).to(gate.dtype)
+        return h * up[0] if up else h
     return outputs[0] if len(outputs) == 1 else outputs
 
 

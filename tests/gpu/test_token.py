@@ -71,6 +71,9 @@ def check_gated(shape, dtype, activation, kinds):
         assert dispatch.last_kernel(weights[1].weight) == "triton_gemv"
         limit = 5e-3 if dtype == torch.float32 else 3e-2
         assert (h - expected).float().norm() <= limit * expected.float().norm()
+        alone = token_arguments(x, weights[:1], kind, activation)
+        h, expected = op(1)(*alone), token_linears.reference(*alone)
+        assert (h - expected).float().norm() <= limit * expected.float().norm()
 
 
 def test_what_one_launch_does_not_take():

@@ -202,7 +202,8 @@ void check_activate(const Kernels& kernels, const Shape& shape, Dtype dtype, int
   const Quantized seen(random, count, shape, variant % 7 == 0 ? 4 : 8, variant % 4 < 2);
   const ActivateArgs args{gate.rows,     has_up ? up.rows : Rows{nullptr, dtype, 0},
                           shape.columns, function,
-                          seen.rotation, seen.out};
+                          seen.rotation, seen.out,
+                          nullptr};
   over_tokens(kernels.activate, args, count, SCRATCH_ROWS);
   const bool exact =
       function == Activation::none || function == Activation::relu || function == Activation::relu2;

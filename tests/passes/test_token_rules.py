@@ -10,18 +10,15 @@ from torch import nn
 import ternc
 from ternc.backend import rewrite
 from ternc.config import Config
-from ternc.passes.rules import token
 from ternc.runtime import ops
 
 WIDTH = 64
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """The references serve as the kernels that only GPUs have."""
+def fresh():
     torch._dynamo.reset()
     ops.register()
-    monkeypatch.setattr(token, "TOKEN_DEVICES", ("cpu",))
 
 
 def rewritten(module, *args, unpacked=False):
@@ -133,3 +130,30 @@ def test_gate_read_twice():
     expected, expected_gate = model(x)
     assert_close(y, expected)
     assert_close(gate, expected_gate)
+
+
+class Plain(nn.Module):
+    """A block without a gate, its activation function once or twice."""
+
+    def __init__(self, times=1):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.fc, self.proj = nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH)
+        self.times = times
+
+    def forward(self, x):
+        h = self.fc(self.norm(x))
+        for _ in range(self.times):
+            h = nn.functional.gelu(h)
+        return x + self.proj(h)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_activation_without_a_gate(times):
+    """The product takes one activation function; a second one is an op of its own."""
+    model = packed(Plain(times), exclude=())
+    x = torch.randn(1, WIDTH)
+    y, names = rewritten(model, x)
+    alone = {} if times == 1 else {"activate_quantize": 1}
+    assert names == {"token_linears1": 1, "linears1": 1, **alone}, names
+    assert_close(y, model(x))

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from reference import random_quantized
+from reference import random_quantized, token_arguments
 
 from ternc.formats import pack
 from ternc.runtime import cpu, entries, ops
@@ -33,6 +33,9 @@ def arguments(name):
         q, sx = torch.ops.ternc.quantize_act(x, 8)
         held = [v.weight, v.scale, None, None]
         return [q, sx, *held, torch.randn(3, 2, 40), 40, 0, 8, v.layout, dtype]
+    if name.startswith("token_linears"):
+        ws = [v, w, w, v][: int(name[-1])]
+        return list(token_arguments(x, ws, "layer", "gelu_tanh" if len(ws) == 1 else "", bias=True))
     if name.startswith("linears"):
         n, none = int(name[-1]), torch.empty(0)
         ws = [w, v, w, v][:n]

@@ -175,6 +175,10 @@ def test_token_linears(shape, kind, activation):
         if not kind and not activation:
             assert_same(y, exact)
         assert (y - exact).norm() <= 3e-3 * exact.norm()
+    if activation:
+        alone = token_arguments(arguments[0], weights[:1], kind, activation)
+        h, exact = kernels.token_linears(*alone), token_linears.reference(*alone)
+        assert (h - exact).norm() <= 3e-3 * exact.norm()
 
 
 @inside

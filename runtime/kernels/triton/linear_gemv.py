@@ -154,6 +154,7 @@ def gemv(
     SHIFT: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PLANES: tl.constexpr,
     GROUPS: tl.constexpr,
     HALVES_A_GROUP: tl.constexpr,
@@ -173,7 +174,8 @@ def gemv(
     """A program takes blocks of BLOCK_N rows; the next one is loaded before this one is used.
 
     x: floating point, or with INTEGERS words of four int8, and their scale at sx_ptr. GATED: the
-    activation of act(W_0 x) * (W_1 x), which is all that is written then; else empty.
+    activation of act(W_0 x) * (W_1 x), which is all that is written then; else empty. ACTIVATION:
+    the activation of the one product; else empty.
     """
     block = tl.program_id(0)
     step = tl.num_programs(0) if PERSISTENT else 1
@@ -235,6 +237,8 @@ def gemv(
                 WORDS, ROW_SCALES, BIAS, ASM,
             )  # fmt: skip
             y_ptr = segment_of(y_ptrs, rows, current, BLOCK_N)
+            if ACTIVATION != "":
+                y = activated(rounded(y, y_ptr.dtype.element_ty, ASM), ACTIVATION, ASM)
             if RESIDUAL:
                 y = rounded_sum(y, tl.load(residual_ptr + row))
         tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
@@ -247,11 +251,13 @@ def linear_gemv(
     config: GemvConfig,
     norm: Norm | None = None,
     gated: str = "",
+    activation: str = "",
 ) -> None:
     """x [1, K], contiguous, 8-bit activations -> product.outputs: one launch.
 
     x is floating point and is normalised, with `norm`, and quantised here; or int8 of scale sx, K a
     multiple of 4. `gated`: act(W_0 x) * (W_1 x) of two weights with as many rows -> outputs[0].
+    `activation`: act(W_0 x) of one weight.
     """
     weight = product.joint
     block_rows = config.rows // 2 if gated else config.rows
@@ -278,6 +284,7 @@ def linear_gemv(
         SHIFT=norm.bias is not None,
         ROUND_FIRST=norm.round_first,
         GATED=gated,
+        ACTIVATION=activation,
         PLANES=weight.planes,
         GROUPS=weight.groups_kind,
         HALVES_A_GROUP=weight.halves_a_group,

@@ -61,9 +61,10 @@ def token_linears(
         biases=tuple(b for b in some if b is not None) or None,
         outputs=tuple(y.view(1, -1) for y in outputs),
     )
-    kernel = select.GATED if activation else select.GEMV
+    gated, alone = (activation, "") if len(packed) == 2 else ("", activation)
+    kernel = select.GATED if gated else select.GEMV
     config = select.gemv_config(product.joint, x.device, kernel)
-    linear_gemv(x.reshape(1, columns).contiguous(), None, product, config, before, activation)
+    linear_gemv(x.reshape(1, columns).contiguous(), None, product, config, before, gated, alone)
     for each in packed:
         dispatch.record(each.bytes, "triton_gemv")
     return outputs[0] if len(outputs) == 1 else outputs

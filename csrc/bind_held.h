@@ -1,0 +1,34 @@
+// Products of an op, with the tensors that they read and write: bind_linear.cpp has the
+// definitions.
+#pragma once
+
+#include "bind_product.h"
+
+namespace ternc {
+
+// One weight of a call: what the kernels read, where its result goes, and what keeps that alive.
+struct HeldProduct {
+  WeightTensors held;
+  Tensor y;
+  std::optional<Tensor> bias, residual;
+  Output out;
+};
+
+// Packed weights as an op with several receives them: a list of each part.
+struct PackedLists {
+  const std::vector<Tensor>&weights, &scales, &multipliers, &biases;
+  const std::vector<int64_t>&out_features, &group_sizes, &layouts;
+};
+
+void check_input(const char* op, const Tensor& x, int64_t activation_bits);
+
+// The weights of an op that takes `count` of them, each with a new y like x in `type`.
+std::vector<HeldProduct> read_products(const char* op, const Tensor& x, size_t count,
+                                       const PackedLists& lists, ScalarType type);
+
+void multiply(const Input& x, int64_t activation_bits, const std::vector<HeldProduct>& held);
+
+template <size_t>
+using OneTensor = Tensor;
+
+}  // namespace ternc
