@@ -1,7 +1,8 @@
 """ternc::linear on the CPU: against other routes, and against what memory and multipliers allow.
 
 A sample is one call of the op from Python, activation quantisation included, on weights out of
-cache (--hot: one copy, over and over).
+cache (--hot: one copy, over and over). Exit status 1 where floating-point activations take longer
+than F.linear in fp32 (--bits 0 --peers fp32).
 
 python benchmarks/bench_linear.py --shapes 4096x4096 --tokens 1 16 --threads 2 --planes 1 3
 """
@@ -144,6 +145,22 @@ def describe(table: list[dict[str, Any]], limits: Limits) -> str:
     return text
 
 
+def slower_than_floats(table: list[dict[str, Any]]) -> list[str]:
+    """Rows with floating-point activations that take longer than F.linear in fp32 beside them."""
+    table = [row for row in table if "note" not in row]
+    fp32 = {
+        (row["K x N"], row["tokens"]): row["best us"]
+        for row in table
+        if row["kernel"] == "F.linear float32"
+    }
+    return [
+        f"{row['K x N']}, {row['tokens']} tokens: {row['kernel']}"
+        for row in table
+        if row["kernel"].endswith(" af")
+        and row["best us"] > fp32.get((row["K x N"], row["tokens"]), float("inf"))
+    ]
+
+
 def main() -> None:
     options = parse()
     if options.plot:
@@ -167,6 +184,8 @@ def main() -> None:
     common.show(table, facts, options.json)
     if options.plot:
         roofline.draw([row for row in table if "note" not in row], facts, options.plot)
+    if slower := slower_than_floats(table):
+        sys.exit("slower than F.linear float32: " + "; ".join(slower))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,8 @@ TERNC_NOINLINE void multiply_passes(const LinearI8Args& args, const Range& range
 template <int PLANES, bool GROUPS>
 inline void multiply_range(const LinearI8Args& args, const Range& range) {
   constexpr int64_t PAIR = 2 * TILE_ROWS;
-  const int64_t fit = L2_TOKEN_BYTES / (args.tokens.stride + 1) / PAIR * PAIR;
+  const int64_t stride = args.tokens.stride;
+  const int64_t fit = (stride > 0 ? L2_TOKEN_BYTES / stride : PAIR) / PAIR * PAIR;
   const int64_t chunk = fit < PAIR ? PAIR : fit;
   for (int64_t begin = range.token_begin; begin < range.token_end; begin += chunk) {
     const int64_t left = range.token_end - begin;
