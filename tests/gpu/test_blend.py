@@ -102,6 +102,7 @@ def test_the_schedule_of_a_compiled_model_moves_without_compiling():
     fast = torch.compile(model, backend="ternc", options=options)
     x = torch.randn(7, 256, device="cuda")
     outputs = [fast(x).detach()]
+    compiled = dict(counters["stats"])
     eight, final = BlendState(8, 8, 1.0), BlendState(TERNARY, TERNARY, 1.0)
     for state in (BlendState(16, 16, 1.0), BlendState(2, TERNARY, 0.5), final):
         for site in ternc.sites(fast):
@@ -109,8 +110,10 @@ def test_the_schedule_of_a_compiled_model_moves_without_compiling():
         y = fast(x)
         y.sum().backward()
         outputs.append(y.detach())
-    assert counters["stats"]["unique_graphs"] == 1
-    torch.testing.assert_close(outputs[1], model(x).detach(), rtol=1e-4, atol=1e-4)
-    assert not torch.equal(outputs[2], outputs[3])
-    assert torch.equal(outputs[3], outputs[0])
+    assert counters["stats"]["unique_graphs"] == compiled["unique_graphs"]
+    # Not equal bit for bit where products round to TF32.
+    torch.testing.assert_close(outputs[1], model(x).detach(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(outputs[3], outputs[0])
+    away = (outputs[2] - outputs[3]).norm() / outputs[3].norm()
+    assert away > 0.05
     assert all(p.grad is not None for p in model.parameters())

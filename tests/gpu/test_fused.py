@@ -214,11 +214,17 @@ def run_linears(x, sx, *rest):
     return getattr(torch.ops.ternc, f"linears{len(rest[0])}")(x, sx, *rest)
 
 
-@pytest.mark.parametrize("weights", [ALIKE, MIXED, FREE], ids=["alike", "mixed", "free"])
 @pytest.mark.parametrize(
-    ("columns", "dtype"),
-    [(columns, torch.bfloat16) for columns in (3, 130, 1040, 4096)]
-    + [(130, torch.float32), (1040, torch.float16)],
+    ("weights", "columns", "dtype"),
+    [
+        *[(ALIKE, columns, torch.bfloat16) for columns in (3, 130, 1040, 4096)],
+        (ALIKE, 130, torch.float32),
+        (ALIKE, 1040, torch.float16),
+        (MIXED, 130, torch.bfloat16),
+        (MIXED, 4096, torch.float32),
+        (FREE, 3, torch.bfloat16),
+        (FREE, 1040, torch.float16),
+    ],
     ids=str,
 )
 def test_linears(weights, columns, dtype):

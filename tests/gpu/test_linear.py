@@ -54,7 +54,13 @@ def test_integer_activations(shape, dtype):
             assert_same(torch.ops.ternc.linear(*arguments), linear_op.reference(*arguments))
 
 
-@ANY_WEIGHT
+OTHER_WEIGHTS = [(129, 300, 8), (1000, 4096, 8), (70, 300, 3, 128, "free"), (9, 50, 1, 16, "free")]
+TYPED_OTHERS = [
+    (shape, dtype) for shape in OTHER_WEIGHTS for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), TYPED_WEIGHTS + TYPED_OTHERS, ids=str)
 def test_floating_point_activations(shape, dtype):
     """Within the sum of one rounding of the output and the fp32 accumulation of K terms."""
     packed = packed_on_gpu(*shape)
@@ -106,8 +112,15 @@ def test_free_planes(shape):
     assert all(torch.equal(v.cpu(), state[name]) for name, v in layer.state_dict().items())
 
 
-@pytest.mark.parametrize("shape", [(4096, 4096), (2560, 6912), (6912, 2560)], ids=str)
-@pytest.mark.parametrize(("planes", "group_size"), [(1, 0), (1, 128), (2, 0), (2, 128), (3, 128)])
+LARGE = [(4096, 4096), (2560, 6912), (6912, 2560)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "planes", "group_size"),
+    [(shape, 1, group_size) for shape in LARGE for group_size in (0, 128)]
+    + [((4096, 4096), 2, 0), ((2560, 6912), 2, 128), ((6912, 2560), 3, 128)],
+    ids=str,
+)
 def test_large(shape, planes, group_size):
     """Every regime, split K included; the output buffer's memory held NaN before."""
     packed = packed_on_gpu(*shape, planes, group_size)

@@ -106,9 +106,15 @@ def test_an_index_out_of_range_is_an_assertion():
     assert "an index is out of range" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("group_size", [128, 100, 0, -1])
-@pytest.mark.parametrize("planes", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+FITS = [(planes, group_size) for planes in (1, 2, 3) for group_size in (128, 100, 0, -1)]
+TYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("planes", "group_size", "dtype"),
+    [(*fit, TYPES[i % 2]) for i, fit in enumerate(FITS)] + [(1, 128, torch.bfloat16)],
+    ids=str,
+)
 def test_fit_and_fake_quantize(planes, group_size, dtype):
     """As good a fit as the reference's; near ties, sums in another order choose other codes."""
     w = torch.randn(64, 1000, device="cuda").to(dtype)

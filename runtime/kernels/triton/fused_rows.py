@@ -165,7 +165,7 @@ def normalised(
     return n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def norm_rows(
     x_ptr,
     gain_ptr,
@@ -308,7 +308,7 @@ def load_inputs(
     return gate, up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def activation_rows(
     gate_ptr,
     up_ptr,

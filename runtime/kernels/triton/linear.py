@@ -40,7 +40,7 @@ def linear(
     linear_op.check_linear(*arguments, activation_bits, layout)
     columns = x.shape[-1]
     packed = Weight.of(weight, scale, multiplier, out_features, columns, group_size, layout)
-    if select.unsupported(packed, activation_bits) or not (columns and out_features):
+    if select.unsupported(packed) or not (columns and out_features):
         return linear_op.reference(*arguments, activation_bits, layout)
     y = x.new_empty((*x.shape[:-1], out_features))
     if y.numel():
@@ -69,7 +69,7 @@ def linears1(
     linears1_op.check_linears1(*arguments, activation_bits, layout, dtype)
     columns = x.shape[-1]
     packed = Weight.of(weight, scale, multiplier, out_features, columns, group_size, layout)
-    if select.unsupported(packed, activation_bits) or not (columns and out_features):
+    if select.unsupported(packed) or not (columns and out_features):
         return linears1_op.reference(*arguments, activation_bits, layout, dtype)
     y = x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
     if y.numel():
@@ -101,9 +101,7 @@ def linears(
     linears_op.check_linears(*arguments, activation_bits, layouts, dtype)
     columns, given = x.shape[-1], linears_op.given
     packed = all_packed(weights, scales, multipliers, out_features, columns, group_sizes, layouts)
-    if any(select.unsupported(each, activation_bits) for each in packed) or not (
-        columns and all(out_features)
-    ):
+    if any(select.unsupported(each) for each in packed) or not (columns and all(out_features)):
         return linears_op.reference(*arguments, activation_bits, layouts, dtype)
     outputs = [x.new_empty((*x.shape[:-1], rows), dtype=dtype) for rows in out_features]
     if outputs[0].numel():
@@ -150,14 +148,14 @@ def _multiply(
 ) -> None:
     """x [M, K] floating point, or int8 with scales sx [M] -> product.outputs."""
     weight, tokens, device = product.joint, x.shape[0], x.device
-    if weight.layout == linear_int8.LAYOUT or weight.free_scales:
+    if not activation_bits:
+        kernel = "triton_float"
+        linear_float(x, product)
+    elif weight.layout == linear_int8.LAYOUT or weight.free_scales:
         kernel = "triton_free" if weight.free_scales else "triton_int8"
         multiply = linear_free if weight.free_scales else linear_int8.linear_int8
         integers = Integers(aligned(x), sx) if sx is not None else None
         multiply(integers or linear_int8.quantize(x, activation_bits), product)
-    elif not activation_bits:
-        kernel = "triton_float"
-        linear_float(x, product)
     elif tokens == 1 and not select.gemv_unsupported(weight, activation_bits, sx is not None):
         kernel = "triton_gemv"
         x, kind = (x, select.GEMV) if sx is None else (aligned(x), select.INTEGERS)

@@ -1,6 +1,7 @@
 """y[m, n] = (sum_k x[m, k] W[n, k]) * s[n] + b[n] with x in floating point, accumulated in fp32.
 
-Codes times multipliers are at most 127: exact in fp16 and bf16. A row of x with NaN or infinity
+Codes times multipliers are at most 127: exact in fp16 and bf16. With a scale for every group (free
+scales) the codes take theirs in fp32, and so does the product. A row of x with NaN or infinity
 gives a NaN row, as in the reference.
 """
 
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ternc.config import INT8
 from ternc.runtime.kernels.triton import launch
 from ternc.runtime.kernels.triton.decode import NO_GROUPS, SHIFTS, load_chunk
 from ternc.runtime.kernels.triton.product import (
@@ -22,6 +24,9 @@ from ternc.runtime.kernels.triton.product import (
 from ternc.runtime.kernels.triton.quantize_act import INFINITY_BITS, magnitude_bits
 
 BLOCK_N = 64
+
+BYTES: tl.constexpr = tl.constexpr(INT8)
+"""PLANES where every code is a byte."""
 
 
 @triton.jit(do_not_specialize=["M", "chunks", "groups", "group_size"])
@@ -36,6 +41,7 @@ def gemm_float(
     rows,
     M,
     K,
+    row_bytes,
     chunks,
     groups,
     group_size,
@@ -43,6 +49,7 @@ def gemm_float(
     GROUPS: tl.constexpr,
     HALVES_A_GROUP: tl.constexpr,
     ROW_SCALES: tl.constexpr,
+    FREE: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -51,8 +58,7 @@ def gemm_float(
     ASM: tl.constexpr,
 ):
     """One program a tile [BLOCK_M, BLOCK_N] of y."""
-    CHUNK_BYTES: tl.constexpr = 64 * PLANES if PLANES < 3 else 160
-    SHIFT: tl.constexpr = SHIFTS[PLANES]
+    SHIFT: tl.constexpr = 0 if PLANES == BYTES else SHIFTS[PLANES]
     tiles_m = tl.cdiv(M, BLOCK_M)
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile_n = tl.program_id(0) // tiles_m
@@ -65,8 +71,9 @@ def gemm_float(
     token = tl.where(m < M, m, tl.minimum(m - M, M - 1))
     row = tl.where(n < N, n, tl.minimum(n - N, N - 1))
     k = tl.arange(0, 256)
-    weight_row = weight_ptr + (row.to(tl.int64) * (chunks * CHUNK_BYTES))[:, None]
+    weight_row = weight_ptr + (row.to(tl.int64) * row_bytes)[:, None]
     multiplier_row = multiplier_ptr + (row.to(tl.int64) * groups)[:, None]
+    scale_row = scale_ptr + (row.to(tl.int64) * groups)[:, None]
     x_tile = x_ptr + (token.to(tl.int64) * K)[:, None] + k[None, :]
     if DEPENDENT:
         gdc_wait()
@@ -74,16 +81,26 @@ def gemm_float(
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     largest = tl.zeros([BLOCK_M], tl.int32)
     for chunk in range(chunks):
-        x = tl.load(x_tile + chunk * 256, mask=(chunk * 256 + k)[None, :] < K, other=0.0)
+        inside = (chunk * 256 + k)[None, :] < K
+        x = tl.load(x_tile + chunk * 256, mask=inside, other=0.0)
         largest = tl.maximum(largest, tl.max(magnitude_bits(x.to(tl.float32)), axis=1))
-        w = load_chunk(
-            weight_row, multiplier_row, chunk, groups, group_size, PLANES, GROUPS,
-            HALVES_A_GROUP, ASM,
-        )  # fmt: skip
-        total = tl.dot(x, tl.trans(w.to(x.dtype)), acc=total, input_precision="ieee")
+        if PLANES == BYTES:
+            w = tl.load(weight_row + (chunk * 256 + k)[None, :], mask=inside, other=0)
+        else:
+            w = load_chunk(
+                weight_row, multiplier_row, chunk, groups, group_size, PLANES, GROUPS,
+                HALVES_A_GROUP, ASM,
+            )  # fmt: skip
+        if FREE:
+            group = tl.minimum((chunk * 256 + k) // group_size, groups - 1)[None, :]
+            w = w.to(tl.float32) * tl.load(scale_row + group)
+            x = x.to(tl.float32)
+        total = tl.dot(x, tl.trans(w.to(x.dtype)), acc=total, input_precision="tf32x3")
     if GROUPS == NO_GROUPS:
         total = total * (1.0 / (1 << SHIFT))
-    y = total * tl.load(scale_ptr + (row if ROW_SCALES else row * 0))[None, :]
+    y = total
+    if not FREE:
+        y = total * tl.load(scale_ptr + (row if ROW_SCALES else row * 0))[None, :]
     if BIAS:
         bias_ptr = segment_of(bias_ptrs, rows, tile_n, BLOCK_N)
         y = y + tl.load(bias_ptr + row).to(tl.float32)[None, :]
@@ -98,14 +115,15 @@ def gemm_float(
 def linear_float(x: torch.Tensor, product: Product) -> None:
     """x [M, K], contiguous -> product.outputs: one launch."""
     weight, tokens = product.joint, x.shape[0]
-    wide = 32 if x.dtype == torch.float32 else 64
-    block_m = 16 if tokens <= 16 else wide
+    long = x.dtype == torch.float32 or weight.free_scales
+    block_m = 16 if tokens <= 16 or long else 64
     dependent = launch.dependent_launch(x.device)
     gemm_float[(triton.cdiv(tokens, block_m) * product.blocks(BLOCK_N),)](
         x_ptr=x,
         **product.pointers(torch.int8),
         M=tokens,
         K=weight.columns,
+        row_bytes=weight.row_bytes,
         chunks=weight.chunks,
         groups=weight.groups,
         group_size=weight.group_size,
@@ -113,13 +131,14 @@ def linear_float(x: torch.Tensor, product: Product) -> None:
         GROUPS=weight.groups_kind,
         HALVES_A_GROUP=weight.halves_a_group,
         ROW_SCALES=product.weights[0].row_scales,
+        FREE=weight.free_scales,
         BIAS=product.biases is not None,
         RESIDUAL=product.residual is not None,
         BLOCK_N=BLOCK_N,
         BLOCK_M=block_m,
         DEPENDENT=dependent,
         ASM=launch.INLINE_ASM,
-        num_warps=4,
+        num_warps=8 if long else 4,
         num_stages=2,
         launch_pdl=dependent,
         **launch.EXACT,

@@ -32,15 +32,14 @@ class GroupedConfig:
     tokens: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
-def choose(tokens: int, experts: int) -> GroupedConfig:
-    """By the rows that an expert has on average."""
+def choose(tokens: int, experts: int, grouped: bool) -> GroupedConfig:
+    """By the rows that an expert has on average, and whether groups of columns have multipliers."""
     each = -(-tokens // experts)
-    if each > 96:
-        return GroupedConfig(128, 128, 8, 3, 128)
-    return GroupedConfig(64, max(16, min(64, launch.power_of_two(each))), 4, 4)
+    if each <= 32:
+        return GroupedConfig(64, max(16, launch.power_of_two(each)), 4, 4)
+    return GroupedConfig(128, 128 if grouped and each > 256 else 64, 8, 3)
 
 
 @triton.jit
@@ -169,7 +168,7 @@ def grouped_linear(
     columns, padded = x.shape[-1], grouped_op.padded_rows(out_features)
     packed = Weight.of(weight, scale, multiplier, experts * padded, columns, group_size, layout)
     if (
-        select.unsupported(packed, activation_bits)
+        select.unsupported(packed)
         or packed.free_scales
         or layout == linear_int8.LAYOUT
         or not (activation_bits and columns and experts)
@@ -206,7 +205,7 @@ def _multiply(
 ) -> None:
     """q int8 [M, >= K] -> y [M, N], one launch."""
     tokens, rows = y.shape
-    config = choose(tokens, experts)
+    config = choose(tokens, experts, weight.multiplier is not None)
     # Every tile has a row; every expert, and the rows that have none, ends one early at most.
     tiles = min(tokens, triton.cdiv(tokens, config.tokens) + experts)
     tiles_n = triton.cdiv(rows, config.rows)
@@ -241,7 +240,6 @@ def _multiply(
         ASM=launch.INLINE_ASM,
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=config.registers,
         launch_pdl=dependent,
         **launch.EXACT,
     )

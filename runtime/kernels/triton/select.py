@@ -25,14 +25,10 @@ GEMV, INTEGERS, GATED = "gemv", "gemv integers", "gemv gated"
 """Kernels of the table's rows for one token: in general, of integers, of act(gate) * up."""
 
 
-def unsupported(weight: Weight, activation_bits: int) -> str | None:
+def unsupported(weight: Weight) -> str | None:
     """Why no kernel here multiplies by this weight, None where one does."""
     if weight.layout not in (21, 22, 23, linear_int8.LAYOUT):
         return f"layout {weight.layout} is not one of the CUDA layouts"
-    if weight.free_scales and not activation_bits:
-        return "free scales times floating-point activations"
-    if weight.layout == linear_int8.LAYOUT and not activation_bits:
-        return "int8 times floating-point activations"
     if weight.layout == linear_int8.LAYOUT and weight.group_size:
         return "int8 with groups"
     return None

@@ -78,7 +78,7 @@ def _one_launch(packed: list[Weight], biases: list[torch.Tensor | None], columns
         and len(alike(packed, biases)) == 1
         and packed[0].layout != linear_int8.LAYOUT
         and not packed[0].free_scales
-        and not select.unsupported(packed[0], BITS)
+        and not select.unsupported(packed[0])
         and not select.gemv_unsupported(packed[0], BITS)
     )
 
