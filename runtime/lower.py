@@ -61,6 +61,7 @@ class CompiledGraph:
         trained: weights that are fake-quantised and trained.
         order: rises with every graph compiled in this process.
         notes: what happened at run time that a report should say.
+        options: what the backend was given.
         nodes_before: the graph as it came from Dynamo, as plain data for the report.
     """
 
@@ -83,6 +84,7 @@ class CompiledGraph:
         self.trained = trained
         self.nodes_before = nodes_before
         self.notes: list[str] = []
+        self.options: dict[str, Any] = {}
         self._abstract = abstract
         self._differentiable = differentiable
         self._warned: set[str] = set()

@@ -63,6 +63,7 @@ def ternc_backend(
         context.nodes_before,
     )
     compiled.notes.extend(context.notes)
+    compiled.options.update(options or {})
     return compiled
 
 

@@ -20,6 +20,7 @@ from ternc.passes.context import skipped_row
 from ternc.passes.describe import describe_graph, prefixed
 from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
+from ternc.runtime.inductor import options_of
 from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
 from ternc.site import TrainedWeight, WeightSite
 
@@ -100,10 +101,13 @@ def report(model: torch.nn.Module) -> Report:
     Raises:
         UnsupportedModelError: `model` is not a module.
     """
+    options = options_of(model)
     model = getattr(model, "_orig_mod", model)
     _check_module(model)
     packed = getattr(model, "_ternc_rows", None)
     graphs = sorted(_graphs_of(model), key=lambda found: found[0].order)
+    if options is not None:  # one model may be compiled in several ways
+        graphs = [found for found in graphs if found[0].options == options]
     if packed is None and not graphs:
         return Report(status=_NOT_COMPILED)
     rows: dict[str, Row] = {}

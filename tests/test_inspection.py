@@ -10,6 +10,11 @@ import ternc
 from ternc.errors import UnsupportedModelError
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
 class Branches(nn.Module):
     """Two linear layers, one of them called."""
 
@@ -91,6 +96,21 @@ def test_a_packed_model_is_explained_as_it_is_reported():
     (row,) = (r for r in ternc.explain(q, torch.randn(3, 128), False).rows if r.name == "b")
     assert row.format == held.rows[1].format == "ternary x2 g64 a8"
     assert 0 < row.bytes_at_rest < row.bytes_after == held.rows[1].bytes_after
+
+
+def test_a_model_compiled_in_two_ways_has_two_reports():
+    model, x = Branches().eval(), torch.randn(3, 128)
+    one, two = (
+        torch.compile(model, backend="ternc", options={"inner": "eager", "planes": planes})
+        for planes in (1, 2)
+    )
+    with torch.no_grad():
+        one(x)
+        assert "not compiled yet" in str(ternc.report(two))
+        two(x)
+    for planes, fast in ((1, one), (2, two)):
+        assert ternc.report(fast).rows[0].format == f"ternary x{planes} row a8"
+    assert actions(ternc.report(model)) == actions(ternc.report(one))
 
 
 def test_code_left_to_python_is_told():
