@@ -30,6 +30,10 @@ def attach(library: KernelTable) -> None:
 
 def record(weight: torch.Tensor, kernel: str) -> None:
     """Called by a Python kernel's entry point, with the packed weight uint8 that it reads."""
+    if weight.is_cpu:
+        # What a library knows of this memory is older, if not of a weight that it held before.
+        for library in _libraries:
+            library.forget_kernel(weight)
     _last[weight.data_ptr()] = kernel
 
 

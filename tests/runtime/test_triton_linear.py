@@ -94,10 +94,11 @@ def test_half_precision(tokens):
 @inside
 @pytest.mark.parametrize("split", [1, 2, 4])
 @pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("resident", [0, 1])
+@pytest.mark.parametrize("resident", [0, 4])
 def test_split_and_step(split, step, resident):
     """Every way to walk over K gives the same integers: 5 tiles, 5 chunks."""
-    from ternc.runtime.kernels.triton.linear_gemm import GemmConfig, linear_gemm, quantize
+    from ternc.runtime.kernels.triton.gemm_config import GemmConfig
+    from ternc.runtime.kernels.triton.linear_gemm import linear_gemm, quantize
     from ternc.runtime.kernels.triton.product import Product
     from ternc.runtime.kernels.triton.weight import Weight
 
@@ -113,6 +114,33 @@ def test_split_and_step(split, step, resident):
     product.outputs[0].fill_(torch.nan)
     linear_gemm(dataclasses.replace(integers, counts=None), product, config)
     assert_same(product.outputs[0], expected)
+
+
+@inside
+@pytest.mark.parametrize(
+    ("columns", "planes", "group_size"),
+    [(1200, 1, 128), (1100, 3, 128), (700, 2, 256), (300, 1, 0)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("split", "step", "tensor_map"), [(1, 2, False), (2, 1, False), (3, 1, True)], ids=str
+)
+def test_ways_to_multiply(columns, planes, group_size, split, step, tensor_map):
+    """Sums or codes times the multipliers, pairs of them or an odd number, q by pointers or not."""
+    from ternc.runtime.kernels.triton.gemm_config import GemmConfig
+    from ternc.runtime.kernels.triton.linear_gemm import linear_gemm, quantize
+    from ternc.runtime.kernels.triton.product import Product
+    from ternc.runtime.kernels.triton.weight import Weight
+
+    packed = pack(random_quantized(50, columns, planes, group_size), "cuda")
+    arguments = linear_arguments(torch.randn(9, columns), packed)
+    weight = Weight.of(*arguments[1:4], 50, columns, group_size, packed.layout)
+    for tokens, warps in ((16, 2), (32, 4)):
+        config = GemmConfig(32, tokens, split, warps, 2, None, step, 0, 0, tensor_map)
+        assert config.sums == (tokens == 16)
+        product = Product((weight,), None, (torch.empty(9, 50),))
+        linear_gemm(quantize(arguments[0], product, 8, config), product, config)
+        assert_same(product.outputs[0], linear.reference(*arguments))
 
 
 @inside

@@ -53,6 +53,11 @@ def dependent_launch(device: torch.device) -> bool:
     return _overlap and capability(device.index or 0) >= 90
 
 
+def tensor_maps(device: torch.device) -> bool:
+    """True where kernels can have tiles copied by their place in a tensor."""
+    return INTERPRETED or capability(device.index or 0) >= 90
+
+
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Inside, every kernel is launched to start after the one ahead has ended: to time it alone."""

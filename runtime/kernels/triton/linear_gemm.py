@@ -13,16 +13,21 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ternc.formats.p256 import CHUNK
 from ternc.runtime.kernels.triton import launch, quantize_act
 from ternc.runtime.kernels.triton.decode import (
     HALVES,
     SHIFTS,
+    beside,
+    half_multipliers,
     keep,
     load_chunk,
+    load_halves,
     prefetch_lines,
 )
+from ternc.runtime.kernels.triton.gemm_config import GemmConfig
 from ternc.runtime.kernels.triton.linear_tile import combine, position, write_tile
 from ternc.runtime.kernels.triton.product import Product, segment_of, segment_start
 
@@ -36,58 +41,36 @@ COMBINED_ROWS = 16
 COMBINED = ("scale_ptrs", "bias_ptrs", "y_ptrs", "residual_ptr", "rows")
 
 
-@dataclasses.dataclass(frozen=True)
-class GemmConfig:
-    """Tile of the output and how it is computed."""
-
-    rows: int
-    """BLOCK_N: weight rows of a tile."""
-    tokens: int
-    """BLOCK_M: rows of x of a tile."""
-    split: int
-    """Programs that share the K of a tile."""
-    warps: int
-    stages: int
-    registers: int | None = None
-    """Bound a thread, so that two programs share a multiprocessor."""
-    step: int = 1
-    """Chunks of K an iteration: 2 halve the waits and barriers, for twice the registers."""
-    prefetch: int = 0
-    """Lines of 128 bytes of every weight row asked into L2 before x is quantised."""
-    resident: int = 0
-    """0: every tile is split. Else programs a multiprocessor: only the tiles of the last wave,
-    which would not fill the processors, are split."""
-
-    def unsplit(self, tiles: int, processors: int) -> int:
-        """How many of the tiles are computed by one program each."""
-        if self.split == 1:
-            return tiles
-        wave = self.resident * processors
-        return tiles // wave * wave if wave else 0
+@triton.jit
+def load_q(q_tile, first, k, columns, TAIL: tl.constexpr):
+    """q int8 [k, m] from column `first` on, q_tile [k, m] pointing at the first ones; beyond the
+    last column zeros, with TAIL.
+    """
+    if TAIL:
+        q = tl.load(q_tile + first, mask=(first + k)[:, None] < columns, other=0)
+    else:
+        q = tl.load(q_tile + first)
+    return q
 
 
-SPACE = tuple(
-    GemmConfig(rows, tokens, split, warps, stages, None, step, prefetch)
-    for rows, tokens, warps, stages, steps, splits in (
-        (32, 8, 2, 4, (1, 2), (1, 2, 4, 8)),
-        (64, 8, 4, 3, (2,), (1, 4)),
-        (64, 16, 4, 4, (1, 2), (1, 2, 4, 8)),
-        (64, 32, 4, 4, (1,), (1, 2, 4, 8)),
-        (64, 32, 4, 3, (2,), (1, 2, 4, 8)),
-        (64, 64, 4, 4, (1,), (1, 2, 4)),
-        (64, 64, 4, 3, (1, 2), (1, 2, 4)),
-        (128, 32, 8, 3, (1, 2), (1, 2, 4)),
-        (128, 64, 8, 3, (1,), (1, 2)),
-        (64, 128, 4, 3, (1,), (1, 2, 4)),
-    )
-    for step in steps
-    for split in splits
-    for prefetch in (0, 2)
-) + tuple(
-    GemmConfig(128, 128, split, 8, 3, 128, 1, 0, resident)
-    for split, resident in ((1, 0), (2, 0), (2, 2), (4, 2))
-)
-"""What tuning tries."""
+@triton.jit
+def add_halves(
+    part, q_tile, k, weight_row, multiplier_row, chunk, chunks, columns, groups,
+    TAIL: tl.constexpr, PLANES: tl.constexpr, HALVES_A_GROUP: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """part + 2**SHIFT times the products of a chunk: sums of halves times their multipliers.
+
+    A half adds less than 2**27, so that a few chunks fit before they are shifted.
+    """
+    q0 = load_q(q_tile, chunk * 256, k, columns, TAIL)
+    q1 = load_q(q_tile, chunk * 256 + 128, k, columns, TAIL)
+    # The chunk behind the last one is any chunk: its q are zeros.
+    held = tl.minimum(chunk, chunks - 1)
+    w0, w1 = load_halves(weight_row, held, PLANES, ASM)
+    m0, m1 = half_multipliers(multiplier_row, held, groups, HALVES_A_GROUP)
+    part += tl.dot(w0, q0, out_dtype=tl.int32) * m0
+    part += tl.dot(w1, q1, out_dtype=tl.int32) * m1
+    return part
 
 
 @triton.jit(do_not_specialize=["M", "tiles_n", "unsplit", "chunks", "groups", "group_size"])
@@ -121,6 +104,8 @@ def gemm(
     BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr,
     STEP: tl.constexpr,
+    SUMS: tl.constexpr,
+    TENSOR_MAP: tl.constexpr,
     PREFETCH: tl.constexpr,
     COUNTED: tl.constexpr,
     FEW: tl.constexpr,
@@ -152,12 +137,15 @@ def gemm(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.minimum(n, N - 1)
     token = tl.where(m < M, m, tl.minimum(m - M, M - 1)) if FEW else tl.minimum(m, M - 1)
-    k = tl.arange(0, STEP * 256)
     weight_ptr = segment_of(weight_ptrs, rows, tile_n, BLOCK_N)
     multiplier_ptr = segment_of(multiplier_ptrs, rows, tile_n, BLOCK_N)
     weight_row = weight_ptr + (row.to(tl.int64) * (chunks * CHUNK_BYTES))[:, None]
     multiplier_row = multiplier_ptr + (row.to(tl.int64) * groups)[:, None]
-    q_tile = q_ptr + (token.to(tl.int64) * columns)[None, :] + k[:, None]
+    k = tl.arange(0, 128 if SUMS else STEP * 256)
+    if TENSOR_MAP:
+        q_tile = tl.zeros([1], tl.int32)
+    else:
+        q_tile = q_ptr + (token.to(tl.int64) * columns)[None, :] + k[:, None]
 
     if DEPENDENT:
         if PREFETCH > 0:
@@ -168,29 +156,39 @@ def gemm(
                 prefetch_lines(multiplier_row + tl.minimum(first_step * STEP, groups - 1))
         gdc_wait()
     if ASM and GROUPS == HALVES:
-        # Multipliers are single bytes, which cannot be copied asynchronously: a sector of 32 is
-        # brought into L1 ahead of the loop, whose loads then wait tens of cycles, not hundreds.
-        sector = first_step * STEP * 2 // HALVES_A_GROUP + tl.arange(0, 4)[None, :] * 32
-        warm = tl.load(multiplier_row + tl.minimum(sector, groups - 1))
+        # Multipliers are one or two bytes, which cannot be copied asynchronously: a sector of 32
+        # is brought into L1 ahead of the loop, whose loads then wait tens of cycles, not hundreds.
+        WORD: tl.constexpr = multiplier_row.dtype.element_ty.primitive_bitwidth // 8
+        first = first_step * STEP * 2 // (HALVES_A_GROUP * WORD)
+        sector = first + tl.arange(0, 4)[None, :] * (32 // WORD)
+        warm = tl.load(multiplier_row + tl.minimum(sector, groups - 1)).to(tl.int8)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for i in range(first_step, last_step):
-        if TAIL:
-            inside = (i * (STEP * 256) + k)[:, None] < columns
-            q = tl.load(q_tile + i * (STEP * 256), mask=inside, other=0)
+        if SUMS:
+            part = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+            for ahead in tl.static_range(STEP):
+                part = add_halves(
+                    part, q_tile, k, weight_row, multiplier_row, i * STEP + ahead, chunks, columns,
+                    groups, TAIL, PLANES, HALVES_A_GROUP, ASM,
+                )  # fmt: skip
+            total += part >> SHIFT
         else:
-            q = tl.load(q_tile + i * (STEP * 256))
-        w = load_chunk(
-            weight_row, multiplier_row, i * STEP, groups, group_size, PLANES, GROUPS,
-            HALVES_A_GROUP, ASM,
-        )  # fmt: skip
-        if STEP == 2:
-            # The chunk behind the last one is any chunk: its q are zeros.
-            other = load_chunk(
-                weight_row, multiplier_row, tl.minimum(2 * i + 1, chunks - 1), groups, group_size,
-                PLANES, GROUPS, HALVES_A_GROUP, ASM,
+            if TENSOR_MAP:
+                q = tl.trans(q_ptr.load([tile_m * BLOCK_M, i * (STEP * 256)]))
+            else:
+                q = load_q(q_tile, i * (STEP * 256), k, columns, TAIL)
+            w = load_chunk(
+                weight_row, multiplier_row, i * STEP, groups, group_size, PLANES, GROUPS,
+                HALVES_A_GROUP, ASM,
             )  # fmt: skip
-            w = tl.reshape(tl.permute(tl.join(w, other), (0, 2, 1)), [BLOCK_N, 512])
-        total = tl.dot(w, q, acc=total, out_dtype=tl.int32)
+            if STEP == 2:
+                # The chunk behind the last one is any chunk: its q are zeros.
+                other = load_chunk(
+                    weight_row, multiplier_row, tl.minimum(2 * i + 1, chunks - 1), groups,
+                    group_size, PLANES, GROUPS, HALVES_A_GROUP, ASM,
+                )  # fmt: skip
+                w = beside(w, other)
+            total = tl.dot(w, q, acc=total, out_dtype=tl.int32)
     if ASM and GROUPS == HALVES:
         keep(warm)
     if DEPENDENT and FEW:
@@ -230,11 +228,11 @@ class Integers:
     counts: torch.Tensor | None = None
 
 
-def unsplit_tiles(product: Product, tokens: int, config: GemmConfig) -> tuple[int, int]:
-    """(tiles, how many of them one program each computes)."""
+def cut(product: Product, tokens: int, config: GemmConfig) -> tuple[int, int, int]:
+    """(tiles, how many of them one program each computes, programs that share the others)."""
     tiles = product.blocks(config.rows) * triton.cdiv(tokens, config.tokens)
     device = product.outputs[0].device
-    return tiles, config.unsplit(tiles, launch.processors(device.index or 0))
+    return tiles, *config.cut(tiles, launch.processors(device.index or 0))
 
 
 def quantize(x: torch.Tensor, product: Product, bits: int, config: GemmConfig) -> Integers:
@@ -243,7 +241,7 @@ def quantize(x: torch.Tensor, product: Product, bits: int, config: GemmConfig) -
     padded = -(-product.weights[0].chunks // config.step) * config.step * CHUNK
     q = torch.empty((tokens, padded), dtype=torch.int8, device=device)
     sx = torch.empty((tokens,), dtype=torch.float32, device=device)
-    tiles, unsplit = unsplit_tiles(product, tokens, config)
+    tiles, unsplit, _ = cut(product, tokens, config)
     counts = None
     if unsplit < tiles:
         counts = torch.empty((tiles - unsplit,), dtype=torch.int32, device=device)
@@ -259,17 +257,21 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
     """
     q, sx, counts = integers.q, integers.sx, integers.counts
     weight, tokens, device = product.joint, q.shape[0], q.device
-    tiles, unsplit = unsplit_tiles(product, tokens, config)
+    tiles, unsplit, split = cut(product, tokens, config)
     partial = None
     if unsplit < tiles:
-        shape = (tiles - unsplit, config.split, config.rows, config.tokens)
+        shape = (tiles - unsplit, split, config.rows, config.tokens)
         partial = torch.empty(shape, dtype=torch.int32, device=device)
     dependent = launch.dependent_launch(device)
     step = config.step * CHUNK
-    pointers = product.pointers(torch.int8)
-    split = unsplit < tiles
-    gemm[(unsplit + (tiles - unsplit) * config.split,)](
-        q_ptr=q,
+    sums = weight.groups_kind == HALVES.value and config.sums
+    tensor_map = config.tensor_map and not sums and launch.tensor_maps(device)
+    paired = product.paired
+    pointers = product.pointers(torch.int8, paired)
+    gemm[(unsplit + (tiles - unsplit) * split,)](
+        q_ptr=TensorDescriptor(q, [*q.shape], [*q.stride()], [config.tokens, step])
+        if tensor_map
+        else q,
         sx_ptr=sx,
         **pointers,
         partial_ptr=sx if partial is None else partial,
@@ -279,7 +281,7 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
         tiles_n=product.blocks(config.rows),
         unsplit=unsplit,
         chunks=weight.chunks,
-        groups=weight.groups,
+        groups=weight.groups // 2 if paired else weight.groups,
         group_size=weight.group_size,
         TAIL=q.shape[1] % step != 0,
         PLANES=weight.planes,
@@ -290,8 +292,10 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
         RESIDUAL=product.residual is not None,
         BLOCK_N=config.rows,
         BLOCK_M=config.tokens,
-        SPLIT=config.split if split else 1,
+        SPLIT=split,
         STEP=config.step,
+        SUMS=sums,
+        TENSOR_MAP=tensor_map,
         PREFETCH=config.prefetch if launch.INLINE_ASM else 0,
         COUNTED=counts is not None,
         FEW=tokens <= FEW_TOKENS,
@@ -303,7 +307,7 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
         launch_pdl=dependent,
         **launch.EXACT,
     )
-    if split and counts is None:
+    if unsplit < tiles and counts is None:
         combine[(tiles - unsplit, config.rows // COMBINED_ROWS)](
             sx_ptr=sx,
             **{name: value for name, value in pointers.items() if name in COMBINED},
@@ -318,7 +322,7 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
             RESIDUAL=product.residual is not None,
             BLOCK_N=config.rows,
             BLOCK_M=config.tokens,
-            SPLIT=config.split,
+            SPLIT=split,
             ROWS=COMBINED_ROWS,
             DEPENDENT=dependent,
             num_warps=4,

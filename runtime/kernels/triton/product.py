@@ -41,14 +41,24 @@ class Product:
         """Blocks of `rows` weight rows; no block has rows of two weights."""
         return sum(-(-weight.rows // rows) for weight in self.weights)
 
-    def pointers(self, word: torch.dtype) -> dict[str, object]:
-        """Arguments of a kernel: every weight's tensors, packed bytes as words of a type."""
+    @property
+    def paired(self) -> bool:
+        """True where the two multipliers of every chunk can be read as one int16."""
+        return all(weight.paired for weight in self.weights)
+
+    def pointers(self, word: torch.dtype, paired: bool = False) -> dict[str, object]:
+        """Arguments of a kernel: every weight's tensors, packed bytes as words of a type and,
+        where `paired`, multipliers as int16.
+        """
         stand_in = self.outputs[0]
         scales = tuple(weight.scale for weight in self.weights)
+        multipliers = tuple(weight.multiplier_or(weight.scale) for weight in self.weights)
         return {
             "weight_ptrs": tuple(weight.bytes.view(word) for weight in self.weights),
             "scale_ptrs": scales,
-            "multiplier_ptrs": tuple(weight.multiplier_or(weight.scale) for weight in self.weights),
+            "multiplier_ptrs": tuple(m.view(torch.int16) for m in multipliers)
+            if paired
+            else multipliers,
             "bias_ptrs": scales if self.biases is None else self.biases,
             "y_ptrs": self.outputs,
             "residual_ptr": stand_in if self.residual is None else self.residual,

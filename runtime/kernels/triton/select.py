@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from ternc.runtime.kernels.triton import launch, linear_int8
-from ternc.runtime.kernels.triton.decode import NO_GROUPS
-from ternc.runtime.kernels.triton.linear_gemm import GemmConfig
+from ternc.runtime.kernels.triton.gemm_config import GemmConfig
 from ternc.runtime.kernels.triton.linear_gemv import MAX_CHUNKS, GemvConfig
 from ternc.runtime.kernels.triton.weight import Weight
 
@@ -80,40 +79,30 @@ def default_gemm(weight: Weight, tokens: int, device: torch.device) -> GemmConfi
     def split(count: int) -> int:
         return _split(count, weight, processors)
 
-    # Decoding several planes or groups takes the registers that two chunks at once would need.
-    single = weight.planes == 3 or (_heavy(weight) and tiles(64, 64) >= 1.5 * processors)
+    # Decoding three planes takes the registers that two chunks at once would need.
+    single = weight.planes == 3
     stages, step = (4, 1) if single else (3, 2)
     if tokens <= 8:
         return GemmConfig(32, 8, split(tiles(32, 8)), 2, 4, None, step, 2)
     if tokens <= 16:
         return GemmConfig(64, 16, split(tiles(64, 16)), 4, 4, None, step, 2)
-    if tokens <= 32 or (tokens <= 64 and not single and tiles(64, 64) < 0.75 * processors):
-        return GemmConfig(64, 32, split(tiles(64, 32)), 4, stages, None, step, 2)
+    if tokens <= 32 or (tokens <= 64 and not single and tiles(64, 64) < 0.4 * processors):
+        return GemmConfig(64, 32, split(tiles(64, 32)), 4, stages, None, step, 2, 0, True)
     # A token tile that is mostly empty costs as much as a full one.
     wide = -(-tokens // 128) * 128 <= 1.3 * tokens or tokens > 512
     if wide and tiles(128, 128) >= 1.5 * processors:
-        return GemmConfig(128, 128, 1, 8, 3, 128)
-    if tokens > 64 and tiles(128, 64) >= 1.5 * processors:
-        return GemmConfig(128, 64, 1, 8, 3, None, 1, 2)
-    few = 2 * tiles(64, 64) if not _heavy(weight) else tiles(64, 64)
-    return GemmConfig(64, 64, split(few), 4, stages, None, step, 2)
-
-
-def _heavy(weight: Weight) -> bool:
-    """Decoding takes as long as the products: more programs help before the memory is busy."""
-    return weight.planes > 1 or weight.groups_kind != NO_GROUPS.value
+        return GemmConfig(128, 128, 1, 8, 3, 128, 1, 0, 0, True)
+    if wide and tiles(64, 128) >= 1.5 * processors:
+        return GemmConfig(64, 128, 1, 4, 3, None, 1, 0, 0, True)
+    return GemmConfig(64, 64, split(2 * tiles(64, 64)), 4, stages, None, step, 2, 0, True)
 
 
 def _split(tiles: int, weight: Weight, processors: int) -> int:
-    """Parts of K: a power of two; enough for about two programs a processor, or four small ones;
-    parts keep 8 chunks, or 3 where decoding is heavy.
+    """Parts of K: a power of two; enough for about two programs a processor, of 6 chunks or more;
+    16 chunks are not worth a split.
     """
     split = 1
-    if _heavy(weight):
-        while tiles * split <= 1.25 * processors and weight.chunks > 6 * split:
-            split *= 2
-        return split
-    while tiles * split <= 2 * processors and weight.chunks > 16 * split:
+    while tiles * split <= 2 * processors and weight.chunks > 8 * split + 8:
         split *= 2
     return split
 

@@ -21,8 +21,15 @@ import torch
 from ternc.config import CODE_MAX
 from ternc.formats import Quantized, pack
 from ternc.formats.quantized import group_count
-from ternc.runtime.kernels.triton import launch, linear_gemm, linear_gemv, select, timing
-from ternc.runtime.kernels.triton.linear_gemm import GemmConfig
+from ternc.runtime.kernels.triton import (
+    gemm_config,
+    launch,
+    linear_gemm,
+    linear_gemv,
+    select,
+    timing,
+)
+from ternc.runtime.kernels.triton.gemm_config import GemmConfig
 from ternc.runtime.kernels.triton.linear_gemv import GemvConfig, Norm
 from ternc.runtime.kernels.triton.product import Product
 from ternc.runtime.kernels.triton.weight import Weight
@@ -99,7 +106,7 @@ def configurations(problem: Problem, tokens: int) -> list[GemmConfig | GemvConfi
         large = tokens <= 512 or config.tokens >= 128 or config.rows * config.tokens >= 8192
         return full and split and large and -(-tokens // config.tokens) <= 2 + tokens // 32
 
-    return [config for config in linear_gemm.SPACE if worth(config)]
+    return [config for config in gemm_config.SPACE if worth(config)]
 
 
 def run(
@@ -188,7 +195,9 @@ def compile_all(problems: list[Problem], token_counts: list[int], processes: int
                 # over blocks; the other serves any shape.
                 small = dataclasses.replace(problem, rows=1024)
                 given, shape = (small, None) if tokens > 1 else (problem, problem)
-                jobs.setdefault((config, kind, shape), (given, min(tokens, 48), config))
+                many = tokens > linear_gemm.FEW_TOKENS
+                rows = min(tokens, linear_gemm.FEW_TOKENS + 1 if many else 48)
+                jobs.setdefault((config, kind, shape, many), (given, rows, config))
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
         for error in pool.map(compile_one, *zip(*jobs.values(), strict=True)):

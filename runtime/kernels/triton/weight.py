@@ -84,6 +84,12 @@ class Weight:
         return self.group_size // HALF if self.groups_kind == HALVES.value else 1
 
     @property
+    def paired(self) -> bool:
+        """True where every chunk has two multipliers of its own, an aligned int16."""
+        own = self.halves_a_group == 1 and self.groups_kind == HALVES.value
+        return own and self.groups % 2 == 0 and self.multiplier_or(self.scale).data_ptr() % 2 == 0
+
+    @property
     def free_scales(self) -> bool:
         """True where every group has a scale of its own."""
         return self.scale.dim() == 2
