@@ -164,7 +164,7 @@ def options_of(model: torch.nn.Module) -> dict[str, Any] | None:
     """The options that `torch.compile` was given for a compiled module; None where Dynamo does not
     tell.
     """
-    backend = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
+    backend: Any = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
     while hasattr(backend, "_torchdynamo_orig_backend"):
         backend = backend._torchdynamo_orig_backend
     given = getattr(backend, "kwargs", None)

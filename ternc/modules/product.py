@@ -27,7 +27,7 @@ def product(layer: TernaryLinear, x: torch.Tensor) -> torch.Tensor:
         InputError: x has another width, or is no float32, bfloat16 or float16.
     """
     _check(layer, x)
-    if torch.compiler.is_compiling() or not _is_transformed():
+    if not is_transformed():
         return _kernel(layer, x, layer.scale, layer.bias)
     bias = layer.bias
     stopped = None if bias is None else bias.detach()
@@ -67,8 +67,12 @@ def _kernel(
     )
 
 
-def _is_transformed() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode differentiation is active."""
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or a level of forward-mode differentiation is active; not
+    while a graph is traced.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ternc.config import Config
-from ternc.errors import BlendedWeightError
+from ternc.errors import BlendedWeightError, DifferentiationError
 from ternc.formats.blend import FLOAT, TERNARY, blended, values_by_bits
 from ternc.formats.quantized import Quantized
 from ternc.formats.rotation import Rotation
+from ternc.modules.product import is_transformed
 from ternc.runtime import ops
 from ternc.runtime.ops.linear import integer_linear
 from ternc.site import Decision
@@ -124,7 +125,15 @@ class QATLinear(nn.Linear):
         Without gradients, and with the final quantisers, the sums are the integer sums of
         ternc::linear: bit for bit what the packed layer gives. A compiled graph keeps the floating
         point product of the same values.
+
+        Raises:
+            DifferentiationError: inside torch.func or forward-mode differentiation.
         """
+        if is_transformed():
+            raise DifferentiationError(
+                f"QATLinear({self.in_features}, {self.out_features}) is trained by backward(): "
+                "torch.func and forward mode do not pass its quantisers; quantize the model first"
+            )
         if self.settings.rotation is not None:
             input = torch.ops.ternc.hadamard(input, self.signs, self.settings.rotation.block)
         if self._gives_integers():

@@ -4,10 +4,11 @@ would be the wrong thing to perturb."""
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from training import tiny_model, windows
 
 import ternc
-from ternc.errors import TrainingError
+from ternc.errors import DifferentiationError, TrainingError
 from ternc.train import (
     Distillation,
     Hadamard,
@@ -99,3 +100,13 @@ def test_a_teacher_of_another_shape_is_refused(pair):
         gradients.teacher_gradients(student, tiny_model(48), loss)
     with pytest.raises(TrainingError, match="no weight of that name"):
         gradients.teacher_gradients(student, nn.Linear(2, 2), loss)
+
+
+def test_forward_mode_and_torch_func_are_refused():
+    model = prepare(nn.Linear(64, 8), TrainConfig()).requires_grad_(False)
+    x = torch.randn(3, 64)
+    with pytest.raises(DifferentiationError, match=r"QATLinear\(64, 8\) is trained by backward"):
+        torch.func.jvp(model, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(DifferentiationError, match="quantize the model"):
+        model(forward_ad.make_dual(x, x))
+    assert model(x).shape == (3, 8)
