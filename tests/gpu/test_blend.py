@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import ternc
+from ternc.backend import ternc_backend
 from ternc.formats.blend import ACTIVATION_BITS, TERNARY, WEIGHT_BITS, values_of
 from ternc.train.schedule import BlendState
 
@@ -99,7 +100,7 @@ def test_the_schedule_of_a_compiled_model_moves_without_compiling():
     counters.clear()
     model = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64)).cuda()
     options = {"inner": "aot_eager", "planes": 1}
-    fast = torch.compile(model, backend="ternc", options=options)
+    fast = torch.compile(model, backend=ternc_backend, options=options)
     x = torch.randn(7, 256, device="cuda")
     outputs = [fast(x).detach()]
     compiled = dict(counters["stats"])
