@@ -103,11 +103,14 @@ zoo: $(VENV)/ternc.stamp
 minilm: $(VENV)/ternc.stamp $(VENV)/minilm.stamp
 	@$(PY) examples/minilm.py --data $(DATA) $(ARGS)
 
+# The C++ library is compiled while the processes start.
 gpu-test:
 	@$(PYTHON) -c 'import pytest' || { echo "gpu-test needs pytest in $(PYTHON)" >&2; exit 2; }
-	@jobs=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(GPU_JOBS) --dist worksteal"); \
-	  OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
-	  $(PYTHON) -m pytest -m gpu $$jobs $(GPU_TESTS) $(TEST_ARGS)
+	@$(PYTHON) -c 'from ternc.runtime import ops; ops.register()' & \
+	jobs=$$($(PYTHON) -c 'import xdist' 2>/dev/null && echo "-n $(GPU_JOBS) --dist worksteal"); \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	  $(PYTHON) -m pytest -m gpu $$jobs $(GPU_TESTS) $(TEST_ARGS); \
+	status=$$?; wait; exit $$status
 
 # The scripts compile side by side, and are timed one after another; logs and rows in build/.
 gpu-bench:
