@@ -145,8 +145,7 @@ def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x = grad.to(ctx.dtype) @ w
     if wants_scale:
         if activation_bits:
-            q, sx = torch.ops.ternc.quantize_act(x, activation_bits)
-            x = q * sx
+            x = quantize_act.dequantized(x, activation_bits)
         # dW of the unscaled weight m * c, then the sum of each scale's elements.
         unit = torch.ops.ternc.dequantize(
             weight, torch.ones_like(scale), multiplier, *shape, torch.float32
