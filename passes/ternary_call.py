@@ -99,7 +99,17 @@ def read(node: fx.Node) -> TernaryCall | None:
         )
     if isinstance(node, fx.Node) and node.target is torch.ops.ternc.grouped_linear.default:
         return _read_grouped(node)
-    return node.meta["ternc_call"] if is_linears(node) else None
+    return _current(node) if is_linears(node) else None
+
+
+def _current(node: fx.Node) -> TernaryCall:
+    """The call of `ternc::linears1..4` with its inputs as they are: a rule may have replaced them
+    since it was written.
+    """
+    call: TernaryCall = node.meta["ternc_call"]
+    given = arguments(node)
+    residual = given[6] if len(call.weights) == 1 else None
+    return dataclasses.replace(call, x=given[0], sx=given[1], residual=residual)
 
 
 def _read_grouped(node: fx.Node) -> TernaryCall:

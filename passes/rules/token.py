@@ -140,7 +140,9 @@ def _product(halves: tuple[fx.Node, ...]) -> fx.Node | None:
 
 
 def _operands(product: fx.Node) -> tuple[TernaryCall, fx.Node, tuple[Any, ...]]:
-    return product.meta["ternc_token"]
+    """The call, and x and its norm as they are now: a rule may have replaced x since."""
+    x, *norm = arguments(product)[:7]
+    return product.meta["ternc_token"], x, tuple(norm)
 
 
 def _write(
@@ -158,7 +160,7 @@ def _write(
     _, _, *tensors, _, layouts, _ = several(call, before.graph)
     node = inline(before, target, x, *norm, activation, *tensors, layouts)
     node.meta["ternc_rule"] = rule
-    node.meta["ternc_token"] = (call, x, norm)
+    node.meta["ternc_token"] = call
     carry_provenance(before, node)
     if count == 1:
         return [node]

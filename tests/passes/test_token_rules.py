@@ -157,3 +157,12 @@ def test_an_activation_without_a_gate(times):
     alone = {} if times == 1 else {"activate_quantize": 1}
     assert names == {"token_linears1": 1, "linears1": 1, **alone}, names
     assert_close(y, model(x))
+
+
+def test_one_block_behind_the_other():
+    """The first block's output is replaced before the second block's product is read."""
+    model = packed(nn.Sequential(Plain(), Plain(), Branches(), Plain()), exclude=())
+    x = torch.randn(1, WIDTH)
+    y, names = rewritten(model, x)
+    assert names == {"token_linears1": 4, "linears1": 4}, names
+    assert_close(y, model(x))
