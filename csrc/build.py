@@ -31,6 +31,13 @@ FLAGS = (
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 )
 
+LINK_FLAGS = (
+    "-shared",
+    # A compiler that links its C++ library in whole keeps it to itself: mixed with the copy that
+    # torch uses, an error's text is cut short or the process ends.
+    "-Wl,--exclude-libs,ALL",
+)
+
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -40,7 +47,7 @@ class BuildError(Exception):
 
 def fingerprint() -> str:
     """16 hex digits that change with the sources, the flags and the machine type."""
-    digest = hashlib.sha256(repr((FLAGS, platform.machine())).encode())
+    digest = hashlib.sha256(repr((FLAGS, LINK_FLAGS, platform.machine())).encode())
     for path in sorted([*FOLDER.rglob("*.cpp"), *FOLDER.rglob("*.h")]):
         digest.update(path.relative_to(FOLDER).as_posix().encode())
         digest.update(path.read_bytes())
@@ -92,7 +99,7 @@ def build(target: Path, torch_folder: Path, compiler: list[str]) -> None:
             objects = list(pool.map(compile_one, sorted(FOLDER.rglob("*.cpp"))))
         whole = Path(scratch) / target.name
         name = f"-Wl,-soname,{target.name}"  # runtime/entries.py finds the loaded library by it
-        _run([*compiler, "-shared", name, "-o", str(whole), *objects, *libraries])
+        _run([*compiler, *LINK_FLAGS, name, "-o", str(whole), *objects, *libraries])
         os.replace(whole, target)
 
 
