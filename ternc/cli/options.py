@@ -29,7 +29,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type, prefix: str = "") ->
         prefix: of the options' names, as "tuning" for --tuning-epochs.
     """
     hints, helps = typing.get_type_hints(cls), _help_of(cls)
-    group = parser.add_argument_group(f"{cls.__name__} ({cls.__doc__.splitlines()[0]})")  # type: ignore
+    summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+    group = parser.add_argument_group(f"{cls.__name__} ({summary})")
     for field in dataclasses.fields(cls):
         flag = "--" + f"{prefix} {field.name}".strip().replace("_", "-").replace(" ", "-")
         known: dict[str, Any] = {
@@ -53,9 +54,9 @@ def given(namespace: argparse.Namespace, cls: type) -> dict[str, Any]:
     return {name: values[_place(cls, name)] for name in names if _place(cls, name) in values}
 
 
-def settings_of(namespace: argparse.Namespace, cls: Callable[..., Settings]) -> Settings:
+def settings_of(namespace: argparse.Namespace, cls: type[Settings]) -> Settings:
     """What the options ask for. Raises what the dataclass does for a bad value."""
-    return cls(**given(namespace, cls))  # type: ignore[arg-type]
+    return cls(**given(namespace, cls))
 
 
 def _place(cls: type, name: str) -> str:
@@ -105,8 +106,8 @@ def _numbers(kinds: list[Any]) -> list[Callable[[str], Any]]:
 
 
 def _metavar(kinds: list[Any]) -> str:
-    names = {int: "N", float: "X", str: "NAME"}
-    return "|".join([*_words(kinds), *(names[kind] for kind in _numbers(kinds))])  # type: ignore
+    names: dict[Callable[[str], Any], str] = {int: "N", float: "X", str: "NAME"}
+    return "|".join([*_words(kinds), *(names[kind] for kind in _numbers(kinds))])
 
 
 def _parser(kinds: list[Any]) -> Callable[[str], Any]:

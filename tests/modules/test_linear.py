@@ -9,11 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.autograd import forward_ad
 
-import ternc
 from ternc.config import Config
-from ternc.errors import DifferentiationError, InputError, NotTernaryError
+from ternc.errors import InputError, NotTernaryError
 from ternc.formats import layouts
 from ternc.formats.packed import unpack
 from ternc.formats.quantized import Quantized
@@ -92,36 +90,6 @@ def test_input_of_another_type_is_refused(dtype):
     layer = TernaryLinear.from_linear(nn.Linear(256, 8), Config(planes=1))
     with pytest.raises(InputError, match=f"the input is {dtype}"):
         layer(torch.zeros((3, 256), dtype=dtype))
-
-
-@pytest.mark.parametrize("setting", [{}, {"rotation": "hadamard"}, {"tie_scales": False}], ids=str)
-def test_transforms_differentiate_as_backward_does(setting):
-    config = Config(planes=2, group_size=16, **setting)
-    layer = ternc.quantize(nn.Linear(64, 8), config).requires_grad_(False)
-    x, t = torch.randn(3, 64), torch.randn(3, 64)
-    y, w = layer(x), layer.weight
-    value, tangent = torch.func.jvp(layer, (x,), (t,))
-    assert torch.equal(value, y)
-    torch.testing.assert_close(tangent, t @ w.T)
-    with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, t)))
-    assert torch.equal(dual.primal, y)
-    torch.testing.assert_close(dual.tangent, t @ w.T)
-    layer.bias.requires_grad_()
-    gradient = torch.func.grad(lambda z: layer(z).square().sum())(x)
-    torch.testing.assert_close(gradient, 2 * y @ w)
-    torch.testing.assert_close(torch.func.jacrev(layer)(x[0]), w)
-    torch.testing.assert_close(torch.func.jacfwd(layer)(x[0]), w)
-    assert torch.equal(torch.vmap(layer)(x), y)
-    torch.vmap(layer)(x).sum().backward()
-    assert torch.equal(layer.bias.grad, torch.full((8,), 3.0))
-
-
-def test_transforms_say_that_they_do_not_reach_scales():
-    _, layer = make()
-    layer.scale_requires_grad_()
-    with pytest.raises(DifferentiationError, match=r"scale_requires_grad_\(False\)"):
-        torch.func.grad(lambda z: layer(z).sum())(torch.randn(3, layer.in_features))
 
 
 def test_weight_is_readable_and_not_stored():
