@@ -57,18 +57,18 @@ def reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [..., K] -> y [..., K] in x.dtype (empty [0] unless `keep`), q int8 [..., K], sx [..., 1].
 
-    Statistics in fp32. gain [K] (plus gain_offset, in fp32) and bias [K] of any float dtype.
-    round_first: n is rounded to x.dtype before the gain, and the product again; else one rounding
-    of y to x.dtype at the end. q may differ by 1 from another kernel's in at most 0.1 % of
-    elements.
+    Statistics in float64, rounded to fp32 once: no order of sums moves them. gain [K] (plus
+    gain_offset, in fp32) and bias [K] of any float dtype. round_first: n is rounded to x.dtype
+    before the gain, and the product again; else one rounding of y to x.dtype at the end. q may
+    differ by 1 from another kernel's in at most 0.1 % of elements.
     """
     check_norm_quantize(
         x, gain, bias, kind, eps, gain_offset, round_first, signs, block, bits, keep
     )
     n = x.float()
     if kind == "layer":
-        n = n - n.mean(-1, keepdim=True)
-    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+        n = n - n.mean(-1, keepdim=True, dtype=torch.float64).float()
+    n = n * torch.rsqrt(n.double().square().mean(-1, keepdim=True) + eps).float()
     if round_first:
         n = n.to(x.dtype).float()
     if gain is not None:

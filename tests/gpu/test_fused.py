@@ -141,16 +141,24 @@ def test_every_quotient_of_a_rotated_row_rounds_as_the_reference():
         assert torch.equal(seen[1], expected[1])
 
 
-@pytest.mark.parametrize("tokens", [1, 64])
-def test_few_rotated_rows(tokens):
+@pytest.mark.parametrize("rotation", [(2560, 512), (4096, 4096), (6912, 256)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64, 1024])
+def test_few_rotated_rows(rotation, tokens):
     """Every call of few rows for itself, not only all rows together."""
-    signs = random_signs(4096)
-    for _ in range(20):
-        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
-        seen = torch.ops.ternc.activate_quantize(x, None, "none", signs, 4096, 8)
-        differences = Differences()
-        differences.compare(seen, activate_quantize.reference(x, None, "none", signs, 4096, 8))
-        differences.check()
+    width, block = rotation
+    signs, gain = random_signs(width), torch.randn(width, device="cuda", dtype=torch.bfloat16)
+    norm = (gain, None, "rms", 1e-5, 0.0, True, signs, block, 8, False)
+    for _ in range(20 if tokens < 1024 else 2):
+        x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        seen = torch.ops.ternc.activate_quantize(x, None, "none", signs, block, 8)
+        expected = activate_quantize.reference(x, None, "none", signs, block, 8)
+        for found, known in (
+            (seen, expected),
+            (torch.ops.ternc.norm_quantize(x, *norm)[1:], norm_quantize.reference(x, *norm)[1:]),
+        ):
+            differences = Differences()
+            differences.compare(found, known)
+            differences.check()
 
 
 @ANY_ROTATION

@@ -98,9 +98,28 @@ def test_norm_quantize(rotation, dtype):
         rest = (kind, 1e-5, offset, round_first, signs, block, bits, True)
         y, q, sx = kernels.norm_quantize(x, *given, *rest)
         y_expected, *expected = norm_quantize.reference(x, *given, *rest)
-        tolerance = max(2 * torch.finfo(dtype).eps, 4e-6)
-        torch.testing.assert_close(y, y_expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+        if dtype == torch.float32:
+            torch.testing.assert_close(y, y_expected, rtol=4e-6, atol=4e-6, equal_nan=True)
+        else:  # statistics of few rows are the reference's, whatever the order of their sums
+            assert_same(y, y_expected)
         assert_close(q, sx, expected)
+
+
+@inside
+def test_the_largest_value_of_few_rows_rounds_as_the_reference():
+    """Rows whose largest value lies next to a tie: two bf16 parts give many the other neighbour."""
+    from ternc.runtime.kernels.triton import fused_quantize as kernels
+
+    x, signs = torch.randn(2048, 4096).half(), random_signs(4096)
+    largest = hadamard.transform(x.double() * signs, 4096).abs().amax(-1)
+    mantissa, _ = torch.frexp(largest)
+    from_tie = (mantissa * 2**11 % 1 - 0.5).abs()
+    x = x[from_tie.topk(8, largest=False).indices]
+    arguments = (x, None, "none", signs, 4096, 8)
+    q, sx = kernels.activate_quantize(*arguments)
+    expected = activate_quantize.reference(*arguments)
+    assert torch.equal(sx, expected[1])
+    assert_close(q, sx, expected)
 
 
 @inside

@@ -9,7 +9,7 @@ import torch
 from ternc.runtime.kernels.triton import launch
 from ternc.runtime.kernels.triton.fused_rows import activation_rows, norm_rows
 from ternc.runtime.kernels.triton.quantize_act import FEW_ROWS, quantize_act
-from ternc.runtime.kernels.triton.rotate import COLUMNS, Tiling, hadamard
+from ternc.runtime.kernels.triton.rotate import COLUMNS, PRECISE_ROWS, Tiling, hadamard
 from ternc.runtime.ops import activate_quantize as activate_op
 from ternc.runtime.ops import norm_quantize as norm_op
 from ternc.runtime.ops.quantize_act import LEVELS
@@ -190,6 +190,7 @@ def _common(
         "AHEAD": config.ahead,
         "DEPENDENT": dependent,
         "EARLY": rows.shape[0] <= FEW_ROWS,
+        "PRECISE": rows.shape[0] <= PRECISE_ROWS,
         "ASM": launch.INLINE_ASM,
         "num_warps": config.warps,
         "maxnreg": config.registers,

@@ -2,7 +2,10 @@
 
 A run of b = 64 L columns is a tile [L, 64]; H_b is the Kronecker product of H_L and H_64, so the
 tile becomes H_L x H_64. The first product of a 16-bit x is exact in its sums' fp32; before the
-second one they are cut in two bf16 parts, which leaves a relative error near 2**-17.
+second one they are cut in bf16 parts. Two leave a relative error near 2**-17, with which the
+largest value of a row of 4096 rounds to another bf16 in 1 row of 8,000, and its q differ by a
+tenth: nothing among many rows, too much of few. These (PRECISE_ROWS) are cut in three parts, which
+leave what the sums in fp32 leave.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ LEAST_ROWS = 16
 """Rows of a tile that is multiplied with H_L."""
 
 
+PRECISE_ROWS = 1024
+"""Up to here rows are cut in three parts."""
+
 PART: tl.constexpr = tl.constexpr(tl.float32 if launch.INTERPRETED else tl.bfloat16)
-"""What sums of 16-bit values are cut into; Triton's interpreter multiplies no bf16."""
+"""What holds the parts; Triton's interpreter multiplies no bf16, there it is fp32 of its values."""
 
 
 _EXPONENTS = {2**k: -(k // 2) for k in range(13)}
@@ -74,7 +80,9 @@ def entries(i, j, BLOCK: tl.constexpr, EXPONENT: tl.constexpr, dtype: tl.constex
 
 
 @triton.jit
-def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def factors(
+    dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISE: tl.constexpr
+):  # fmt: skip
     """(left [ROWS, ROWS], right [64 or 128, 64]) of `rotate`; left not used where BLOCK <= 64.
 
     The tensor cores leave columns 8 n + 2 t + e (t < 4, e < 2) with thread t of a row: `right`
@@ -86,7 +94,7 @@ def factors(dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     j = j % 8 // 2 * 16 + j // 8 * 2 + j % 2
     if BLOCK > 64:
         part: tl.constexpr = tl.float32 if dtype == tl.float32 else PART
-        if dtype != tl.float32 and ROWS == 64:  # twice, for two parts
+        if dtype != tl.float32 and ROWS == 64 and not PRECISE:  # twice, for two parts
             i = tl.arange(0, 128)[:, None]
         right = entries(i % 64, j, 64, EXPONENTS[BLOCK], part)
         row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
@@ -175,22 +183,30 @@ def two_parts(x, ASM: tl.constexpr):
         )
         high, low = high.to(tl.bfloat16, bitcast=True), low.to(tl.bfloat16, bitcast=True)
     else:
-        high = x.to(PART)
-        low = (x - high.to(tl.float32)).to(PART)
+        high = x.to(tl.bfloat16).to(PART)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16).to(PART)
     return high, low
 
 
 @triton.jit
-def rotate(x, left, right, BLOCK: tl.constexpr, ASM: tl.constexpr):
-    """Tile [ROWS, 64] -> fp32, every run of BLOCK columns times H / sqrt(BLOCK)."""
+def rotate(x, left, right, BLOCK: tl.constexpr, PRECISE: tl.constexpr, ASM: tl.constexpr):
+    """Tile [ROWS, 64] -> fp32, every run of BLOCK columns times H / sqrt(BLOCK).
+
+    PRECISE: 16-bit values in three parts, in place of two.
+    """
     if x.dtype == tl.float32:
         z = x
         if BLOCK > 64:
             z = tl.dot(left, z, input_precision="tf32x3")
         z = tl.dot(z, right, input_precision="tf32x3")
     elif BLOCK > 64:
-        high, low = two_parts(tl.dot(left, x), ASM)
-        if x.shape[0] == 64:
+        y = tl.dot(left, x)
+        high, low = two_parts(y, ASM)
+        if PRECISE:
+            rest = y - high.to(tl.float32) - low.to(tl.float32)
+            lowest = narrowed(rest, tl.bfloat16, ASM).to(PART)
+            z = tl.dot(high, right, acc=tl.dot(low, right, acc=tl.dot(lowest, right)))
+        elif x.shape[0] == 64:
             # One product of both parts: warp groups wait for each.
             both = tl.permute(tl.join(high, low), (0, 2, 1))
             z = tl.dot(tl.reshape(both, [64, 128]), right)
@@ -219,11 +235,12 @@ def hadamard_tiles(
     SIGNS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    PRECISE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Programs walk over tiles of 4096 of all `total` elements; blocks lie within tiles."""
-    left, right = factors(x_ptr.dtype.element_ty, 64, BLOCK)
+    left, right = factors(x_ptr.dtype.element_ty, 64, BLOCK, PRECISE)
     inside = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
     if DEPENDENT:
         gdc_wait()
@@ -239,7 +256,7 @@ def hadamard_tiles(
         if SIGNS:
             x = with_signs(x, tl.load(signs_ptr + (column * UNIT + inside) % K), ASM)
             column = (column + step) % units
-        z = narrowed(rotate(x, left, right, BLOCK, ASM), z_ptr.dtype.element_ty, ASM)
+        z = narrowed(rotate(x, left, right, BLOCK, PRECISE, ASM), z_ptr.dtype.element_ty, ASM)
         tl.store(z_ptr + place, z, mask=place < total)
     if DEPENDENT:
         gdc_launch_dependents()
@@ -259,6 +276,7 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.T
     dependent = launch.dependent_launch(x.device)
     tiles = triton.cdiv(z.numel(), 4096)
     programs = RESIDENT * launch.processors(x.device.index or 0)
+    precise = tiles <= PRECISE_ROWS
     hadamard_tiles[(min(tiles, programs),)](
         rows,
         rows if signs is None else signs.contiguous(),
@@ -268,11 +286,12 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.T
         SIGNS=signs is not None,
         UNIT=16 if x.shape[-1] % 16 == 0 else 1,
         BLOCK=block,
+        PRECISE=precise,
         DEPENDENT=dependent,
         ASM=launch.INLINE_ASM,
         num_warps=4,
         num_stages=3,
-        maxnreg=None if x.dtype == torch.float32 else REGISTERS,
+        maxnreg=None if precise or x.dtype == torch.float32 else REGISTERS,
         launch_pdl=dependent,
         **launch.EXACT,
     )
