@@ -7,13 +7,10 @@ whether it interprets.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import inside, outside, run_in_the_interpreter
 from packed_weights import assert_same
 from reference import dequantize_arguments, linear_arguments, random_quantized, token_arguments
 
@@ -26,13 +23,6 @@ from ternc.runtime.ops import (
     linear,
     quantize_act,
     token_linears,
-)
-
-ROOT = Path(__file__).parent.parent.parent
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-inside = pytest.mark.skipif(
-    not INTERPRETED, reason="runs in the process of test_in_the_interpreter"
 )
 
 WEIGHTS = [
@@ -51,15 +41,9 @@ WEIGHTS = [
 ]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="is the process")
+@outside
 def test_in_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    run_in_the_interpreter(__file__)
 
 
 @inside
