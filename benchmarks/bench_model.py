@@ -67,6 +67,10 @@ class Way:
     seconds: dict[str, list[float]] = dataclasses.field(
         default_factory=lambda: {"decode": [], "prefill": []}
     )
+    slow: dict[str, list[float]] = dataclasses.field(
+        default_factory=lambda: {"decode": [], "prefill": []}
+    )
+    """Those in the slow state of the tile unit; they count only where there are no others."""
     cycles: dict[str, float] | None = None
     group: int = 0
     cosine: float | None = None
@@ -87,6 +91,9 @@ class Way:
             return
         self.process.kill()
         self.missing = LATE
+
+    def samples(self, work: str) -> list[float]:
+        return self.seconds[work] or self.slow[work]
 
     def answer(self) -> dict[str, Any]:
         """The next line of the child."""
@@ -197,8 +204,11 @@ def take_turns(ways: list[Way], rounds: int, limits: Limits) -> None:
         limits.sample(READ_BYTES)
         for way in ways:
             for work, found in way.seconds.items():
-                if not way.missing and max(found, default=0.0) < LONG:
-                    found.extend(way.ask(work).get("seconds", []))
+                if way.missing or max(way.samples(work), default=0.0) >= LONG:
+                    continue
+                fast = limits.tiles_are_fast()
+                seconds = way.ask(work).get("seconds", [])
+                (found if fast and limits.tiles_are_fast() else way.slow[work]).extend(seconds)
     for way in ways:
         if "ternc" in way.name and not way.missing:
             way.cycles = way.ask("outside").get("cycles")
@@ -248,9 +258,9 @@ def limit_rows(
 
 
 def row(shape: str, way: Way, options: argparse.Namespace) -> dict[str, Any]:
-    if way.missing or not all(way.seconds.values()):
+    decode, prefill = way.samples("decode"), way.samples("prefill")
+    if way.missing or not decode or not prefill:
         return {"shape": shape, "way": way.name, "note": way.missing or "not run"}
-    decode, prefill = way.seconds["decode"], way.seconds["prefill"]
     found: dict[str, Any] = {
         "shape": shape,
         "way": way.name,
@@ -261,6 +271,8 @@ def row(shape: str, way: Way, options: argparse.Namespace) -> dict[str, Any]:
         "bits/weight": way.facts["bits"],
         "group": way.group,
     }
+    if slow := way.slow["prefill"]:
+        found["slow tiles"] = f"{len(slow)} of {len(slow) + len(way.seconds['prefill'])}"
     if way.cosine is not None:
         found["cosine"] = way.cosine
     if options.starts == 1 and way.name in WAYS and WAYS[way.name][2] is not None:
@@ -272,7 +284,7 @@ def row(shape: str, way: Way, options: argparse.Namespace) -> dict[str, Any]:
 
 
 COLUMNS = ("shape", "way", "decode median", "decode best", "prefill median", "prefill best")
-MORE = ("cosine", "outside %", "bits/weight", "compile s", "group", "note")
+MORE = ("cosine", "outside %", "bits/weight", "compile s", "group", "slow tiles", "note")
 FORMATS = tuple(".4f" if column == "cosine" else ".1f" for column in (*COLUMNS, *MORE))
 NOTES = f"""
 Tokens a second, batch 1. Decode: one token, static cache of 256 places, {STEPS} tokens a sample.
@@ -290,7 +302,9 @@ the whole model for packed rows. Limits: best samples of all rounds. `cosine`: o
 the prompt, to the first row of the same weights (the fp32 rows and the default have Gaussian ones,
 the others ternary ones); of llama.cpp, after 16 tokens, to those of the model that its file was
 made from. llama.cpp: llama-cpp-python's, linear weights in TQ2_0 or Q4_0, embedding and head in
-Q8_0, a cache in fp16. `group`: rows of one group were alive together and took turns.
+Q8_0, a cache in fp16. `group`: rows of one group were alive together and took turns. `slow tiles`:
+samples of prefill before or after which a machine with AMX was in its slow state (limits.py); they
+count only where there are no others.
 """
 
 
