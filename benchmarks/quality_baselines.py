@@ -25,6 +25,7 @@ from torch import nn
 from ternc.calibration.activations import Activations
 from ternc.calibration.batches import evaluating
 from ternc.calibration.execution import record
+from ternc.calibration.moments import SplitMoments
 from ternc.config import Config
 from ternc.formats.rotation import Rotation
 from ternc.policy import excluded
@@ -127,7 +128,7 @@ def _compensated(
         activations = Activations(model, batches, execution)
         for group in execution.groups:
             split = activations.moments(group[0], layers[group[0]])
-            assert split is not None, f"{group[0]} is called too rarely"
+            assert isinstance(split, SplitMoments), f"{group[0]}: {split.reason}"
             count = split.fitted.count + split.held_out.count
             share = split.fitted.count / count
             hessian = share * split.fitted.second + (1 - share) * split.held_out.second

@@ -1,4 +1,4 @@
-"""Everything that touches Inductor's and Dynamo's half-private interfaces."""
+"""Everything that touches Inductor's half-private interfaces, and Dynamo's where it needs them."""
 
 from __future__ import annotations
 
@@ -158,14 +158,3 @@ def _forget_dynamo(gm: fx.GraphModule) -> None:
     gm.__dict__.pop("_param_name_to_source", None)
     for node in gm.graph.find_nodes(op="placeholder"):
         node.__dict__.pop("_dynamo_source", None)
-
-
-def options_of(model: torch.nn.Module) -> dict[str, Any] | None:
-    """The options that `torch.compile` was given for a compiled module; None where Dynamo does not
-    tell.
-    """
-    backend: Any = getattr(getattr(model, "dynamo_ctx", None), "callback", None)
-    while hasattr(backend, "_torchdynamo_orig_backend"):
-        backend = backend._torchdynamo_orig_backend
-    given = getattr(backend, "kwargs", None)
-    return dict(given.get("options") or {}) if isinstance(given, dict) else None

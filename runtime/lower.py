@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from ternc.errors import DifferentiationError
 from ternc.formats.rotation import SharedSigns
 from ternc.reporting import GraphNode, Row
+from ternc.runtime.dynamo import Part
 from ternc.runtime.inductor import keep_static
 from ternc.runtime.ops.grouped_linear import ends_of
 from ternc.runtime.ops.linears import given
@@ -47,9 +48,9 @@ class Argument:
     site: int = -1
     field: str = ""
     constant: torch.Tensor | None = None
+    """Signs of a rotation, the same at every call."""
     trained: TrainedWeight | None = None
     """Whose state it is, where it is one."""
-    """Signs of a rotation, the same at every call."""
 
 
 class CompiledGraph:
@@ -62,6 +63,7 @@ class CompiledGraph:
         order: rises with every graph compiled in this process.
         notes: what happened at run time that a report should say.
         options: what the backend was given.
+        part: of the model as Dynamo traced it.
         nodes_before: the graph as it came from Dynamo, as plain data for the report.
     """
 
@@ -85,6 +87,7 @@ class CompiledGraph:
         self.nodes_before = nodes_before
         self.notes: list[str] = []
         self.options: dict[str, Any] = {}
+        self.part = Part(None, None)
         self._abstract = abstract
         self._differentiable = differentiable
         self._warned: set[str] = set()

@@ -21,6 +21,7 @@ from ternc.passes.graph import copy_graph, enables_grad, mark_inputs
 from ternc.passes.opaque import is_transformed, report_bodies, report_transformed
 from ternc.policy import refuse_live
 from ternc.runtime import ops
+from ternc.runtime.dynamo import part_of
 from ternc.runtime.inductor import INNER_COMPILERS, inner_compiler
 from ternc.runtime.lower import CompiledGraph
 
@@ -48,6 +49,7 @@ def ternc_backend(
     """
     config, inner, settings = parse_options(options)
     compile_inner = inner_compiler(inner, mode, settings)
+    part = part_of(gm)
     ops.register()
     gm, context = rewrite(gm, example_inputs, config)
     compiled = CompiledGraph(
@@ -62,6 +64,7 @@ def ternc_backend(
         context.grad_enabled,
         context.nodes_before,
     )
+    compiled.part = part
     compiled.notes.extend(context.notes)
     compiled.options.update(options or {})
     return compiled

@@ -6,21 +6,22 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from ternc.backend import rewrite
+from ternc.backend import parse_options, rewrite
 from ternc.config import Config, checked_config
 from ternc.errors import UnsupportedModelError
 from ternc.modules.linear import TernaryLinear
 from ternc.passes.context import skipped_row
 from ternc.passes.describe import describe_graph, prefixed
+from ternc.policy import unmatched
 from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
-from ternc.runtime.inductor import options_of
+from ternc.runtime.dynamo import Part, options_of, part_of, split_notes
 from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
 from ternc.site import TrainedWeight, WeightSite
 
@@ -66,21 +67,21 @@ def explain(
     kept: set[str] = set()
     found: list[str] = []
     read: set[int] = set()
-    graphs = 0
+    parts: list[Part] = []
     _check_module(model)
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        nonlocal graphs
         rewritten, context = rewrite(gm, inputs, config)
+        prefix = _prefix(len(parts))
         rows.extend(context.rows)
-        nodes.extend(describe_graph(rewritten.graph, _prefix(graphs)))
-        nodes_before.extend(prefixed(context.nodes_before, _prefix(graphs)))
+        nodes.extend(describe_graph(rewritten.graph, prefix))
+        nodes_before.extend(prefixed(context.nodes_before, prefix))
         still_read = _still_read(rewritten)
         replaced.extend(_replaced(still_read, context.sites, inputs))
         kept.update(_kept(still_read, context.sites))
         read.update(map(id, inputs))
         found.extend(note for note in context.notes if note not in found)
-        graphs += 1
+        parts.append(part_of(gm))
         return gm.forward
 
     torch.compile(model, backend=record)(*args, **kwargs)
@@ -88,7 +89,7 @@ def explain(
     return Report(
         rows=rows,
         totals=Totals.of(model, _packed(rows), replaced, kept),
-        notes=_notes(rows, graphs) + found,
+        notes=_notes(rows) + split_notes(parts) + found + unmatched(config, _names(model, rows)),
         nodes=nodes,
         nodes_before=nodes_before,
     )
@@ -140,7 +141,12 @@ def report(model: torch.nn.Module) -> Report:
     return Report(
         rows=found,
         totals=Totals.of(model, _packed(found), replaced, kept),
-        notes=_notes([row for row in found if row.name not in held_packed], 1) + notes,
+        notes=[
+            *_notes([row for row in found if row.name not in held_packed]),
+            *split_notes(graph.part for graph, _ in graphs),
+            *notes,
+            *_unmatched(model, found, options),
+        ],
         nodes=nodes,
         nodes_before=nodes_before,
     )
@@ -201,7 +207,23 @@ def _unreached(model: torch.nn.Module, read: set[int], rows: Sequence[Row]) -> I
             yield skipped_row(name, "linear", _UNREACHED, weight)
 
 
-def _notes(rows: list[Row], graphs: int) -> list[str]:
+def _names(model: torch.nn.Module, rows: Sequence[Row]) -> set[str]:
+    """What globs may name: rows, and modules that hold tensors."""
+    holders = (name for name, m in model.named_modules() if m._parameters or m._buffers)
+    return {row.name for row in rows} | set(holders)
+
+
+def _unmatched(
+    model: torch.nn.Module, rows: Sequence[Row], options: Mapping[str, Any] | None
+) -> list[str]:
+    """Notes on globs without a match: of `quantize`'s configuration, of the backend's options."""
+    offline = getattr(model, "_ternc_config", None)
+    configs = ([offline] if offline else []) + ([parse_options(options)[0]] if options else [])
+    names = _names(model, rows)
+    return list(dict.fromkeys(note for config in configs for note in unmatched(config, names)))
+
+
+def _notes(rows: list[Row]) -> list[str]:
     notes = []
     packed = [row for row in rows if row.action == "rewritten" and row.shape]
     live = [row for row in packed if "packed " not in row.pattern]
@@ -210,8 +232,6 @@ def _notes(rows: list[Row], graphs: int) -> list[str]:
     elif live:
         total = sum(row.bytes_before for row in live) + sum(row.bytes_after for row in live)
         notes.append(_TWICE.format(total=f"{total / 1e6:.1f} MB"))
-    if graphs > 1:
-        notes.append(f"Dynamo split the model into {graphs} graphs")
     return notes
 
 

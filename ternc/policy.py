@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ternc.config import DEFAULT_EXCLUDE, GATES, Config
 from ternc.errors import ConfigError
@@ -43,6 +43,26 @@ def marked_int8(name: str, config: Config) -> bool:
 def included(name: str, config: Config) -> bool:
     """True where `include` names this path: an embedding is packed on request only."""
     return bool(_first_match(name, config.include))
+
+
+def unmatched(config: Config, names: Collection[str]) -> list[str]:
+    """What a report says of the globs that match none of a model's `names`; not of default ones."""
+    found = []
+    for field in ("exclude", "include", "int8"):
+        for glob in getattr(config, field):
+            if glob in DEFAULT_EXCLUDE or _matches_any(glob, names):
+                continue
+            nearer = (f"{glob}.*", f"*.{glob}", f"*{glob}*")
+            better = next((other for other in nearer if _matches_any(other, names)), None)
+            instead = f"; {better!r} would match some" if better else ""
+            found.append(
+                f"{field}={glob!r} matches no layer: a glob is for the whole module path{instead}"
+            )
+    return found
+
+
+def _matches_any(glob: str, names: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for name in names)
 
 
 def refine_rounds(config: Config) -> int:

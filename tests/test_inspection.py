@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
 
 import ternc
+from ternc.config import DEFAULT_EXCLUDE
 from ternc.errors import UnsupportedModelError
 
 
@@ -55,6 +58,54 @@ def test_a_layer_that_was_not_called_has_a_row():
         assert actions(ternc.explain(model, x)) == {"a": "rewritten", "b": "skipped"}
         fast(x, False)
     assert actions(ternc.report(fast)) == {"a": "rewritten", "b": "rewritten"}
+
+
+class Broken(nn.Module):
+    """Two graphs with code in between that Dynamo leaves to Python; the rest after both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(128, 128), nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor, twice: bool = True) -> torch.Tensor:
+        x = self.a(x)
+        torch._dynamo.graph_break()
+        return self.b(x) if twice else x
+
+
+def test_graph_breaks_are_told_with_their_reason():
+    model, x = Broken().eval(), torch.randn(3, 128)
+    with torch.no_grad():
+        fast = torch.compile(model, backend="ternc", options={"inner": "eager"})
+        fast(x)
+        fast(torch.randn(5, 128))  # compiled anew with other shapes: as many parts as before
+        split = [note for note in ternc.report(fast).notes if "Dynamo" in note]
+        assert split == [note for note in ternc.explain(model, x).notes if "Dynamo" in note]
+        assert len(split) == 1 and split[0].startswith("Dynamo split the model into 2 graphs: Call")
+        assert "graph_break()` (test_inspection.py:" in split[0] and "in forward)" in split[0]
+        (note,) = (n for n in ternc.explain(model, x, False).notes if "Dynamo" in n)
+        assert note.startswith("Dynamo left the rest to Python: ")
+        whole = torch.compile(Branches().eval(), backend="ternc", options={"inner": "eager"})
+        whole(x)
+        assert not any("Dynamo" in note for note in ternc.report(whole).notes)
+
+
+def test_globs_without_a_match_are_told():
+    """By quantize, by the backend and by explain; default globs without a match are not."""
+    globs = {"exclude": (*DEFAULT_EXCLUDE, "a", "inside"), "include": ("c",), "int8": ("*.head",)}
+    model = nn.Sequential(OrderedDict(a=nn.Linear(128, 128), inside=Broken())).eval()
+    q = ternc.quantize(model, ternc.Config(**globs))
+    fast = torch.compile(model, backend="ternc", options={"inner": "eager", **globs})
+    with torch.no_grad():
+        fast(torch.randn(3, 128))
+        explained = ternc.explain(model, torch.randn(3, 128), config=ternc.Config(**globs))
+    for report in (ternc.report(q), ternc.report(fast), explained):
+        told = [note for note in report.notes if "matches no layer" in note]
+        assert [note.partition(" matches")[0] for note in told] == [
+            "exclude='inside'", "include='c'", "int8='*.head'"
+        ]  # fmt: skip
+        assert "'inside.*' would match some" in told[0] and "would" not in told[1]
+    assert not ternc.report(ternc.quantize(model)).notes
 
 
 def test_a_trained_weight_is_counted_once():

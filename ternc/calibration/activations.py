@@ -18,9 +18,12 @@ from torch import nn
 from ternc.calibration.batches import HELD_OUT_EVERY, call, counted_rows, held_out
 from ternc.calibration.execution import Chain, Execution, Leaves, StopForward, input_of
 from ternc.calibration.moments import SplitMoments
+from ternc.formats.quantized import Refusal
 
 LEAST_ROWS = 2
 """One row has no covariance."""
+
+NOT_CALLED = Refusal("not called on the calibration data")
 
 _Run = Callable[[], Any]
 
@@ -40,15 +43,15 @@ class Activations:
             if (index := walk.find(layer)) is not None:
                 walk.go_to(index)
 
-    def moments(self, name: str, layer: nn.Module) -> SplitMoments | None:
+    def moments(self, name: str, layer: nn.Module) -> SplitMoments | Refusal:
         """Moments of the inputs that `layer` gets now. The model must be in eval mode.
 
         Args:
             name: of the layer, as recorded.
 
         Returns:
-            None where it gets fewer than `LEAST_ROWS` finite rows to be fitted to, or to be judged
-            by: a fit that nothing judges seems to be without error.
+            Why not, where it gets fewer than `LEAST_ROWS` finite rows to be fitted to, or to be
+            judged by: a fit that nothing judges seems to be without error.
         """
         once = self._calls[name] == 1
         walk = next((w for w in self._chains if w.find(layer) is not None), None)
@@ -73,9 +76,10 @@ class Activations:
             goal = torch.cat(goals) if goals and paired else None
             _share_out(moments, rows, goal, index, len(self._batches))
         if moments is None:
-            return None
-        enough = min(moments.fitted.count, moments.held_out.count) >= LEAST_ROWS
-        return moments if enough else None
+            return NOT_CALLED
+        if min(moments.fitted.count, moments.held_out.count) >= LEAST_ROWS:
+            return moments
+        return Refusal(moments.unusable or "called on the calibration data too rarely to be judged")
 
 
 def _inputs(layer: nn.Module, run: _Run, once: bool) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ measured loss most per bit gets it
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,10 +21,10 @@ from ternc.calibration.distance import Loss
 from ternc.calibration.execution import input_of
 from ternc.calibration.prefix import Prefix
 from ternc.config import CODE_MAX, Config
-from ternc.errors import ConfigError
+from ternc.errors import ConfigError, InputError
 from ternc.formats import fit as data_free
 from ternc.formats.layouts import at_rest_layout, get
-from ternc.formats.quantized import group_count
+from ternc.formats.quantized import frobenius, group_count
 from ternc.formats.rotation import Rotation
 from ternc.progress import track
 
@@ -128,6 +129,11 @@ def measured_costs(
         targets = [call(model, batch) for batch in measured]
         prefix = Prefix(model, {name: layer.module for name, layer in layers.items()}, measured)
         exact = _mean(loss(target, target, b) for target, b in zip(targets, measured, strict=True))
+        if not math.isfinite(exact):
+            raise InputError(
+                f"bits_budget compares losses, and that of the float model on the calibration data "
+                f"is {exact}: there is NaN or infinity in the data or in the model's outputs"
+            )
         for name in track(prefix.order, len(layers), "allocate", progress):
             w, module = layers[name].weight().float(), layers[name].module
             quantised = {planes: _quantised(w, planes, config) for planes in CODE_MAX}
@@ -144,8 +150,9 @@ def measured_costs(
                 finally:
                     handle.remove()
             # Small errors cost by their square: what is left of it at three planes.
-            left = ((w - quantised[3]).norm() / (w - quantised[2]).norm().clamp(min=1e-30)) ** 2
-            losses[3] = exact + (losses[2] - exact) * float(left)
+            two = frobenius(w - quantised[2])
+            left = (frobenius(w - quantised[3]) / two) ** 2 if two else 0.0
+            losses[3] = exact + (losses[2] - exact) * left
             costs[name] = {
                 planes: Cost(bits_at_rest(w.shape[0], w.shape[1], planes, config), losses[planes])
                 for planes in CODE_MAX

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ternc.calibration.activations import Activations
+from ternc.calibration.activations import NOT_CALLED, Activations
 from ternc.calibration.batches import evaluating
 from ternc.calibration.execution import record
 from ternc.calibration.fit import SWEEPS, Metric, fit
 from ternc.calibration.guard import Candidate, fell_back, judged
-from ternc.calibration.moments import SplitMoments
+from ternc.calibration.moments import LARGEST, SplitMoments
 from ternc.calibration.refit import corrected_bias
 from ternc.calibration.resume import Store
 from ternc.calibration.target import Target, target_of, transfer
@@ -26,7 +26,7 @@ from ternc.config import CODE_MAX, Config
 from ternc.decision import fewest
 from ternc.formats.detect import detect_ternary
 from ternc.formats.fit import over_budget, refuse
-from ternc.formats.quantized import Refusal
+from ternc.formats.quantized import Refusal, frobenius
 from ternc.formats.rotation import Rotation
 from ternc.modules.conversion import Spelling, float_weight
 from ternc.site import Decision
@@ -85,56 +85,63 @@ class Calibrator:
             execution = record(model, modules, batches[0])
             self._activations = Activations(model, batches, execution)
         self._group_of = {name: group for group in execution.groups for name in group}
-        self._decided: dict[str, Decision] = {}
+        self._decided: dict[str, Decision | Refusal] = {}
 
     def order(self, names: Iterable[str]) -> list[str]:
         """The names in the order in which the model calls them; those it does not call last."""
         rank = {name: position for position, name in enumerate(self._group_of)}
         return sorted(names, key=lambda name: rank.get(name, len(rank)))
 
-    def decide(self, name: str) -> Decision | None:
-        """What the layer becomes; None where calibration has not seen enough of its inputs.
+    def decide(self, name: str) -> Decision | Refusal:
+        """What the layer becomes, or why the calibration data do not say.
 
         The layers that share its input are fitted with it, and answered for when they are asked
         for.
         """
         if name not in self._group_of:
             self._layers.pop(name, None)
-            return None
+            return NOT_CALLED
         if name not in self._decided:
             with evaluating(self._model):
                 self._activations.arrive(self._layers[name].module)
             group = [n for n in self._group_of[name] if n in self._layers]
             self._decided.update(self._restored(group) or self._fitted(group))
         self._layers.pop(name, None)
-        return self._decided.pop(name, None)
+        return self._decided.pop(name)
 
     def _restored(self, group: list[str]) -> dict[str, Decision] | None:
         device = self._layers[group[0]].weight().device
         return None if self._store is None else self._store.read(group, device)
 
-    def _fitted(self, group: list[str]) -> dict[str, Decision]:
-        decided = {name: self._by_value(name) for name in group}
-        open_ = [name for name, decision in decided.items() if decision is None]
+    def _fitted(self, group: list[str]) -> dict[str, Decision | Refusal]:
+        valued = {name: self._by_value(name) for name in group}
+        decided = {name: found for name, found in valued.items() if found is not None}
+        open_ = [name for name in group if name not in decided]
         if open_:
             with evaluating(self._model):
                 layer = self._layers[open_[0]]
                 moments = self._activations.moments(open_[0], layer.module)
-            if moments is not None:
+            if isinstance(moments, Refusal):
+                decided.update(dict.fromkeys(open_, moments))
+            else:
                 decided.update(self._fit_group(open_, moments))
-        found = {name: decision for name, decision in decided.items() if decision is not None}
+        found = {name: each for name, each in decided.items() if isinstance(each, Decision)}
         if self._store is not None and len(found) == len(group):
             self._store.write(found)
-        return found
+        return decided
 
-    def _by_value(self, name: str) -> Decision | None:
-        """The decision where the values of the weight make it alone."""
+    def _by_value(self, name: str) -> Decision | Refusal | None:
+        """The decision where the values of the weight make it alone, or rule these fits out."""
         w, size = self._layers[name].weight(), self._config.group_size
         found = detect_ternary(w, size if isinstance(size, int) else None)
         if not isinstance(found, Refusal):
             return Decision(found, "ternary by value: lowered exactly", 0.0, 0.0)
-        refusal = refuse(w, self._config)
-        return Decision(None, refusal.reason) if refusal else None
+        if refusal := refuse(w, self._config):
+            return Decision(None, refusal.reason)
+        largest = float(w.abs().max())
+        if 1 / LARGEST <= largest <= LARGEST:
+            return None
+        return Refusal(f"not fitted to data: squares of weights of {largest:.2g} leave fp32")
 
     def _fit_group(self, group: list[str], moments: SplitMoments) -> dict[str, Decision]:
         fits = _GroupFits(moments, self._config, group[0] in self._rotated)
@@ -195,10 +202,11 @@ class Calibrator:
         else:
             refusal = over_budget(count, "held-out output error", chosen.error, budget)
             return Decision(None, refusal.reason, output_error=chosen.error)
+        reason = f"{reason}; {chosen.method}{fell_back(chosen, candidates)}"
         bias = layer.bias
         return Decision(
             quantized=chosen.quantized,
-            reason=f"{reason}; {chosen.method}{fell_back(chosen, candidates)}",
+            reason=f"{reason}{fits.left_out}",
             error=_relative(layer.weight().float(), target.weight - chosen.difference),
             output_error=chosen.error,
             rotation=rotation,
@@ -220,7 +228,7 @@ def _best(candidates: Sequence[Candidate]) -> Candidate:
 
 def _relative(w: torch.Tensor, quantized: torch.Tensor) -> float:
     """||w - q|| / ||w||; 0 for an all-zero w."""
-    return float((w - quantized).norm() / w.norm()) if w.any() else 0.0
+    return frobenius(w - quantized) / frobenius(w) if w.any() else 0.0
 
 
 class _GroupFits:
@@ -235,6 +243,12 @@ class _GroupFits:
         self._rotation = Rotation.of(columns, config.seed)
         method = "gptq" if config.method == "auto" else config.method
         self._methods = ("gptq", "als") if method == "gptq" else (method,)
+
+    @property
+    def left_out(self) -> str:
+        """What a reason says of calibration inputs that could not be used."""
+        unusable = self._moments.unusable
+        return f"; {unusable}, left out" if unusable else ""
 
     def choose_rotation(
         self, goals: Mapping[str, Goal], planes: Mapping[str, int | Literal["auto"]]

@@ -13,6 +13,9 @@ import torch
 
 from ternc.formats.rotation import Rotation
 
+LARGEST = 1e15
+"""Values beyond it are taken like infinity: sums of their squares leave fp32."""
+
 
 @dataclasses.dataclass
 class Moments:
@@ -24,6 +27,8 @@ class Moments:
     """E[x], fp32 [K]."""
     count: int
     """Rows taken in."""
+    left_out: int = 0
+    """Rows with NaN, infinity or values beyond `LARGEST`."""
     lag: torch.Tensor | None = None
     """E[d x^T], fp32 [K, K]; None where f is not known."""
     lag_mean: torch.Tensor | None = None
@@ -36,17 +41,19 @@ class Moments:
         return cls(zeros, zeros.new_zeros(columns), 0)
 
     def add(self, rows: torch.Tensor, wanted: torch.Tensor | None = None) -> None:
-        """Takes in rows [M, K] of any float dtype; rows with NaN or infinity are left out.
+        """Takes in rows [M, K] of any float dtype; those with no finite squares are left out.
 
         Args:
             wanted: the same rows in the float model; given with every call or with none.
         """
         rows = rows.float()
-        kept = rows.isfinite().all(1)
+        kept = _usable(rows)
         if wanted is not None:
-            kept &= wanted.isfinite().all(1)
+            kept &= _usable(wanted)
             wanted = wanted[kept].float()
+        self.left_out += len(rows)
         rows = rows[kept]
+        self.left_out -= len(rows)
         total = self.count + len(rows)
         if not len(rows):
             return
@@ -87,6 +94,11 @@ class Moments:
         return Moments((second + second.T) / 2, rotation.rotate(self.mean), self.count)
 
 
+def _usable(rows: torch.Tensor) -> torch.Tensor:
+    """Which rows [M, K] have no NaN and nothing beyond `LARGEST`: bool [M]."""
+    return (rows.abs() <= LARGEST).all(1)
+
+
 @dataclasses.dataclass
 class SplitMoments:
     """Moments of the rows that codes are fitted to, and of those that the fit is judged by."""
@@ -97,6 +109,14 @@ class SplitMoments:
     @classmethod
     def empty(cls, columns: int, device: torch.device) -> SplitMoments:
         return cls(Moments.empty(columns, device), Moments.empty(columns, device))
+
+    @property
+    def unusable(self) -> str:
+        """What a report says of rows that were left out; "" where none was."""
+        count = self.fitted.left_out + self.held_out.left_out
+        total = count + self.fitted.count + self.held_out.count
+        seen = f"NaN, infinity or values beyond {LARGEST:g} in {count:,} of {total:,} rows"
+        return f"its calibration inputs hold {seen}" if count else ""
 
 
 def output_error(difference: torch.Tensor, w: torch.Tensor, moments: torch.Tensor) -> float:

@@ -93,10 +93,8 @@ class Quantized:
 
     def relative_error(self, w: torch.Tensor) -> float:
         """||w - W|| / ||w||, Frobenius, for w [N, K] of any float dtype; 0 for an all-zero w."""
-        difference = self.dequantize().sub_(w.detach())
-        norm = torch.linalg.vector_norm(w.detach(), dtype=torch.float32)
-        error = torch.linalg.vector_norm(difference)
-        return float(torch.where(error == 0, error, error / norm))
+        error = frobenius(self.dequantize().sub_(w.detach()))
+        return error / frobenius(w.detach()) if error else 0.0
 
     def describe(self) -> str:
         """Format for reports: `ternary x3 g128`, `ternary x1 row`, `int8 row`."""
@@ -120,6 +118,17 @@ def group_count(columns: int, group_size: int) -> int:
 def expand_groups(values: torch.Tensor, group_size: int, columns: int) -> torch.Tensor:
     """[N, G] -> [N, K], one value for every column of its group."""
     return values.repeat_interleave(group_size, dim=1)[:, :columns]
+
+
+def frobenius(w: torch.Tensor) -> float:
+    """sqrt(sum of w^2) of finite w, of any float dtype and size; waits for the device."""
+    norm = float(torch.linalg.vector_norm(w, dtype=torch.float32))
+    if not w.numel() or 1e-8 < norm < 1e15:
+        return norm
+    # Squares leave fp32: of numbers of at most one they do not.
+    largest = float(w.abs().max())
+    scaled = w.double().div_(largest) if largest else w
+    return largest * float(torch.linalg.vector_norm(scaled))
 
 
 def is_finite(w: torch.Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from ternc.config import Config
 from ternc.decision import decide, decide_int8, decide_rotated, rotation_asked
+from ternc.formats.quantized import Refusal
 from ternc.modules.attention import (
     TernaryMultiheadAttention,
     separate_float_projections,
@@ -169,12 +170,12 @@ def convert_linear(
     config: Config,
     spelling: Spelling,
     reason: str | None,
-    calibrated: Callable[[str], Decision | None] | None = None,
+    calibrated: Callable[[str], Decision | Refusal] | None = None,
     int8: bool = False,
 ) -> Converted:
     """A linear or embedding module -> its packed one. `reason` keeps it in floating point.
 
-    `calibrated` decides by what the layer is given; where it has no answer the weight alone does.
+    `calibrated` decides by what the layer is given; where it refuses, the weight alone does.
     `int8`: the weight is held as int8 codes, whatever it is given.
     """
     reason = reason or why_not(module)
@@ -216,18 +217,18 @@ def _decide(
     name: str,
     w: torch.Tensor,
     config: Config,
-    calibrated: Callable[[str], Decision | None] | None,
+    calibrated: Callable[[str], Decision | Refusal] | None,
 ) -> Decision:
     """By what was trained, by what the layer is given, or else by the weight [N, K] alone."""
     if isinstance(module, QATLinear):
         return module.decision(name) or _decide_by_weight(w, config)
     if calibrated is None:
         return _decide_by_weight(w, config)
-    if (decision := calibrated(name)) is not None:
-        return decision
+    found = calibrated(name)
+    if isinstance(found, Decision):
+        return found
     decision = _decide_by_weight(w, config)
-    unseen = f"{decision.reason}; not called on the calibration data, or too rarely to be judged"
-    return dataclasses.replace(decision, reason=unseen)
+    return dataclasses.replace(decision, reason=f"{decision.reason}; {found.reason}")
 
 
 def _decide_by_weight(w: torch.Tensor, config: Config) -> Decision:

@@ -122,6 +122,43 @@ def test_uncalled_layers_say_so():
     assert list(rows_of(q)) == ["up", "down", "spare"]
 
 
+def test_calibration_inputs_that_are_no_numbers_are_named():
+    """Some of them are left out; where nothing is left, that is the reason, not "not called"."""
+    batches = data(9)
+    batches[0][3, 5] = float("nan")
+    batches[1][:, 0] = float("inf")
+    q = quantize(Net(), Config(planes=2, **PLAIN), calibration=batches)
+    row = rows_of(q)["up"]
+    assert "values beyond 1e+15 in 65 of 576 rows, left out" in row.reason
+    assert row.output_error is not None and "left out" in rows_of(q)["down"].reason
+
+    nothing = [torch.full_like(batch, float("nan")) for batch in data(2)]
+    q = quantize(Net(), Config(planes=2, **PLAIN), calibration=nothing)
+    row = rows_of(q)["up"]
+    assert row.reason.endswith(
+        "its calibration inputs hold NaN, infinity or values beyond 1e+15 in 128 of 128 rows"
+    )
+    assert "not called" not in row.reason and row.output_error is None
+
+    budget = Config(bits_budget=3.0, **PLAIN)
+    with pytest.raises(InputError, match="the calibration data is nan"):
+        quantize(Net(), budget, calibration=nothing)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_weights_whose_squares_leave_fp32_are_fitted_without_data(size):
+    model = Net()
+    expected = rows_of(quantize(model, Config(planes=2, **PLAIN)))["up"].weight_error
+    model.up.weight.data *= size
+    model.up.bias.data *= size
+    q = quantize(model, Config(planes=2, **PLAIN), calibration=data(2))
+    up, down = rows_of(q)["up"], rows_of(q)["down"]
+    assert "squares of weights of" in up.reason and up.output_error is None
+    assert up.weight_error == pytest.approx(expected, rel=0.01)
+    if size > 1:
+        assert "beyond 1e+15 in 128 of 128 rows" in down.reason
+
+
 def test_exact_ternary_stays_exact_and_unrotated():
     model = Net()
     torch.manual_seed(0)
@@ -196,7 +233,8 @@ def test_inputs_that_nothing_can_judge_are_not_fitted_to():
     for batches in (never, [torch.randn(1, 64)], [torch.randn(15, 64)]):
         q = quantize(Net(), Config(**PLAIN), calibration=batches)
         assert q.up.planes == quantize(Net(), Config(**PLAIN)).up.planes > 1
-        assert "too rarely to be judged" in rows_of(q)["up"].reason
+        why = "NaN, infinity or values" if batches is never else "too rarely to be judged"
+        assert why in rows_of(q)["up"].reason
     row = rows_of(quantize(Net(), Config(**PLAIN), calibration=data(1, rows=16)))["up"]
     assert row.output_error is not None and row.output_error > 0
 

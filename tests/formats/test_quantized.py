@@ -38,6 +38,16 @@ def test_relative_error():
     assert zeros.relative_error(torch.zeros(2, 3)) == 0.0
 
 
+@pytest.mark.parametrize("size", [2.0**-130, 2.0**-70, 2.0**70, 2.0**118])
+def test_relative_error_where_squares_leave_fp32(size):
+    torch.manual_seed(0)
+    w = torch.randn(8, 20)
+    codes = w.round().clamp(-1, 1).to(torch.int8)
+    expected = float((w - codes).norm() / w.norm())
+    quantized = Quantized(codes, torch.full((8,), size), None, 0, 1)
+    assert quantized.relative_error(w * size) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("case", "name"),
     [
