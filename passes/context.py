@@ -39,6 +39,8 @@ class Context:
     """Inputs appended to the graph: which site, which field of its packed tensors."""
     row_positions: list[tuple[Row, int]] = dataclasses.field(default_factory=list)
     """Rows of weights that were packed before compilation, and the position of their bytes."""
+    int8: set[tuple[tuple[int, ...], str]] = dataclasses.field(default_factory=set)
+    """Weights asked for as int8: positions and key of their expressions."""
     nodes_before: list[GraphNode] = dataclasses.field(default_factory=list)
     """The graph before the first pass, as plain data for the report."""
 

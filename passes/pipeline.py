@@ -29,6 +29,7 @@ from ternc.passes.graph import (
     source_of,
 )
 from ternc.passes.hand_written_attention import fuse_attention
+from ternc.passes.int8_weights import mark_int8
 from ternc.passes.mutation import drop_unused, name_of, tainted, without_needless_writes
 from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Rule, Skip
@@ -104,6 +105,7 @@ def find_folds(gm: fx.GraphModule, context: Context) -> list[Fold]:
 def _rewrite(gm: fx.GraphModule, context: Context) -> None:
     """Normal forms, then rules, on one graph: that of the model or the body of a checkpoint."""
     unfused = _normalise(gm, context)
+    mark_int8(gm, context)
     _apply_all(RULES, gm, context)
     _trace_unfused(gm)
     report_regions(gm, context, unfused)

@@ -157,10 +157,14 @@ def test_a_float_weight_loads_into_an_int8_layer():
     assert torch.equal(q.lm_head.packed_weight, expected.weight)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_backend_packs_float_head_and_embedding(ids, inner):
+@pytest.mark.parametrize(
+    ("inner", "names"),
+    [("aot_eager", HEADS.int8), ("eager", ("embed",)), ("eager", ("lm_head",))],
+)
+def test_backend_packs_float_head_and_embedding(ids, inner, names):
+    """Of a tied weight one name is enough, the other one's default exclusion does not matter."""
     model = Model().eval()
-    options = {"planes": 2, "int8": ("embed", "lm_head"), "inner": inner}
+    options = {"planes": 2, "int8": names, "inner": inner}
     fast = torch.compile(model, backend="ternc", options=options)
     with torch.no_grad():
         expected = ternc.quantize(model, Config(planes=2, int8=HEADS.int8, method="rtn"))(ids)
@@ -175,6 +179,13 @@ def test_backend_packs_float_head_and_embedding(ids, inner):
         model.embed.weight[3, 3] = torch.nan
         with pytest.warns(RuntimeWarning, match="op by op"):
             assert fast(ids).isnan().any()
+
+
+@pytest.mark.parametrize("name", HEADS.int8)
+def test_a_name_of_an_untied_weight_is_that_of_one(ids, name):
+    with torch.no_grad():
+        report = ternc.explain(Model(tied=False).eval(), ids, config=Config(int8=(name,)))
+    assert [row.name for row in report.rows if row.format.startswith("int8")] == [name]
 
 
 def test_compiled_after_quantize(ids):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import argument, example_value
+from ternc.passes.int8_weights import is_int8
 from ternc.passes.rule import Match, Skip
 from ternc.passes.weight_expression import weight_expression
 from ternc.passes.weight_site import (
@@ -33,14 +34,16 @@ class EmbeddingRule:
         return Match(node, {"table": table, "expression": weight_expression(table)})
 
     def check(self, match: Match, context: Context) -> Skip | None:
-        name = _name(match)
-        if not (marked_int8(name, context.config) or included(name, context.config)):
+        name, expression = _name(match), match.parts["expression"]
+        asked = marked_int8(name, context.config) or is_int8(expression, context)
+        if not (asked or included(name, context.config)):
             return Skip("an embedding is packed on request only", match.root)
         return None
 
     def rewrite(self, match: Match, context: Context) -> Skip | None:
         name, table = _name(match), example_value(match.parts["table"])
-        int8, expression = marked_int8(name, context.config), match.parts["expression"]
+        expression = match.parts["expression"]
+        int8 = is_int8(expression, context)
         decision = _why_not(match, context) or decide_now(
             expression.evaluate, expression.positions, context, int8
         )

@@ -15,6 +15,7 @@ from ternc.passes.casts import cast_before
 from ternc.passes.context import Context, weight_name
 from ternc.passes.graph import argument, example_value
 from ternc.passes.inline import inline
+from ternc.passes.int8_weights import is_int8
 from ternc.passes.rule import Match, Skip
 from ternc.passes.training_site import fake_quantised, why_not_train
 from ternc.passes.weight_expression import WeightExpression, weight_expression
@@ -26,7 +27,7 @@ from ternc.passes.weight_site import (
     requires_grad,
     rotated,
 )
-from ternc.policy import excluded, marked_int8
+from ternc.policy import excluded
 from ternc.site import Decision
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -68,7 +69,7 @@ class LinearRule:
             )
         if context.why_not_move(*expression.inputs):
             return Skip("the model writes to the weight in place")
-        int8 = marked_int8(_name(match), context.config)
+        int8 = is_int8(expression, context)
         if not int8 and (reason := excluded(_name(match), context.config, weight.shape)):
             return Skip(reason)
         if int8 and context.grad_enabled and requires_grad(expression, context):
@@ -80,7 +81,7 @@ class LinearRule:
     def rewrite(self, match: Match, context: Context) -> Skip | None:
         expression: WeightExpression = match.parts["expression"]
         name = context.unique_name(_name(match))
-        int8 = marked_int8(_name(match), context.config)
+        int8 = is_int8(expression, context)
         columns = int(example_value(match.parts["weight"]).shape[1])
         asked = None if int8 else rotation_asked(context.config, columns)
         decision = decide_now(expression.evaluate, expression.positions, context, int8, asked)
