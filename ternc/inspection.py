@@ -5,8 +5,9 @@ it again).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import fx
 from ternc.backend import parse_options, rewrite
 from ternc.config import Config, checked_config
 from ternc.errors import UnsupportedModelError
+from ternc.modules.conversion import packed_row
 from ternc.modules.linear import TernaryLinear
 from ternc.passes.context import skipped_row
 from ternc.passes.describe import describe_graph, prefixed
@@ -85,7 +87,9 @@ def explain(
         return gm.forward
 
     torch.compile(model, backend=record)(*args, **kwargs)
+    rows = list(_as_held(rows, model))
     rows.extend(_unreached(model, read, rows))
+    replaced.extend(_packed_buffers(model, rows))
     return Report(
         rows=rows,
         totals=Totals.of(model, _packed(rows), replaced, kept),
@@ -118,7 +122,7 @@ def report(model: torch.nn.Module) -> Report:
     nodes: list[GraphNode] = []
     nodes_before: list[GraphNode] = []
     for index, (graph, instance) in enumerate(graphs):
-        for row in _rows_of(graph, instance):
+        for row in _as_held(_rows_of(graph, instance), model):
             if not (_trains(row) and row.name in rows):  # what is packed for inference stays so
                 rows[row.name] = row
         still_read = _still_read(graph.graph_module)
@@ -132,8 +136,8 @@ def report(model: torch.nn.Module) -> Report:
             compiled = rows.get(row.name)
             if row.action == "rewritten" or compiled is None or compiled.action == "skipped":
                 rows[row.name] = _as_run(row, compiled, model)
-        replaced.extend(_packed_buffers(model, packed))
     found = list(rows.values())
+    replaced.extend(_packed_buffers(model, found))
     if packed is None:
         read = {id(tensor) for _, instance in graphs for tensor in instance.values()}
         found.extend(_unreached(model, read, found))
@@ -326,6 +330,28 @@ def _as_run(row: Row, compiled: Row | None, model: torch.nn.Module) -> Row:
     for tensor in _packed_buffers(model, [row]):
         current.kernel = dispatch.last_kernel(tensor) or current.kernel
     return current
+
+
+def _as_held(rows: Iterable[Row], model: torch.nn.Module) -> Iterator[Row]:
+    """The rows; those of weights packed before compilation in the terms of the modules that hold
+    them. A graph knows of the bytes alone, not of their planes or of what they were made from.
+    """
+    layers = dict(model.named_modules(remove_duplicate=False))
+    earlier = {row.name: row for row in getattr(model, "_ternc_rows", ())}
+    for row in rows:
+        layer = layers.get(row.name)
+        if "packed " in row.pattern and isinstance(layer, TernaryLinear):
+            held, first = packed_row(row.name, layer), earlier.get(row.name, row)
+            row = dataclasses.replace(
+                held,
+                pattern=row.pattern,
+                reason=row.reason,
+                weight_error=first.weight_error,
+                output_error=first.output_error,
+                kernel=row.kernel,
+                shared_with=row.shared_with,
+            )
+        yield row
 
 
 def _packed_buffers(model: torch.nn.Module, rows: Sequence[Row]) -> Iterator[torch.Tensor]:

@@ -149,6 +149,27 @@ def test_a_packed_model_is_explained_as_it_is_reported():
     assert 0 < row.bytes_at_rest < row.bytes_after == held.rows[1].bytes_after
 
 
+@pytest.mark.parametrize("free", [False, True])
+def test_packed_modules_are_told_of_as_what_they_hold(free):
+    """By explain, and by the report of a model that was built around them: shape, planes, totals;
+    planes with scales of their own stand side by side in the graph.
+    """
+    config = ternc.Config(planes=2, group_size=32, tie_scales=not free)
+    layers = OrderedDict(a=nn.Linear(128, 128), b=nn.Linear(128, 64))
+    q, x = ternc.quantize(nn.Sequential(layers).eval(), config), torch.randn(3, 128)
+    held = ternc.report(q)
+    around = nn.Sequential(OrderedDict(inner=q))
+    fast = torch.compile(around, backend="ternc", options={"inner": "eager"})
+    with torch.no_grad():
+        fast(x)
+        found = {"": ternc.explain(q, x), "inner.": ternc.report(fast)}
+    for prefix, report in found.items():
+        (row,) = (row for row in report.rows if row.name == f"{prefix}a")
+        for field in ("format", "shape", "bytes_before", "bytes_after", "bytes_at_rest"):
+            assert getattr(row, field) == getattr(held.rows[0], field)
+        assert report.totals == held.totals
+
+
 def test_a_model_compiled_in_two_ways_has_two_reports():
     model, x = Branches().eval(), torch.randn(3, 128)
     one, two = (
