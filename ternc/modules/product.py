@@ -67,12 +67,12 @@ def _kernel(
     )
 
 
+@torch.compiler.assume_constant_result
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or a level of forward-mode differentiation is active; not
-    while a graph is traced.
+    """Whether a transform of torch.func or a level of forward-mode differentiation is active.
+
+    Dynamo enters the transforms that it traces, and guards those around what it traces.
     """
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 

@@ -34,6 +34,28 @@ def test_transforms_differentiate_as_backward_does(setting):
     assert torch.equal(layer.bias.grad, torch.full((8,), 3.0))
 
 
+@pytest.mark.parametrize("options", [None, {"inner": "aot_eager"}], ids=str)
+def test_transforms_inside_compiled_code(options):
+    """Of a layer packed before: in Dynamo's graph as in eager code, with other backends too."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = ternc.quantize(nn.Linear(64, 8), Config(planes=2)).requires_grad_(False)
+    x, t, w = torch.randn(3, 64), torch.randn(3, 64), layer.weight
+
+    def derivatives(x, t):
+        gradient = torch.func.grad(lambda z: layer(z).square().sum())(x)
+        return gradient, torch.func.jvp(layer, (x,), (t,))[1], layer(x)
+
+    backend = {"backend": "ternc", "options": options} if options else {"backend": "eager"}
+    gradient, tangent, y = torch.compile(derivatives, fullgraph=True, **backend)(x, t)
+    torch.testing.assert_close(gradient, 2 * y @ w)
+    torch.testing.assert_close(tangent, t @ w.T)
+    fast = torch.compile(layer, **backend)
+    assert torch.equal(fast(x), y)
+    torch.testing.assert_close(torch.func.grad(lambda z: fast(z).square().sum())(x), gradient)
+    assert torch.equal(fast(x), y)
+
+
 def test_transforms_say_that_they_do_not_reach_scales():
     layer = TernaryLinear.from_linear(nn.Linear(64, 8), Config(planes=2)).scale_requires_grad_()
     with pytest.raises(DifferentiationError, match=r"scale_requires_grad_\(False\)"):
