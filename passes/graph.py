@@ -93,7 +93,8 @@ def is_static_input(node: fx.Node) -> bool:
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A shallow copy that may be edited; Dynamo reads the original again after the backend returns.
 
-    Sources of the placeholders are carried over: ahead-of-time autograd asks for them.
+    Sources of the placeholders are carried over: ahead-of-time autograd asks for them. Dynamo's
+    weak references to their tensors are not: a tensor that has any cannot be swapped.
     """
     mapping: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
@@ -105,6 +106,8 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     for old in gm.graph.find_nodes(op="placeholder"):
         if hasattr(old, "_dynamo_source"):
             mapping[old]._dynamo_source = old._dynamo_source
+        mapping[old].meta["ternc_source"] = source_of(old)
+        mapping[old].meta.pop("grapharg", None)
     return copied
 
 

@@ -13,22 +13,21 @@ import itertools
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 from ternc.errors import DifferentiationError
 from ternc.formats.rotation import SharedSigns
 from ternc.reporting import GraphNode, Row
 from ternc.runtime.dynamo import Part
+from ternc.runtime.identity import Known
 from ternc.runtime.inductor import keep_static
-from ternc.runtime.ops.grouped_linear import ends_of
-from ternc.runtime.ops.linears import given
+from ternc.runtime.op_by_op import OpByOp
 from ternc.runtime.pack import PackCache, PackedWeight
 from ternc.runtime.states import state_of
 from ternc.site import TrainedWeight, WeightSite
@@ -91,7 +90,7 @@ class CompiledGraph:
         self._abstract = abstract
         self._differentiable = differentiable
         self._warned: set[str] = set()
-        self._instances: list[dict[int, weakref.ref[torch.Tensor]]] = []
+        self._instances: list[dict[int, Known]] = []
         self.graph_module = gm
         self._static_positions = [
             node.meta["ternc_position"]
@@ -131,12 +130,21 @@ class CompiledGraph:
         with torch._C._AutoDispatchBelowAutograd():
             return self._inner(*gathered)
 
-    def instance_tensors(self) -> list[dict[int, torch.Tensor]]:
-        """Static tensors of every live instance seen, by their position among the inputs."""
+    def instances_of(self, tensors: Mapping[int, torch.Tensor]) -> list[dict[int, torch.Tensor]]:
+        """Of every instance seen whose weights all live: those of `tensors` that are its static
+        inputs, by their position among the inputs. Instances that have none are left out.
+
+        Args:
+            tensors: by identity.
+        """
+        needed = {position for site in self.sites for position in site.inputs}
+        needed.update(position for _, position in self.row_positions)
         found = []
         for instance in self._instances:
-            alive = {position: ref() for position, ref in instance.items()}
-            found.append({p: tensor for p, tensor in alive.items() if tensor is not None})
+            if all(instance[position].alive for position in needed):
+                given = {p: tensors.get(known.identity) for p, known in instance.items()}
+                own = {p: t for p, t in given.items() if t is not None and instance[p](t)}
+                found += [own] if own else []
         return found
 
     def _entry(self, site: WeightSite, args: Sequence[Any]) -> PackedWeight:
@@ -152,7 +160,7 @@ class CompiledGraph:
         """Whether the first weight that is trained is that of an instance seen before."""
         position = self.trained[0].position
         seen = (instance.get(position) for instance in self._instances)
-        return any(ref is not None and ref() is args[position] for ref in seen)
+        return any(known is not None and known(args[position]) for known in seen)
 
     def _remember(self, args: Sequence[Any]) -> None:
         static = {
@@ -160,12 +168,11 @@ class CompiledGraph:
             for position in self._static_positions
             if isinstance(args[position], torch.Tensor)
         }
-        identities = {id(tensor) for tensor in static.values()}
-        for seen in self.instance_tensors():
-            if {id(tensor) for tensor in seen.values()} == identities:
+        for seen in self._instances:
+            if all(known(static.get(position)) for position, known in seen.items()):
                 return
-        alive = [i for i in self._instances if any(ref() is not None for ref in i.values())]
-        self._instances = [*alive, {p: weakref.ref(tensor) for p, tensor in static.items()}]
+        alive = [i for i in self._instances if any(known.alive for known in i.values())]
+        self._instances = [*alive, {p: Known(tensor) for p, tensor in static.items()}]
 
     def _gather(self, args: Sequence[Any], entries: Sequence[PackedWeight]) -> list[Any]:
         if self._select is not None:
@@ -194,137 +201,7 @@ class CompiledGraph:
                 self.notes.append(note)
                 warnings.warn(f"ternc: {note}", RuntimeWarning, stacklevel=3)
         by_site = {id(s): (s, e) for s, e in zip(self.sites, entries, strict=True)}
-        return _OpByOp(self.graph_module, by_site, args).run(*self._gather(args, entries))
-
-
-class _OpByOp(fx.Interpreter):
-    """Runs the rewritten graph with every weight in the variant it has now."""
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        entries: dict[int, tuple[WeightSite, PackedWeight]],
-        originals: Sequence[Any],
-    ) -> None:
-        super().__init__(gm)
-        self.entries = entries
-        self.originals = originals
-
-    def run_node(self, n: fx.Node) -> Any:
-        if "ternc_site" in n.meta:
-            x, *packed, bias, rows, group, bits, layout = self.fetch_args_kwargs_from_env(n)[0]
-            site = n.meta["ternc_site"]
-            return self._product(x, None, packed, bias, (rows, group, layout), bits, x.dtype, site)
-        if "ternc_call" in n.meta:
-            return self._products(n)
-        if "ternc_stack" in n.meta:
-            return self._experts(n)
-        if "ternc_body" in n.meta:
-            body, *given = self.fetch_args_kwargs_from_env(n)[0]
-            return _OpByOp(body, self.entries, self.originals).run(*given)
-        if "ternc_table" in n.meta:
-            return self._rows(n)
-        return super().run_node(n)
-
-    def _rows(self, n: fx.Node) -> torch.Tensor:
-        """`ternc::embedding` with the table that the site has now."""
-        indices, _, _, _, rows, columns, _, _, dtype = self.fetch_args_kwargs_from_env(n)[0]
-        site, entry = self.entries[id(n.meta["ternc_table"])]
-        now = entry.packed
-        if now is None:
-            table = site.evaluate([self.originals[position] for position in site.inputs])
-            return F.embedding(indices, table)
-        packed = (now.weight, now.scale, now.multiplier)
-        return torch.ops.ternc.embedding.default(
-            indices, *packed, rows, columns, now.group_size, now.layout, dtype
-        )
-
-    def _experts(self, n: fx.Node) -> torch.Tensor:
-        """`ternc::grouped_linear` with the stack that the site has now."""
-        x, sx, offsets, _, _, _, experts, rows, _, bits, _, dtype = self.fetch_args_kwargs_from_env(
-            n
-        )[0]
-        site, entry = self.entries[id(n.meta["ternc_stack"])]
-        now = entry.packed
-        if now is not None:
-            packed = (now.weight, now.scale, now.multiplier)
-            return torch.ops.ternc.grouped_linear.default(
-                x, sx, offsets, *packed, experts, rows, now.group_size, bits, now.layout, dtype
-            )
-        stack = site.evaluate([self.originals[position] for position in site.inputs])
-        weights = stack.unflatten(0, (experts, -1))[:, :rows].to(dtype)
-        flat = (x if sx is None else x * sx).to(dtype).flatten(0, -2)
-        y, begin = flat.new_zeros((flat.shape[0], rows)), 0
-        ends = ends_of(offsets, flat.shape[0], experts)
-        for weight, end in zip(weights, ends, strict=True):
-            y[begin:end] = F.linear(flat[begin:end], weight)
-            begin = max(begin, end)
-        return y.view(*x.shape[:-1], rows)
-
-    def _products(self, n: fx.Node) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        """`ternc::linears1..4`, one weight after another."""
-        call = n.meta["ternc_call"]
-        x, sx, *tensors = self.fetch_args_kwargs_from_env(n)[0]
-        if len(call.weights) == 1:
-            *packed, bias, residual, rows, group, bits, layout, dtype = tensors
-            shape = (rows, group, layout)
-            y = self._product(x, sx, packed, bias, shape, bits, dtype, call.sites[0])
-            return y if residual is None else y + residual
-        weights, scales, multipliers, biases, out_features, group_sizes, bits, layouts, dtype = (
-            tensors
-        )
-        outputs = []
-        for i, site in enumerate(call.sites):
-            own = (weights[i], scales[i], given(multipliers[i]))
-            shape = (out_features[i], group_sizes[i], layouts[i])
-            bias = given(biases[i])
-            outputs.append(self._product(x, sx, own, bias, shape, bits, dtype, site))
-        return tuple(outputs)
-
-    def _product(
-        self,
-        x: torch.Tensor,
-        sx: torch.Tensor | None,
-        packed: Sequence[torch.Tensor | None],
-        bias: torch.Tensor | None,
-        shape: tuple[int, int, int],
-        bits: int,
-        dtype: torch.dtype,
-        site: WeightSite | None,
-    ) -> torch.Tensor:
-        """One product with the weight that `site` has now; `packed` is what the graph was given."""
-        if site is not None:
-            site, entry = self.entries[id(site)]
-            if site.rotation is not None and not (entry.variant and entry.variant.rotated):
-                if sx is not None:  # integers once already
-                    x, sx, bits = (x * sx).to(dtype), None, 0
-                x = site.rotation.restore(x)
-            if entry.packed is None:
-                return self._float_product(x, sx, bias, bits, dtype, site)
-            now = entry.packed
-            packed = (now.weight, now.scale, now.multiplier)
-            shape = (now.shape[0], now.group_size, now.layout)
-        rows, group, layout = shape
-        return torch.ops.ternc.linears1.default(
-            x, sx, *packed, bias, None, rows, group, bits, layout, dtype
-        )
-
-    def _float_product(
-        self,
-        x: torch.Tensor,
-        sx: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        bits: int,
-        dtype: torch.dtype,
-        site: WeightSite,
-    ) -> torch.Tensor:
-        """The product with the float weight; a quantiser of the model's own comes back."""
-        weight = site.evaluate([self.originals[position] for position in site.inputs]).to(dtype)
-        if sx is not None:
-            x = (x * sx).to(dtype)
-        elif site.own_quantizer:
-            x = torch.ops.ternc.fake_quantize_act.default(x, bits)
-        return F.linear(x, weight, None if bias is None else bias.to(dtype))
+        return OpByOp(self.graph_module, by_site, args).run(*self._gather(args, entries))
 
 
 def _refuse_tangents(args: Sequence[Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import weakref
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ternc.formats import Packed, Quantized, pack, resident_layout
+from ternc.runtime.identity import at_death
 from ternc.site import Decision, Variant, WeightSite
 
 _Key = tuple[tuple[int, ...], str, int]
@@ -139,7 +139,7 @@ class PackCache:
 
     def _watch(self, key: _Key, sources: Sequence[torch.Tensor]) -> None:
         for source in sources:
-            weakref.finalize(source, self._entries.pop, key, None).atexit = False
+            at_death(source, self._entries.pop, key, None)
 
 
 def _key(site: WeightSite, sources: Sequence[torch.Tensor]) -> _Key:

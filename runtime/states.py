@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ternc.formats.blend import FLOAT, TERNARY
+from ternc.runtime.identity import at_death, token_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,17 @@ class ScheduleState:
     activation: torch.Tensor
 
 
-_STATES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_STATES: dict[int, dict[str, ScheduleState]] = {}
+"""By the identity of the Parameter's token."""
 
 
 def state_of(parameter: torch.Tensor, key: str, activation_bits: int) -> ScheduleState:
     """The state of one weight computed from `parameter`; `key` tells its parts apart."""
-    states = _STATES.setdefault(parameter, {})
+    identity = id(token_of(parameter))
+    if identity not in _STATES:
+        _STATES[identity] = {}
+        at_death(parameter, _STATES.pop, identity, None)
+    states = _STATES[identity]
     if key not in states:
         bits = float(activation_bits or FLOAT)
         with torch.inference_mode(False):

@@ -79,7 +79,7 @@ def explain(
         nodes.extend(describe_graph(rewritten.graph, prefix))
         nodes_before.extend(prefixed(context.nodes_before, prefix))
         still_read = _still_read(rewritten)
-        replaced.extend(_replaced(still_read, context.sites, inputs))
+        replaced.extend(_replaced(still_read, context.sites, dict(enumerate(inputs))))
         kept.update(_kept(still_read, context.sites))
         read.update(map(id, inputs))
         found.extend(note for note in context.notes if note not in found)
@@ -258,15 +258,10 @@ def _graphs_of(
     model: torch.nn.Module,
 ) -> Iterator[tuple[CompiledGraph, dict[int, torch.Tensor]]]:
     """Compiled graphs that have run with tensors of this model, and those tensors by position."""
-    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for graph in GRAPHS:
-        needed = {position for site in graph.sites for position in site.inputs}
-        needed.update(position for _, position in graph.row_positions)
-        for instance in graph.instance_tensors():
-            if not needed.issubset(instance):
-                continue  # a parameter has been replaced since: the instance is gone
-            if any(id(tensor) in own for tensor in instance.values()):
-                yield graph, instance
+        for instance in graph.instances_of(own):
+            yield graph, instance
 
 
 def _rows_of(graph: CompiledGraph, instance: dict[int, torch.Tensor]) -> Iterator[Row]:
@@ -275,7 +270,7 @@ def _rows_of(graph: CompiledGraph, instance: dict[int, torch.Tensor]) -> Iterato
     packed_before = {id(row): position for row, position in graph.row_positions}
     for row in graph.rows:
         current = copy.copy(row)
-        if id(row) in packed_before:
+        if packed_before.get(id(row)) in instance:
             current.kernel = dispatch.last_kernel(instance[packed_before[id(row)]])
         elif id(row) in sites:
             _update(current, sites[id(row)], instance)
@@ -283,6 +278,8 @@ def _rows_of(graph: CompiledGraph, instance: dict[int, torch.Tensor]) -> Iterato
 
 
 def _update(row: Row, site: WeightSite, instance: dict[int, torch.Tensor]) -> None:
+    if not instance.keys() >= set(site.inputs):
+        return  # a weight of another model that the same code runs
     entry = CACHE.peek(site, [instance[position] for position in site.inputs])
     if entry is None:
         return
@@ -310,11 +307,11 @@ def _still_read(gm: fx.GraphModule) -> set[int]:
 
 
 def _replaced(
-    still_read: set[int], sites: Sequence[WeightSite], inputs: Any
+    still_read: set[int], sites: Sequence[WeightSite], inputs: Mapping[int, Any]
 ) -> Iterator[torch.Tensor]:
     """Float weights that nothing but packed sites reads: what the packed bytes stand for."""
     for site in sites:
-        yield from (inputs[p] for p in site.inputs if p not in still_read)
+        yield from (inputs[p] for p in site.inputs if p in inputs and p not in still_read)
 
 
 def _kept(still_read: set[int], sites: Sequence[WeightSite]) -> set[str]:

@@ -130,11 +130,9 @@ def test_repacking_keeps_addresses(x):
     assert_current(fast, model, x)
 
     def addresses():
+        own = {id(parameter): parameter for parameter in model.parameters()}
         ((graph, instance),) = [
-            (graph, instance)
-            for graph in GRAPHS
-            for instance in graph.instance_tensors()
-            if any(tensor is model.up.weight for tensor in instance.values())
+            (graph, instance) for graph in GRAPHS for instance in graph.instances_of(own)
         ]
         return [
             CACHE.peek(site, [instance[p] for p in site.inputs]).packed.weight.data_ptr()
@@ -145,6 +143,41 @@ def test_repacking_keeps_addresses(x):
     _copy(model)
     assert_current(fast, model, x)
     assert addresses() == before
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_parameters_whose_content_is_swapped(x, swapping, trained):
+    """`to` and `load_state_dict` under torch.__future__: swap_tensors refuses weak references."""
+    model, other = Net().eval(), Net().eval()
+    fast = torch.compile(model, backend="ternc", options=OPTIONS)
+    with torch.set_grad_enabled(trained):
+        fast(x)
+    assert_current(fast, model, x)
+    for assign in (False, True):
+        state = {name: tensor.neg() for name, tensor in other.state_dict().items()}
+        up = model.up.weight
+        model.load_state_dict(state, assign=assign)  # lives on: what it held went into `state`
+        assert model.up.weight is up and torch.equal(up, -other.up.weight)
+        assert_current(fast, model, x)
+    model.double().float()
+    with torch.set_grad_enabled(trained):
+        fast(x)
+    assert_current(fast, model, x)
+    assert [row.kernel is not None for row in ternc.report(fast).rows] == [True, True]
+
+    q = ternc.quantize(model)
+    fast = torch.compile(q, backend="ternc", options={"inner": "eager"})
+    with torch.no_grad():
+        fast(x)
+        q.load_state_dict(ternc.quantize(other).state_dict(), assign=True)
+        assert torch.equal(fast(x), q(x))
 
 
 def test_float_instance_after_a_ternary_one(x):
