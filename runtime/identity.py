@@ -21,11 +21,7 @@ Token = OrderedDict[str, None]
 
 def token_of(tensor: torch.Tensor) -> Token:
     """The token of a tensor, which gets one at the first call."""
-    attributes = tensor.__dict__
-    token: Token = attributes.get(_ATTRIBUTE)
-    if token is None:
-        token = attributes[_ATTRIBUTE] = OrderedDict()
-    return token
+    return tensor.__dict__.setdefault(_ATTRIBUTE, OrderedDict())
 
 
 def at_death(tensor: torch.Tensor, act: Callable[..., object], *args: object) -> None:
