@@ -10,6 +10,7 @@ from packed_weights import assert_same, packed_on_gpu
 from torch import nn
 
 from ternc.backend import ternc_backend
+from ternc.config import INT8
 from ternc.runtime import dispatch
 from ternc.runtime.ops import grouped_linear, quantize_act
 
@@ -42,6 +43,37 @@ def test_products(rows, columns, planes, group_size, counts):
             y = torch.ops.ternc.grouped_linear(*given, offsets, *rest)
             assert dispatch.last_kernel(rest[0]) == "triton_grouped"
             assert_same(y, grouped_linear.grouped_linear(*given, offsets, *rest))
+
+
+@pytest.mark.parametrize(
+    ("planes", "group_size", "scales", "bits"),
+    [
+        (1, 128, "row", 0),
+        (2, 64, "free", 0),
+        (1, 128, "free", 8),
+        (INT8, 0, "row", 8),
+        (INT8, 0, "row", 0),
+    ],
+)
+@pytest.mark.parametrize("counts", [[1, 0, 1], [400, 33, 700]], ids=str)
+def test_products_of_other_stacks(planes, group_size, scales, bits, counts):
+    """Free scales, int8 experts and floating-point rows have a kernel too."""
+    rows, columns = 200, 1000
+    packed = packed_on_gpu(
+        3 * grouped_linear.padded_rows(rows), columns, planes, group_size, scales
+    )
+    tensors = (packed.weight, packed.scale, packed.multiplier)
+    rest = (*tensors, 3, rows, group_size, bits, packed.layout, torch.bfloat16)
+    x = torch.randn(sum(counts) + 3, columns, device="cuda", dtype=torch.bfloat16)
+    for given in [(x, None)] + ([quantize_act.reference(x, bits)] if bits else []):
+        for offsets in (ends_of(counts), None):
+            y = torch.ops.ternc.grouped_linear(*given, offsets, *rest)
+            assert dispatch.last_kernel(packed.weight) == "triton_grouped_any"
+            expected = grouped_linear.grouped_linear(*given, offsets, *rest)
+            if planes == INT8 and bits:
+                assert_same(y, expected)
+            else:
+                torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_a_recorded_graph_follows_the_offsets():

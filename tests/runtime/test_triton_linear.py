@@ -14,6 +14,7 @@ from interpreter import inside, outside, run_in_the_interpreter
 from packed_weights import assert_same
 from reference import dequantize_arguments, linear_arguments, random_quantized, token_arguments
 
+from ternc.config import INT8
 from ternc.formats import pack
 from ternc.runtime import dispatch
 from ternc.runtime.ops import (
@@ -244,3 +245,44 @@ def test_grouped_linear(planes, group_size, ends, register_ops):
     for given in ((x.view(2, 15, columns), None), quantize_act.reference(x, 8)):
         y = run(kernels.grouped_linear, packed, *given)
         assert_same(y, run(grouped_linear.grouped_linear, known, *given))
+
+
+OTHER_STACKS = [
+    # planes, group_size, scales, activation_bits
+    (1, 0, "row", 0),
+    (2, 128, "row", 0),
+    (3, 24, "free", 0),
+    (INT8, 0, "row", 0),
+    (1, 128, "free", 8),
+    (3, 24, "free", 4),
+    (INT8, 0, "row", 8),
+]
+
+
+@inside
+@pytest.mark.parametrize("stack", OTHER_STACKS, ids=str)
+@pytest.mark.parametrize("ends", [None, [0, 4, 19, 19]], ids=str)
+def test_grouped_linear_of_other_stacks(stack, ends, register_ops):
+    """Free scales, int8 experts, floating-point rows."""
+    from ternc.runtime.kernels.triton import linear_grouped as kernels
+
+    planes, group_size, scales, bits = stack
+    experts, rows, columns, tokens = 4, 65, 150, 20
+    padded = experts * grouped_linear.padded_rows(rows)
+    quantized = random_quantized(padded, columns, planes, group_size, scales)
+    packed, known = pack(quantized, "cuda"), pack(quantized, "cpu")
+    offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    x = torch.randn(tokens, columns)
+    x[1, 0] = torch.nan
+    for given in [(x, None)] + ([quantize_act.reference(x, bits)] if bits else []):
+        seen, expected = (
+            function(*given, offsets, one.weight, one.scale, one.multiplier, experts, rows,
+                     group_size, bits, one.layout, torch.float32)
+            for function, one in ((kernels.grouped_linear, packed),
+                                  (grouped_linear.grouped_linear, known))
+        )  # fmt: skip
+        assert dispatch.last_kernel(packed.weight) == "triton_grouped_any"
+        if bits and scales != "free":
+            assert_same(seen, expected)
+        else:
+            torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-3, equal_nan=True)

@@ -18,7 +18,9 @@ from ternc.formats.p256 import CHUNK
 from ternc.runtime import dispatch
 from ternc.runtime.kernels.triton import launch, linear_int8, quantize_act, select
 from ternc.runtime.kernels.triton.decode import SHIFTS, load_chunk
+from ternc.runtime.kernels.triton.expert_tiles import share_of
 from ternc.runtime.kernels.triton.linear import aligned
+from ternc.runtime.kernels.triton.linear_grouped_any import gemm_any
 from ternc.runtime.kernels.triton.linear_tile import write_tile
 from ternc.runtime.kernels.triton.weight import Weight
 from ternc.runtime.ops import grouped_linear as grouped_op
@@ -40,42 +42,6 @@ def choose(tokens: int, experts: int, grouped: bool) -> GroupedConfig:
     if each <= 32:
         return GroupedConfig(64, max(16, launch.power_of_two(each)), 4, 4)
     return GroupedConfig(128, 128 if grouped and each > 256 else 64, 8, 3)
-
-
-@triton.jit
-def pick(values, chosen):
-    """The entry of a vector where `chosen`."""
-    return tl.sum(tl.where(chosen, values, 0), axis=0)
-
-
-@triton.jit
-def larger_of(a, b):
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def share_of(offsets_ptr, tile, M, E: tl.constexpr, GIVEN: tl.constexpr, SLOTS: tl.constexpr,
-             BLOCK_M: tl.constexpr):  # fmt: skip
-    """(expert, first row of x, end) of a tile of rows; expert E: rows of x that have none.
-
-    SLOTS: a power of two above E. Where no tile is left, the first row is the end.
-    """
-    slot = tl.arange(0, SLOTS)
-    if GIVEN:
-        ends = tl.load(offsets_ptr + slot, mask=slot < E, other=0)
-        before = tl.load(offsets_ptr + slot - 1, mask=(slot > 0) & (slot <= E), other=0)
-    else:
-        ends, before = (slot + 1) * (M // E), slot * (M // E)
-    ends = tl.where(slot < E, tl.minimum(ends, M), M)
-    begins = tl.minimum(tl.associative_scan(before, 0, larger_of), M)
-    count = tl.where(slot <= E, tl.maximum(ends - begins, 0), 0)
-    tiles = tl.cdiv(count, BLOCK_M)
-    behind = tl.cumsum(tiles, axis=0)
-    expert = tl.sum((behind <= tile).to(tl.int32), axis=0)
-    chosen = slot == expert  # none, where no tile is left
-    end = pick(ends, chosen)
-    begin = pick(begins, chosen) + (tile - pick(behind - tiles, chosen)) * BLOCK_M
-    return expert, tl.minimum(begin, end), end
 
 
 @triton.jit(do_not_specialize=["M", "chunks", "groups", "group_size", "tiles_n"])
@@ -167,18 +133,21 @@ def grouped_linear(
     grouped_op.check_grouped_linear(x, sx, offsets, weight, scale, multiplier, *numbers)
     columns, padded = x.shape[-1], grouped_op.padded_rows(out_features)
     packed = Weight.of(weight, scale, multiplier, experts * padded, columns, group_size, layout)
-    if (
-        select.unsupported(packed)
-        or packed.free_scales
-        or layout == linear_int8.LAYOUT
-        or not (activation_bits and columns and experts)
-    ):
+    if select.unsupported(packed) or not (columns and experts):
         return grouped_op.grouped_linear(x, sx, offsets, weight, scale, multiplier, *numbers)
     y = x.new_empty((*x.shape[:-1], out_features), dtype=dtype)
-    if y.numel():
-        dispatch.record(weight, "triton_grouped")
-        q, steps = _integers(x.flatten(0, -2).contiguous(), sx, packed, activation_bits)
-        _multiply(q, steps, offsets, packed, experts, padded, y.view(-1, out_features))
+    if not y.numel():
+        return y
+    rows, outputs = x.flatten(0, -2).contiguous(), y.view(-1, out_features)
+    if not activation_bits:
+        dispatch.record(weight, "triton_grouped_any")
+        gemm_any(rows, None, offsets, packed, experts, padded, outputs)
+        return y
+    integers = _integers(rows, sx, packed, activation_bits)
+    other = packed.free_scales or layout == linear_int8.LAYOUT
+    dispatch.record(weight, "triton_grouped_any" if other else "triton_grouped")
+    multiply = gemm_any if other else _multiply
+    multiply(*integers, offsets, packed, experts, padded, outputs)
     return y
 
 
