@@ -48,6 +48,20 @@ def test_weights(planes, group_size, dtype, columns):
     assert torch.equal(blend_of(w, torch.tensor(STATES[4]), planes, group_size), final)
 
 
+def test_wide_rows():
+    """Of a weight and of tokens that sixteen warps do not hold."""
+    w = torch.randn(5, 20000, device="cuda", dtype=torch.bfloat16)
+    state = torch.tensor(STATES[1], device="cuda")
+    assert_alike(blend_of(w, state, 1, 128).cpu(), blend_of(w.cpu(), state.cpu(), 1, 128))
+    formats = list(ACTIVATION_BITS)
+    seen = torch.ops.ternc.blend_quantize_act(w, state, formats)
+    known = torch.ops.ternc.blend_quantize_act(w.cpu(), state.cpu(), formats)
+    torch.testing.assert_close(seen.cpu(), known)
+    assert kernels_of(lambda: torch.ops.ternc.blend_quantize_act(w, state, formats)) == [
+        "blend_rows"
+    ]
+
+
 def test_launches():
     """One for the blend, behind those of the final quantiser where it may be asked for."""
     w = torch.randn(33, 256, device="cuda")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 ROTATIONS = [(1, 0), (127, 0), (4096, 0), (14336, 0), (20000, 0), (6, 2), (48, 16), (1536, 512)]
-ROTATIONS += [(4096, 4096), (6912, 256), (14336, 2048), (20480, 4096)]
+ROTATIONS += [(4096, 4096), (6912, 256), (14336, 2048), (28672, 4096), (33024, 256)]
 """(width, block of the Hadamard transform); block 0: none."""
 ANY_ROTATION = pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
 TOKENS = (1, 3, 300)

@@ -111,19 +111,25 @@ TYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("planes", "group_size", "dtype"),
-    [(*fit, TYPES[i % 2]) for i, fit in enumerate(FITS)] + [(1, 128, torch.bfloat16)],
+    ("planes", "group_size", "dtype", "columns"),
+    [(*fit, TYPES[i % 2], 1000) for i, fit in enumerate(FITS)]
+    + [(1, 128, torch.bfloat16, 1000)]
+    + [(1, 128, torch.bfloat16, 28672), (3, 100, torch.float32, 20000)]
+    + [(1, 0, torch.bfloat16, 28672), (2, 0, torch.float32, 20000)],
     ids=str,
 )
-def test_fit_and_fake_quantize(planes, group_size, dtype):
-    """As good a fit as the reference's; near ties, sums in another order choose other codes."""
-    w = torch.randn(64, 1000, device="cuda").to(dtype)
+def test_fit_and_fake_quantize(planes, group_size, dtype, columns):
+    """As good a fit as the reference's; near ties, sums in another order choose other codes.
+
+    Rows that a program holds, in pieces, and by sums of all.
+    """
+    w = torch.randn(64, columns, device="cuda").to(dtype)
     codes, scale, multiplier = torch.ops.ternc.fit(w, planes, group_size, 0)
     expected = fit.reference(w, planes, group_size, 0)
     values = torch.ops.ternc.fake_quantize(w, planes, group_size)
 
     def dequantized(codes, scale, multiplier):
-        m = expand_groups(multiplier, group_size, 1000) if group_size > 0 else 1.0
+        m = expand_groups(multiplier, group_size, columns) if group_size > 0 else 1.0
         return (scale[:, None] if len(scale) > 1 else scale) * (m * codes)
 
     assert_same(values, dequantized(codes, scale, multiplier).to(dtype))
@@ -151,13 +157,14 @@ def test_fake_quantize_act(dtype, bits, columns):
     assert_same(torch.ops.ternc.fake_quantize_act(x, bits), (q * scale).to(dtype))
 
 
-@pytest.mark.parametrize("group_size", [128, 0])
-def test_training_ops_do_not_wait_for_the_host(group_size):
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("group_size", [128, 0, -1])
+def test_training_ops_do_not_wait_for_the_host(planes, group_size):
     w = torch.randn(256, 512, device="cuda", requires_grad=True)
     x = torch.randn(30, 512, device="cuda", requires_grad=True)
 
     def step():
-        values = torch.ops.ternc.fake_quantize(w, 1, group_size)
+        values = torch.ops.ternc.fake_quantize(w, planes, group_size)
         (torch.ops.ternc.fake_quantize_act(x, 8) @ values.T).sum().backward()
 
     step()

@@ -11,6 +11,7 @@ from interpreter import INTERPRETED, inside, outside, run_in_the_interpreter
 from packed_weights import assert_same
 from reference import random_quantized
 
+from ternc.config import CODE_MAX
 from ternc.formats import pack
 from ternc.formats.blend import ACTIVATION_BITS, WEIGHT_BITS, values_of
 from ternc.formats.int8 import fit_int8
@@ -48,6 +49,7 @@ if INTERPRETED:  # functions of a kernel are looked up in the module
 
 
 ROTATIONS = [(1, 0), (129, 0), (768, 0), (6, 2), (192, 64), (768, 256), (4608, 512), (4096, 4096)]
+ROTATIONS += [(20480, 2048)]
 """(width, block of the Hadamard transform); block 0: none."""
 
 
@@ -284,6 +286,53 @@ def test_fit(planes, group_size):
     assert_same(kernels.fake_quantize(w, planes, group_size), values.float())
     w[1, 3] = torch.nan
     assert kernels.fake_quantize(w, planes, group_size)[1].isnan().any()
+
+
+@inside
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("group_size", [0, 24])
+def test_fit_of_long_rows(planes, group_size, monkeypatch):
+    """Rows that no program holds: fitted in pieces."""
+    from ternc.runtime.kernels.triton import fit as kernels
+    from ternc.runtime.kernels.triton import fit_pieces
+
+    w = torch.randn(3, 270) * torch.rand(270).exp()
+    w[2] = 0
+    codes, scale, multiplier = fit.reference(w, planes, group_size, 0)
+    monkeypatch.setattr(kernels, "WIDEST", 128)
+    monkeypatch.setattr(fit_pieces, "PIECE", 128)
+    seen = kernels.fit(w, planes, group_size, 0)
+    torch.testing.assert_close(seen[1], scale, rtol=2e-2, atol=0)
+    assert (seen[0] != codes).float().mean() < 0.02
+    assert (seen[2] != multiplier).sum() <= 1
+    w[1, 250] = torch.nan
+    values = kernels.fake_quantize(w, planes, group_size)
+    assert values[1].isnan().any()
+
+
+@inside
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["gauss", "outlier", "ternary", "zero"])
+def test_one_step_of_a_whole_weight(planes, kind):
+    """Nearly the least error that the exact search finds."""
+    from ternc.runtime.kernels.triton import fit_sums as kernels
+
+    w = torch.randn(2, 3001)
+    if kind == "outlier":
+        w[0, 7] = 300.0
+    elif kind == "ternary":
+        w = torch.randint(-1, 2, (2, 3001)) * 0.37
+    elif kind == "zero":
+        w[0] = 0
+    seen, known = kernels.optimal_steps(w, planes), fit.optimal_step(w, planes)
+    most = CODE_MAX[planes]
+
+    def error(step):
+        return (w - step[:, None] * fit.snap(w, step[:, None], most)).square().sum(1)
+
+    torch.testing.assert_close(error(seen), error(known), rtol=1e-4, atol=1e-6)
+    if kind == "ternary":
+        torch.testing.assert_close(seen, known, rtol=1e-6, atol=0)
 
 
 @inside

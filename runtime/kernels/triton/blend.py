@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ternc.config import MAX_IN_FEATURES
 from ternc.formats.blend import FLOAT, GAUSSIAN_STEP, LLOYD_ROUNDS, TERNARY, asked
 from ternc.runtime.kernels.triton import launch
 from ternc.runtime.kernels.triton.fit import fake_quantize
@@ -25,8 +26,8 @@ from ternc.runtime.ops import blend_quantize as blend_op
 from ternc.runtime.ops.fit import check_fit
 from ternc.runtime.ops.quantize_act import LEVELS, check_quantize_act
 
-WIDEST = 16384
-"""Columns of a row that a program holds; the reference takes wider ones."""
+FEW_COLUMNS = 16384
+"""Up to here sixteen warps hold a row in their registers; wider ones take twice as many."""
 
 STEP: tl.constexpr = tl.constexpr(GAUSSIAN_STEP)
 ROUNDS: tl.constexpr = tl.constexpr(LLOYD_ROUNDS)
@@ -158,7 +159,7 @@ def blend_quantize(
 ) -> torch.Tensor:
     """w [N, K] -> values in w.dtype: the signature of the op."""
     check_fit(w, planes, group_size, 0)
-    if w.dtype == torch.float64 or w.shape[1] > WIDEST:
+    if w.dtype == torch.float64:
         return blend_op.weight_reference(w, state, formats, planes, group_size)
     blend_op.check_state("blend_quantize", state, formats, blend_op.WEIGHT_BITS)
     host = None if state.device == w.device else asked(formats, state)
@@ -174,7 +175,7 @@ def blend_quantize(
 def blend_quantize_act(x: torch.Tensor, state: torch.Tensor, formats: list[float]) -> torch.Tensor:
     """x [..., K] -> values in x.dtype: the signature of the op, one launch."""
     check_quantize_act(x, 8)
-    if x.shape[-1] > WIDEST:
+    if x.shape[-1] > MAX_IN_FEATURES:
         return blend_op.activation_reference(x, state, formats)
     blend_op.check_state("blend_quantize_act", state, formats, blend_op.ACTIVATION_BITS)
     host = None if state.device == x.device else asked(formats, state)
@@ -208,7 +209,7 @@ def _blend(
         READ=host is None,
         BLOCK=block,
         DEPENDENT=dependent,
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=max(1, min(16 if block <= FEW_COLUMNS else 32, block // 512)),
         launch_pdl=dependent,
         **launch.EXACT,
     )

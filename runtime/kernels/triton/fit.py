@@ -1,9 +1,9 @@
 """fit(w) -> codes, scale, multiplier and fake_quantize(w) -> their values: two launches, nothing
 read on the host.
 
-First every row's step or scale and multipliers (the row is held in registers), then, with scales
-rounded to what files hold, the codes or values (snap.py). The search is the reference's
-(ternc/runtime/ops/fit.py) with sums in another order.
+First every row's step or scale and multipliers (fit_row.py: the row is held in registers; long rows
+of groups: fit_pieces.py; long rows and whole weights of one scale: fit_sums.py), then, with scales
+rounded to what files hold, the codes or values (snap.py).
 """
 
 from __future__ import annotations
@@ -15,85 +15,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ternc.errors import KernelError
 from ternc.formats.quantized import group_count, is_finite
-from ternc.runtime.kernels.triton import launch
-from ternc.runtime.kernels.triton.snap import MOST_CODES, rounded_codes, snap
+from ternc.runtime.kernels.triton import fit_sums, launch
+from ternc.runtime.kernels.triton.fit_pieces import scales_of_groups
+from ternc.runtime.kernels.triton.fit_row import TOP_COUNTS, TOPS, fitted_row, optimal_steps
+from ternc.runtime.kernels.triton.snap import snap
 from ternc.runtime.ops import fit as fit_op
 
 WIDEST = 16384
-"""Padded columns of a row that a program holds; wider rows are fitted by the reference."""
-
-RATIOS: tl.constexpr = tl.constexpr(fit_op.RATIOS)
-RATIO_COUNT: tl.constexpr = tl.constexpr(len(fit_op.RATIOS))
-_TOPS = ((), *fit_op.TOP_MULTIPLIERS.values())
-TOPS: tl.constexpr = tl.constexpr(_TOPS)
-TOP_COUNTS: tl.constexpr = tl.constexpr(tuple(map(len, _TOPS)))
-"""By planes: multipliers tried for the group of largest step."""
-
-
-@triton.jit
-def codes_of(w, step, MOST: tl.constexpr):
-    """Codes of w [G, L] at steps [G], by a reciprocal: for the search; 0 where a step is 0."""
-    inverse = tl.where(step > 0.0, 1.0 / step, 0.0)
-    return rounded_codes(w * inverse[:, None], MOST)
-
-
-@triton.jit
-def squared_error(w, step, MOST: tl.constexpr):
-    """Sum over columns of (w - step * code)**2, [G]."""
-    rest = w - step[:, None] * codes_of(w, step, MOST)
-    return tl.sum(rest * rest, axis=1)
-
-
-@triton.jit
-def least_squares(w, values, default):
-    """argmin over a of |w - a * values|**2, [G]; `default` where values are 0."""
-    square = tl.sum(values * values, axis=1)
-    return tl.where(square > 0.0, tl.sum(w * values, axis=1) / square, default)
-
-
-@triton.jit
-def optimal_steps(w, PLANES: tl.constexpr):
-    """Step [G] of least squared error of every row of w fp32 [G, L]; padding is 0."""
-    MOST: tl.constexpr = MOST_CODES[PLANES]
-    magnitude = tl.abs(w)
-    if PLANES == 1:
-        prefix = tl.cumsum(tl.sort(magnitude, descending=True), axis=1)
-        kept = tl.arange(0, w.shape[1])[None, :] + 1
-        gain = prefix * prefix / kept.to(tl.float32)
-        best = tl.max(gain, axis=1)
-        count = tl.min(tl.where(gain == best[:, None], kept, w.shape[1] + 1), axis=1)
-        total = tl.sum(tl.where(kept == count[:, None], prefix, 0.0), axis=1)
-        step = total / count.to(tl.float32)
-    else:
-        largest = tl.max(magnitude, axis=1) / MOST
-        step = largest
-        error = tl.full(largest.shape, float("inf"), tl.float32)
-        for i in tl.static_range(RATIO_COUNT):
-            candidate = largest * RATIOS[i]
-            squares = squared_error(magnitude, candidate, MOST)
-            step = tl.where(squares < error, candidate, step)
-            error = tl.minimum(squares, error)
-        for _ in tl.static_range(2):
-            step = least_squares(magnitude, codes_of(magnitude, step, MOST), step)
-    return step
-
-
-@triton.jit
-def fitted_row(w, steps, TOP: tl.constexpr, PLANES: tl.constexpr):
-    """Groups w [G, L] with steps [G] -> (squared error, s, m [G]) with s = max(steps) / TOP."""
-    MOST: tl.constexpr = MOST_CODES[PLANES]
-    BOUND: tl.constexpr = 127 // MOST
-    s = tl.math.div_rn(tl.max(steps, axis=0), TOP * 1.0)
-    quotient = tl.where(steps > 0.0, steps / s, 0.0)
-    low = tl.minimum(tl.maximum(tl.floor(quotient), 1.0), BOUND * 1.0)
-    high = tl.minimum(tl.maximum(tl.ceil(quotient), 1.0), BOUND * 1.0)
-    better = squared_error(w, s * low, MOST) <= squared_error(w, s * high, MOST)
-    m = tl.where(steps > 0.0, tl.where(better, low, high), 0.0)
-    values = codes_of(w, s * m, MOST) * m[:, None]
-    square = tl.sum(tl.sum(values * values, axis=1), axis=0)
-    s = tl.where(square > 0.0, tl.sum(tl.sum(w * values, axis=1), axis=0) / square, s)
-    rest = w - s * values
-    return tl.sum(tl.sum(rest * rest, axis=1), axis=0), s, m
+"""Padded columns of a row that a program holds."""
 
 
 @triton.jit
@@ -143,13 +72,17 @@ def scales(
     """w [N, K], contiguous -> scale fp32 [N] or [1], not rounded; multiplier uint8 [N, G], None."""
     rows, columns = w.shape
     if group_size == -1:
-        return fit_op.optimal_step(w.view(1, -1).float(), planes), None
+        return fit_sums.optimal_steps(w.view(1, -1), planes), None
     groups = group_count(columns, group_size) or 1
     length = launch.power_of_two(group_size or columns)
     padded = launch.power_of_two(groups) * length
     if padded > WIDEST:
-        scale, multiplier = fit_op.fit_rows(w, planes, group_size)
-        return scale, None if multiplier is None else multiplier.to(torch.uint8)
+        if not group_size:
+            return fit_sums.optimal_steps(w, planes), None
+        if length <= WIDEST:
+            return scales_of_groups(w, planes, group_size)
+        scale, multiplier = fit_op.fit_rows(w, planes, group_size)  # of groups of over 16,384
+        return scale, multiplier.to(torch.uint8)  # type: ignore[union-attr]
     scale = torch.empty((rows,), dtype=torch.float32, device=w.device)
     multiplier = None
     if group_size:

@@ -14,7 +14,7 @@ from ternc.runtime.ops import activate_quantize as activate_op
 from ternc.runtime.ops import norm_quantize as norm_op
 from ternc.runtime.ops.quantize_act import LEVELS
 
-WIDEST = 16384
+WIDEST = 32768
 """Columns of a row that fits the registers of a program; wider ones go step by step."""
 
 
@@ -47,10 +47,13 @@ def choose(rows: int, tiling: Tiling, dtype: torch.dtype, inputs: int) -> RowsCo
     """
     elements = tiling.rows * tiling.count * COLUMNS
     narrow = dtype != torch.float32
+    rotating = 4 if tiling.count <= 4 else 8
     if rows <= FEW_ROWS:
-        return RowsConfig(4 if tiling.block else max(1, min(16, elements // 512)), 1)
+        return RowsConfig(rotating if tiling.block else max(1, min(16, elements // 512)), 1)
     if tiling.block:
         # Registers and programs fill a multiprocessor: no program waits for another to end.
+        if rotating == 8:
+            return RowsConfig(8, 1, 1, ahead=narrow)
         if not narrow:
             return RowsConfig(4, 1, 2)
         if tiling.count == 1:
