@@ -55,6 +55,11 @@ def build(shape: str, dtype: torch.dtype, ternary: bool) -> nn.Module:
             model = SHAPES[shape]()
     finally:
         torch.set_default_dtype(before)
+    return fill(model, ternary)
+
+
+def fill(model: nn.Module, ternary: bool) -> nn.Module:
+    """Writes the weights; every product but the head's is ternary, or none."""
     model = model.eval().requires_grad_(False)
     linears = {id(module.weight) for module in model.modules() if is_product(module)}
     head: Any = model.get_output_embeddings()  # type: ignore[operator]

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,13 +53,15 @@ class Runner:
         else:
             self.model = decoders.build(shape, dtype, ternary)
         self.built = time.perf_counter() - start
-        from transformers import StaticCache
-
-        self.cache = StaticCache(self.model.config, max_cache_len=CACHE)
-        self.used = CACHE
         self.ids = torch.tensor([decoders.prompt(prompt)])
-        self.step = _compiled(self._decode, backend, options)
-        self.prompt = _compiled(self._prefill, backend, options)
+        self.used = CACHE
+        start = time.perf_counter()
+        token = TokenStep(self.model, CACHE)
+        self.cache = token.cache
+        compiled = _ahead if backend == AHEAD else _compiled
+        self.step = compiled(token, (self.ids[:, :1], torch.tensor([[0]])), backend, options)
+        self.prompt = compiled(Prompt(self.model), (self.ids,), backend, options)
+        self.compiled = time.perf_counter() - start
 
     def _pack(self, shape: str, folder: Path | None) -> None:
         """Quantises, or loads what an earlier process has quantised and saved."""
@@ -78,12 +81,6 @@ class Runner:
         assert report.totals is not None
         self.bits = report.totals.bits_per_weight
 
-    def _decode(self, ids: torch.Tensor, position: torch.Tensor, cache: Any) -> torch.Tensor:
-        return self.model(input_ids=ids, position_ids=position, past_key_values=cache).logits
-
-    def _prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-
     def token(self) -> float:
         """Seconds of one token."""
         if self.used >= CACHE - 1:
@@ -92,7 +89,7 @@ class Runner:
         position = torch.tensor([[self.used]])
         self.used += 1
         start = time.perf_counter()
-        self.step(self.ids[:, :1], position, self.cache)
+        self.step(self.ids[:, :1], position)
         return time.perf_counter() - start
 
     def decode(self) -> dict[str, Any]:
@@ -110,12 +107,49 @@ class Runner:
         return {"cycles": cycles.sampled(lambda: [self.token() for _ in range(SAMPLED)])}
 
 
-def _compiled(function: Callable[..., Any], backend: str | None, options: Any) -> Callable:
+class TokenStep(torch.nn.Module):
+    """A token of a language model of transformers, with a static cache of its own."""
+
+    def __init__(self, model: Any, places: int) -> None:
+        from transformers import StaticCache
+
+        super().__init__()
+        self.model = model
+        self.cache = StaticCache(model.config, max_cache_len=places)
+        self(torch.tensor([[0]]), torch.tensor([[0]]))  # makes the cache's tensors
+        self.cache.reset()
+
+    def forward(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        output = self.model(input_ids=ids, position_ids=position, past_key_values=self.cache)
+        return output.logits
+
+
+class Prompt(torch.nn.Module):
+    """The logits of the last token of a prompt."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+
+def _compiled(module: Any, inputs: Any, backend: str | None, options: Any) -> Callable[..., Any]:
     if backend is None:
-        return function
-    return torch.compile(function, backend=backend, options=dict(options), dynamic=False)
+        return module
+    compiled: Any = torch.compile(module, backend=backend, options=dict(options), dynamic=False)
+    return compiled
 
 
+def _ahead(module: Any, inputs: Any, backend: str | None, options: Any) -> Callable[..., Any]:
+    from ternc.export import compile_step
+
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_step(module, inputs, Path(folder) / "step.pt2")
+
+
+AHEAD = "ternc.export.compile_step"
 _FP32, _BF16 = torch.float32, torch.bfloat16
 WAYS: dict[str, tuple[torch.dtype, bool, str | None, dict[str, Any]]] = {
     "eager fp32": (_FP32, False, None, {}),
@@ -142,10 +176,16 @@ WAYS: dict[str, tuple[torch.dtype, bool, str | None, dict[str, Any]]] = {
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
         },
     ),
+    "ternc, ahead of time": (_BF16, True, AHEAD, {}),
     "ternc, default on a float model": (_FP32, False, "ternc", {}),
 }
 """Name -> dtype it is built in, weights ternary by value, backend, options."""
-PACKED = ("ternc", "ternc, cpp_wrapper", "ternc, cpp_wrapper, no module guards")
+PACKED = (
+    "ternc",
+    "ternc, cpp_wrapper",
+    "ternc, cpp_wrapper, no module guards",
+    "ternc, ahead of time",
+)
 """`ternc.quantize`d before they are compiled, head and embedding as int8, floats in fp32."""
 
 
@@ -160,7 +200,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with torch.inference_mode(), answers() as answer:
         runner = Runner(options.shape, options.way, options.prompt, options.packed)
-        first = {}
+        first = {"before": runner.compiled}
         for work in ("decode", "prefill"):
             start = time.perf_counter()
             getattr(runner, work)()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +14,8 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
-from ternc.errors import ConfigError, UnknownOptionError
-from ternc.runtime import entries
+from ternc.errors import ConfigError, KernelError, UnknownOptionError
+from ternc.runtime import cpu, entries
 from ternc.runtime.ops import fake_quantize
 
 COMPOSED_DEVICES = {"cuda"}
@@ -56,6 +59,61 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
         return compiled
 
     return compile_inductor
+
+
+_FACTS = "ternc"
+
+
+def compile_package(
+    gm: fx.GraphModule, inputs: Sequence[torch.Tensor], path: Path, facts: dict[str, Any]
+) -> None:
+    """A rewritten graph on the CPU -> a .pt2 file of AOTInductor: machine code and `facts`.
+
+    Every tensor is an input of the program, weights too: none is in the file.
+    """
+    _forget_dynamo(gm)
+    told = {**facts, "torch": torch.__version__, "library": cpu.library_name()}
+    settings = {
+        **_cpu_settings(None),
+        "cpp.dynamic_threads": True,  # the process that loads it may have other threads
+        "aot_inductor.metadata": {_FACTS: json.dumps(told)},
+    }
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of what torch itself pickles
+        exported = torch.export.export(gm, tuple(inputs), strict=False)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(path), inductor_configs=settings
+        )
+
+
+Program = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+
+
+def load_package(path: Path) -> tuple[Program, dict[str, Any]]:
+    """What `compile_package` wrote -> inputs -> outputs, and its facts.
+
+    Raises:
+        KernelError: no such file, or one for another machine, torch or library of kernels.
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader
+    try:
+        metadata = loader.load_metadata_from_package(str(path), "model")
+        facts = json.loads(metadata[_FACTS])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise KernelError(f"{path} is no step that ternc has compiled: {error}") from error
+    here = {
+        "torch": (facts["torch"], torch.__version__),
+        "kernels": (facts["library"], cpu.library_name()),
+        "instruction sets": (metadata.get("AOTI_CPU_ISA"), str(pick_vec_isa()).upper()),
+    }
+    for what, (seen, wanted) in here.items():
+        if seen != wanted:
+            raise KernelError(
+                f"{path} was compiled for other {what} ({seen}, here {wanted}); compile it anew"
+            )
+    return torch._inductor.aoti_load_package(str(path)).loader.boxed_run, facts
 
 
 def _on_cpu(inputs: list[Any]) -> bool:

@@ -4,6 +4,8 @@
     pt2      torch.export: the whole program with its packed weights, for `load_program`
     bitnet   a folder that transformers loads as a BitNet checkpoint
 
+`compile_step(module, inputs, path)` compiles a step ahead of time for this machine (`step.py`).
+
 What a target cannot hold is an error that says what to do; nothing is rounded unless asked for.
 """
 
@@ -16,6 +18,9 @@ from typing import Any
 from torch import nn
 
 from ternc.errors import InputError
+from ternc.export.step import Step, compile_step, load_step
+
+__all__ = ["TARGETS", "Step", "compile_step", "export", "load_program", "load_step"]
 
 TARGETS = ("gguf", "pt2", "bitnet")
 

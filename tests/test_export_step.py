@@ -1,0 +1,200 @@
+"""`compile_step`: compiled code without Dynamo gives what the module gives, and holds no weight."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import ternc
+from ternc.errors import InputError, KernelError, UnsupportedModelError
+from ternc.export import compile_step, load_step
+from ternc.runtime import cpu
+
+WIDTH, PLACES = 16, 8
+
+
+class Cell(nn.Module):
+    """A step with state of every kind: buffers, a number, tensors in a list and in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)  # gain 1 and shift 0: values that a compiler likes to fold
+        self.layer, self.tied = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.tied.weight = self.layer.weight
+        self.blend = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(PLACES, WIDTH))
+        self.register_buffer("count", torch.tensor(0))
+        self.more, self.tables = [torch.ones(1)], {"a": torch.zeros(WIDTH)}
+
+    def forward(self, x, position):
+        y = self.tied(self.layer(self.norm(x)))
+        self.seen.index_copy_(0, position + self.count * 0, y)
+        self.count.add_(1)
+        return y * self.blend, self.seen.sum(0) * self.more[0] + self.tables["a"] + self.count
+
+
+def cell(**config):
+    torch.manual_seed(0)
+    return ternc.quantize(Cell(), ternc.Config(**{"planes": 1, "group_size": None, **config}))
+
+
+def test_class_of_torch_alone(compiled, tmp_path):
+    model = nn.Sequential(cell().layer, nn.ReLU())
+    x = torch.randn(2, WIDTH)
+    step = compile_step(model, (x,), tmp_path / "step.pt2")
+    torch.testing.assert_close(step(x), model(x))
+
+
+def steps(*modules):
+    """The same tokens given to all: outputs and states agree."""
+    with torch.no_grad():
+        for i in range(3):
+            x, position = torch.randn(1, WIDTH), torch.tensor([i])
+            wanted, *found = [module(x, position) for module in modules]
+            for outputs in found:
+                torch.testing.assert_close(outputs, wanted)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The path of a compiled step, and the state of its module after compilation."""
+    if cpu.load() is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("step") / "step.pt2"
+    module = cell()
+    step = compile_step(module, (torch.randn(1, WIDTH), torch.tensor([5])), path)
+    assert (module.seen == 0).all() and module.count == 0  # it was traced, not run
+    return path, step, module
+
+
+def test_step_gives_what_the_module_gives(compiled):
+    _, step, module = compiled
+    other = copy.deepcopy(module)
+    steps(other, step)
+    assert module.count == other.count == 3
+    assert torch.equal(module.seen, other.seen)
+    assert module.tied.packed_weight is module.layer.packed_weight
+
+
+def test_no_value_is_in_the_code(compiled):
+    path, _, module = compiled
+    module = copy.deepcopy(module)
+    step = load_step(path, module)
+    with torch.no_grad():
+        tensors = [*module.parameters(), *module.buffers(), *module.more, *module.tables.values()]
+        for tensor in tensors:
+            new = torch.rand(tensor.shape) + 0.5
+            tensor.copy_(new * 40 if tensor.dtype == torch.uint8 else new)
+        module.layer.packed_weight.fill_(0b00011001)  # codes -1..1, not the ones compiled for
+    steps(copy.deepcopy(module), step)
+
+
+def test_another_instance_is_bound_and_a_replaced_tensor_is_seen_then(compiled):
+    path, _, module = compiled
+    first, second = copy.deepcopy(module), copy.deepcopy(module)
+    second.blend = nn.Parameter(torch.full((1,), 3.0), requires_grad=False)
+    step = load_step(path, first)
+    steps(copy.deepcopy(first), step)
+    step.bind(second)
+    steps(copy.deepcopy(second), step)
+    assert second.count == first.count
+
+
+def test_inputs_that_the_code_was_not_compiled_for(compiled):
+    _, step, _ = compiled
+    x, position = torch.randn(1, WIDTH), torch.tensor([0])
+    with pytest.raises(InputError, match="takes 2 tensors, not 1"):
+        step(x)
+    with pytest.raises(InputError, match=r"input 0 is torch.float32 \[2, 16\]"):
+        step(x.expand(2, -1), position)
+    with pytest.raises(InputError, match=r"input 1 is torch.int32"):
+        step(x, position.int())
+    with pytest.raises(InputError, match=r"input 1 is no tensor"):
+        step(x, 0)
+
+
+def test_modules_that_the_code_does_not_fit(compiled):
+    _, step, module = compiled
+    with pytest.raises(InputError, match=r"layer is .*g4.*compiled for .* row"):
+        step.bind(cell(group_size=4))
+    other = copy.deepcopy(module)
+    other.more.clear()
+    with pytest.raises(InputError, match=r"more\[0\] is no tensor"):
+        step.bind(other)
+    other = copy.deepcopy(module)
+    other.tables["a"] = torch.zeros(2 * WIDTH)[::2]
+    with pytest.raises(
+        InputError, match=r"tables\['a'\] is torch.float32 \[16\] with strides \[2\]"
+    ):
+        step.bind(other)
+    other = copy.deepcopy(module)
+    other.tied.packed_weight = other.tied.packed_weight.clone()
+    with pytest.raises(InputError, match="were one tensor"):
+        step.bind(other)
+
+
+def test_files_that_are_no_step_of_here(compiled, tmp_path, monkeypatch):
+    path, _, module = compiled
+    with pytest.raises(KernelError, match="is no step"):
+        load_step(tmp_path / "none.pt2", module)
+    (tmp_path / "text.pt2").write_text("no archive")
+    with pytest.raises(KernelError, match="is no step"):
+        load_step(tmp_path / "text.pt2", module)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "library_name", lambda: "_C.other.so")
+        with pytest.raises(KernelError, match="compiled for other kernels"):
+            load_step(path, module)
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    with pytest.raises(KernelError, match="compiled for other torch"):
+        load_step(path, module)
+
+
+class Broken(nn.Module):
+    """A step that `forward` is put into."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(WIDTH, WIDTH), 0
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+TABLE = torch.ones(WIDTH)
+
+
+def counting(module, x):
+    module.calls += 1
+    return module.layer(x)
+
+
+REFUSED = {
+    "changes the module in Python": counting,
+    "is no attribute of the module": lambda module, x: module.layer(x) * TABLE,
+    "computes nothing": lambda module, x: 3,
+    "returns dict": lambda module, x: {"y": module.layer(x)},
+    "returns tuple": lambda module, x: (module.layer(x), x),
+    "cannot be traced": lambda module, x: module.layer(x) if x.sum() > 0 else x,
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_steps_that_are_refused(reason, tmp_path):
+    module = ternc.quantize(Broken(REFUSED[reason]), ternc.Config(planes=1))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        compile_step(module, (torch.randn(1, WIDTH),), tmp_path / "step.pt2")
+
+
+def test_arguments_that_are_refused(tmp_path):
+    x, path = torch.randn(2, WIDTH), tmp_path / "step.pt2"
+    with pytest.raises(InputError, match="has no packed layer"):
+        compile_step(nn.Linear(WIDTH, WIDTH), (x,), path)
+    module = cell()
+    with pytest.raises(InputError, match="input 0 is no contiguous tensor"):
+        compile_step(module, (x.t(),), path)
+    with pytest.raises(InputError, match="given as two inputs"):
+        compile_step(module, (x, x), path)
+    with pytest.raises(InputError, match=r"does not end in \.pt2"):
+        compile_step(module, (x,), tmp_path / "step.so")
