@@ -85,11 +85,11 @@ struct ColumnsOf {
 template <class Args>
 void over_tokens(void (*kernel)(const Args&, int64_t, int64_t, float*), const Args& args,
                  int64_t tokens) {
-  torch::stable::parallel_for(
-      0, tokens, token_grain(args.columns), [&](int64_t begin, int64_t end) {
-        const Scratch<float, 32768> rows(SCRATCH_ROWS * padded(args.columns));
-        kernel(args, begin, end, rows.get());
-      });
+  torch::stable::parallel_for(0, tokens, token_grain(args.columns),
+                              [&](int64_t begin, int64_t end) {
+                                const Scratch<float, 32768> rows(scratch_floats(args.columns));
+                                kernel(args, begin, end, rows.get());
+                              });
 }
 
 inline Norm norm_of(const char* op, const char* kind) {

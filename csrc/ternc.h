@@ -74,8 +74,18 @@ constexpr int64_t MAX_HADAMARD = 4096;
 constexpr int64_t ROW_ALIGN = 16;  // values: fp32 scratch rows are padded to the widest vector
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t SCRATCH_ROWS = 3;
 constexpr int64_t padded(int64_t columns) { return ceil_div(columns, ROW_ALIGN) * ROW_ALIGN; }
+
+// Short tokens that one-pass kernels take together: as many as fit a quarter of an L1 cache.
+constexpr int64_t GROUP_TOKENS = 8, GROUP_VALUES = 4096;
+constexpr int64_t group_tokens(int64_t columns) {
+  const int64_t count = GROUP_VALUES / (columns + 1) + 1;
+  return count < GROUP_TOKENS ? count : GROUP_TOKENS;
+}
+// Floats of scratch of a one-pass kernel: gain and bias, or gate and up, and a group of tokens.
+constexpr int64_t scratch_floats(int64_t columns) {
+  return (2 + group_tokens(columns)) * padded(columns);
+}
 
 struct Weight {
   const uint8_t* bytes;
@@ -264,7 +274,7 @@ struct Kernels {
   // q [stride] of one token -> its rows of `tiles`, for kernels that read them; else null. q null:
   // zeros, for the rows of the last tile that are no token's.
   void (*tile_token)(const int8_t* q, int64_t stride, int64_t token, int8_t* tiles);
-  // scratch: SCRATCH_ROWS * padded(K) floats.
+  // scratch: scratch_floats(K).
   void (*norm)(const NormArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*activate)(const ActivateArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*hadamard)(const HadamardArgs&, int64_t token_begin, int64_t token_end, float* scratch);

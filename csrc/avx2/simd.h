@@ -1,7 +1,8 @@
 // The simd vocabulary in AVX2, but for dot(): eight lanes of 32 bits. Included inside ternc::avx2
 // and ternc::avxvnni, before their dot.h.
 constexpr int LANES = 8;
-constexpr int ACCUMULATORS = 8;  // of 16 registers: operands and masks need the rest
+constexpr int ACCUMULATORS = 8;           // of 16 registers: operands and masks need the rest
+constexpr bool FUSES_BUTTERFLIES = true;  // sums and products have units of their own
 
 using bytes = __m256i;
 using i32 = __m256i;

@@ -1,7 +1,8 @@
 // The simd vocabulary in AVX-512 VNNI: sixteen lanes of 32 bits. Included inside ternc::avx512vnni.
 constexpr int LANES = 16;
-constexpr int ACCUMULATORS = 16;  // of 32 registers
-constexpr int MAX_FIELD = 255;    // vpdpbusd sums four byte products in 32 bits
+constexpr int ACCUMULATORS = 16;          // of 32 registers
+constexpr bool FUSES_BUTTERFLIES = true;  // sums and products have units of their own
+constexpr int MAX_FIELD = 255;            // vpdpbusd sums four byte products in 32 bits
 
 using bytes = __m512i;
 using i32 = __m512i;
@@ -139,7 +140,8 @@ TERNC_INLINE f32 select_less(f32 a, f32 b, f32 x, f32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
 // Lanes i and i + H -> their sum and their difference, for every i without bit H. One rounding:
-// the product with +-1 is exact.
+// the product with +-1 is exact. From H = 4 on the permutation keeps those units busy that multiply
+// (Zen 5), so a change of sign and a sum take the product's place.
 template <int H>
 TERNC_INLINE f32 butterfly_lanes(f32 a) {
   f32 other = _mm512_shuffle_f32x4(a, a, 0x4e);
@@ -150,5 +152,7 @@ TERNC_INLINE f32 butterfly_lanes(f32 a) {
   constexpr float C = H == 4 ? -1.0f : 1.0f, D = H == 8 ? -1.0f : 1.0f;
   const f32 sign = _mm512_setr_ps(1, A, B, A * B, C, A * C, B * C, A * B * C, D, A * D, B * D,
                                   A * B * D, C * D, A * C * D, B * C * D, A * B * C * D);
-  return _mm512_fmadd_ps(a, sign, other);
+  if constexpr (H < 4) return _mm512_fmadd_ps(a, sign, other);
+  const f32 flip = _mm512_and_ps(sign, _mm512_set1_ps(-0.0f));
+  return _mm512_add_ps(_mm512_xor_ps(a, flip), other);
 }

@@ -1,8 +1,8 @@
 // x -> (x * signs) blockdiag(H_block) / sqrt(block): block Hadamard transform of a token.
 //
 // log2(block) stages of butterflies (a, b) -> (a + b, a - b), distance 1 first. The stages run in
-// passes over an L1-sized row, each on RADIX vectors in registers: the first pass has the stages
-// within a vector and across neighbouring vectors, every later pass the next log2(RADIX) stages.
+// passes over as many columns as fit L1, each on RADIX vectors in registers: the first pass has the
+// stages within a vector and across neighbouring vectors, every later pass the next log2(RADIX).
 // The order of the stages is the reference's, so that every instruction set gives its bits.
 #pragma once
 
@@ -10,16 +10,18 @@
 
 constexpr int RADIX = ACCUMULATORS;  // vectors that one pass keeps in registers
 
-// Stages at distances H, 2 H, ... below WIDTH, within a vector.
-template <int WIDTH, int H = 1>
-TERNC_INLINE f32 lane_stages(f32 a) {
-  if constexpr (H < WIDTH)
-    return lane_stages<WIDTH, 2 * H>(butterfly_lanes<H>(a));
-  else
-    return a;
+// Stages at distances H, 2 H, ... below WIDTH, within each of R vectors.
+template <int WIDTH, int R, int H = 1>
+TERNC_INLINE void lane_stages(f32 (&v)[R]) {
+  if constexpr (H < WIDTH) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) v[i] = butterfly_lanes<H>(v[i]);
+    lane_stages<WIDTH, R, 2 * H>(v);
+  }
 }
 
-// Stages at distances H, 2 H, ... below R, in vectors.
+// Stages at distances H, 2 H, ... below R, in vectors. One butterfly of four is left to the units
+// that multiply where those stand beside the adders: with the same roundings.
 template <int R, int H = 1>
 TERNC_INLINE void vector_stages(f32 (&v)[R]) {
   if constexpr (H < R) {
@@ -27,22 +29,26 @@ TERNC_INLINE void vector_stages(f32 (&v)[R]) {
     for (int i = 0; i < R / 2; ++i) {
       const int first = i / H * 2 * H + i % H;
       const f32 a = v[first], b = v[first + H];
-      v[first] = add_f32(a, b);
-      v[first + H] = sub_f32(a, b);
+      if (FUSES_BUTTERFLIES && i % 4 == 0) {
+        v[first] = fma_f32(a, splat_f32(1.0f), b);
+        v[first + H] = fma_f32(b, splat_f32(-1.0f), a);
+      } else {
+        v[first] = add_f32(a, b);
+        v[first + H] = sub_f32(a, b);
+      }
     }
     vector_stages<R, 2 * H>(v);
   }
 }
 
-// A row of values on its way through the passes.
+// Columns of a row on their way through the passes.
 struct HadamardRow {
   const int8_t* signs;
-  int64_t columns;
+  int64_t begin, end;
   float factor;  // 1 / sqrt(block)
   bool last;     // this pass is the last one: it applies the factor, and finds the largest
   bool wanted;   // the largest
   float* out;
-  uint32_t largest;  // |value| as the bits of a float
 };
 
 // The values that the first pass starts from: as they lie, or computed on the way.
@@ -51,36 +57,39 @@ struct PlainValues {
   TERNC_INLINE f32 operator()(int64_t k) const { return load_f32(in + k); }
 };
 
-// Results of one pass at k, k + distance, ...; those of the last are scaled.
+// The largest of R vectors and of `largest`, by pairs: a chain of maxima would wait for each.
 template <int R>
-TERNC_INLINE void store_pass(const HadamardRow& row, const f32 (&v)[R], int64_t k, int64_t distance,
+TERNC_INLINE i32 larger(const f32 (&v)[R], i32 largest) {
+  i32 top[R];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i) top[i] = magnitude_bits(v[i]);
+#pragma GCC unroll 4
+  for (int half = R / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) top[i] = max_i32(top[i], top[i + half]);
+  return max_i32(largest, top[0]);
+}
+
+// Results of one pass at out, out + distance, ...; those of the last are scaled.
+template <int R>
+TERNC_INLINE void store_pass(const HadamardRow& row, f32 (&v)[R], float* out, int64_t distance,
                              i32& largest) {
-  float* out = row.out + k;
-  if (!row.last) {
+  if (row.last) {
+    const f32 factor = splat_f32(row.factor);
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) store_f32(out + i * distance, v[i]);
-    return;
-  }
-  const f32 factor = splat_f32(row.factor);
-  if (!row.wanted) {
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) store_f32(out + i * distance, mul_f32(v[i], factor));
-    return;
+    for (int i = 0; i < R; ++i) v[i] = mul_f32(v[i], factor);
+    if (row.wanted) largest = larger(v, largest);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) {
-    const f32 value = mul_f32(v[i], factor);
-    store_f32(out + i * distance, value);
-    largest = max_i32(largest, magnitude_bits(value));
-  }
+  for (int i = 0; i < R; ++i) store_f32(out + i * distance, v[i]);
 }
 
 // Sub-blocks of WIDTH * R columns (WIDTH < LANES: of WIDTH, several in a vector). Reads and writes
 // whole vectors: past a row of odd length, up to padded(columns).
 template <int WIDTH, int R, class Values>
-TERNC_NOINLINE void first_pass(HadamardRow& row, const Values& values) {
+TERNC_NOINLINE uint32_t first_pass(const HadamardRow row, const Values values) {
   i32 largest = splat_i32(0);
-  for (int64_t k = 0; k < row.columns; k += R * LANES) {
+  for (int64_t k = row.begin; k < row.end; k += R * LANES) {
     f32 v[R];
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) v[i] = values(k + i * LANES);
@@ -88,49 +97,64 @@ TERNC_NOINLINE void first_pass(HadamardRow& row, const Values& values) {
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) v[i] = with_sign(v[i], row.signs + k + i * LANES);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) v[i] = lane_stages<WIDTH>(v[i]);
+    lane_stages<WIDTH>(v);
     vector_stages<R>(v);
-    store_pass<R>(row, v, k, LANES, largest);
+    store_pass<R>(row, v, row.out + k, LANES, largest);
   }
-  row.largest = uint32_t(max_lanes(largest));
+  return uint32_t(max_lanes(largest));
 }
 
-// Stages at distances `distance`, ... below R * distance, in place.
-template <int R>
-TERNC_NOINLINE void later_pass(HadamardRow& row, int64_t distance) {
+// Stages at distances DISTANCE, ... below R * DISTANCE, in place.
+template <int R, int64_t DISTANCE>
+TERNC_NOINLINE uint32_t later_pass(const HadamardRow row) {
   i32 largest = splat_i32(0);
-  for (int64_t block = 0; block < row.columns; block += R * distance)
-    for (int64_t k = block; k < block + distance; k += LANES) {
+  for (int64_t block = row.begin; block < row.end; block += R * DISTANCE)
+    for (int64_t k = block; k < block + DISTANCE; k += LANES) {
+      float* out = row.out + k;
       f32 v[R];
 #pragma GCC unroll 16
-      for (int i = 0; i < R; ++i) v[i] = load_f32(row.out + k + i * distance);
+      for (int i = 0; i < R; ++i) v[i] = load_f32(out + i * DISTANCE);
       vector_stages<R>(v);
-      store_pass<R>(row, v, k, distance, largest);
+      store_pass<R>(row, v, out, DISTANCE, largest);
     }
-  row.largest = uint32_t(max_lanes(largest));
+  return uint32_t(max_lanes(largest));
 }
 
 // Calls first_pass<width, 1>, the width below a whole vector.
 template <int WIDTH, class Values>
-TERNC_INLINE void narrow_pass(HadamardRow& row, int64_t width, const Values& values) {
+TERNC_INLINE uint32_t narrow_pass(const HadamardRow& row, int64_t width, const Values& values) {
   if constexpr (WIDTH < LANES) {
     if (width > WIDTH) return narrow_pass<2 * WIDTH>(row, width, values);
   }
-  first_pass<WIDTH, 1>(row, values);
+  return first_pass<WIDTH, 1>(row, values);
 }
 
-// Calls the pass of `radix` vectors; distance 0: the first.
+// Calls the pass of `radix` vectors.
 template <int R, class Values>
-TERNC_INLINE void wide_pass(HadamardRow& row, int64_t radix, int64_t distance,
-                            const Values& values) {
+TERNC_INLINE uint32_t wide_pass(const HadamardRow& row, int64_t radix, const Values& values) {
   if constexpr (R < RADIX) {
-    if (radix > R) return wide_pass<2 * R>(row, radix, distance, values);
+    if (radix > R) return wide_pass<2 * R>(row, radix, values);
   }
-  if (distance == 0)
-    first_pass<LANES, R>(row, values);
-  else
-    later_pass<R>(row, distance);
+  return first_pass<LANES, R>(row, values);
+}
+template <int R, int64_t DISTANCE>
+TERNC_INLINE uint32_t distant_pass(const HadamardRow& row, int64_t radix) {
+  if constexpr (R < RADIX) {
+    if (radix > R) return distant_pass<2 * R, DISTANCE>(row, radix);
+  }
+  return later_pass<R, DISTANCE>(row);
+}
+
+// All stages from DISTANCE on, log2(RADIX) in a pass.
+template <int64_t DISTANCE>
+inline uint32_t later_passes(HadamardRow& row, int64_t block) {
+  if constexpr (DISTANCE < MAX_HADAMARD) {
+    const int64_t left = block / DISTANCE, radix = left < RADIX ? left : RADIX;
+    row.last = left == radix;
+    const uint32_t largest = distant_pass<2, DISTANCE>(row, radix);
+    return row.last ? largest : later_passes<DISTANCE * RADIX>(row, block);
+  }
+  return 0;
 }
 
 // values [padded(columns)] -> out [padded(columns)]; what is past `columns` has no meaning. Returns
@@ -138,22 +162,25 @@ TERNC_INLINE void wide_pass(HadamardRow& row, int64_t radix, int64_t distance,
 template <class Values>
 inline uint32_t rotate_row(const Values& values, const Rotation& rotation, int64_t columns,
                            float* out, bool wanted = true) {
-  const int64_t block = rotation.block;
+  const int64_t block = rotation.block, near = LANES * RADIX;
   const float factor = float(1.0 / __builtin_sqrt(double(block)));
-  HadamardRow row = {rotation.signs, columns, factor, true, wanted, out, 0};
-  if (block <= LANES) {
-    narrow_pass<1>(row, block, values);
-    return row.largest;
+  uint32_t largest = 0;
+  // As many columns as go through all passes in L1: whole blocks.
+  for (int64_t begin = 0; begin < columns; begin += MAX_HADAMARD) {
+    const int64_t left = columns - begin;
+    HadamardRow row = {rotation.signs,
+                       begin,
+                       left < MAX_HADAMARD ? columns : begin + MAX_HADAMARD,
+                       factor,
+                       block <= near,
+                       wanted,
+                       out};
+    uint32_t top = block < LANES ? narrow_pass<1>(row, block, values)
+                                 : wide_pass<1>(row, block < near ? block / LANES : RADIX, values);
+    if (!row.last) top = later_passes<LANES * RADIX>(row, block);
+    largest = top > largest ? top : largest;
   }
-  for (int64_t distance = 0; distance < block;) {
-    const int64_t left = block / (distance == 0 ? LANES : distance);
-    const int64_t radix = left < RADIX ? left : RADIX;
-    const int64_t reached = (distance == 0 ? LANES : distance) * radix;
-    row.last = reached == block;
-    wide_pass<2>(row, radix, distance, values);
-    distance = reached;
-  }
-  return row.largest;
+  return largest;
 }
 
 // A token as fp32: where it lies if whole vectors can be read there, else in scratch

@@ -9,7 +9,7 @@
 #include "quantize.h"
 
 // Sums of vectors in fp32; they move to fp64 after 64 values each.
-constexpr int SUMS = 4;  // independent, to hide the adder's latency
+constexpr int SUMS = 8;  // independent, to hide the adder's latency
 constexpr int64_t SUM_COLUMNS = 64 * SUMS * LANES;
 
 struct VectorSums {
@@ -19,24 +19,28 @@ struct VectorSums {
     for (int i = 0; i < SUMS; ++i) sum[i] = splat_f32(0.0f);
   }
   TERNC_INLINE double total() const {
-    return double(sum_lanes(add_f32(add_f32(sum[0], sum[1]), add_f32(sum[2], sum[3]))));
+    f32 pairs[SUMS / 2];
+#pragma GCC unroll 4
+    for (int i = 0; i < SUMS / 2; ++i) pairs[i] = add_f32(sum[i], sum[i + SUMS / 2]);
+    return double(sum_lanes(add_f32(add_f32(pairs[0], pairs[1]), add_f32(pairs[2], pairs[3]))));
   }
 };
 
-// Sum of row[0, padded(columns)) or of its squares.
-template <bool SQUARES>
-inline double row_sum(const float* row, int64_t columns) {
+// Sum of row[0, padded(columns)), or of the squares of its distances from `mean` (RMS: 0).
+template <bool SQUARES, bool CENTER>
+TERNC_NOINLINE double row_sum(const float* row, int64_t columns, float mean) {
+  const f32 center = splat_f32(mean);
   double total = 0.0;
   for (int64_t first = 0; first < columns; first += SUM_COLUMNS) {
     const int64_t end = first + SUM_COLUMNS < columns ? first + SUM_COLUMNS : padded(columns);
     VectorSums sums;
-    const auto add = [](f32& acc, const float* at) {
-      const f32 value = load_f32(at);
+    const auto add = [&](f32& acc, const float* at) {
+      const f32 value = CENTER ? sub_f32(load_f32(at), center) : load_f32(at);
       acc = SQUARES ? fma_f32(value, value, acc) : add_f32(acc, value);
     };
     int64_t k = first;
     for (; k + SUMS * LANES <= end; k += SUMS * LANES)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < SUMS; ++i) add(sums.sum[i], row + k + i * LANES);
     for (; k < end; k += LANES) add(sums.sum[0], row + k);
     total += sums.total();
@@ -44,56 +48,73 @@ inline double row_sum(const float* row, int64_t columns) {
   return total;
 }
 
-// out = row - shift; past `columns`, 0.
-TERNC_NOINLINE void center_row(const float* row, int64_t columns, float shift, float* out) {
-  const f32 minus = splat_f32(shift);
-  for (int64_t k = 0; k < columns; k += LANES)
-    store_f32(out + k, sub_f32(load_f32(row + k), minus));
-  for (int64_t k = columns; k < padded(columns); ++k) out[k] = 0.0f;
-}
-
-// out = (row * factor) * gain + bias, each rounded; factor 1 changes nothing.
-template <bool GAIN, bool BIAS>
-TERNC_NOINLINE void affine_row(const float* row, int64_t columns, float factor, const float* gain,
-                               const float* bias, const NextRow& next, float* out) {
-  const f32 times = splat_f32(factor);
-  for (int64_t k = 0; k < columns; k += LANES) {
-    next.prefetch(k);
-    f32 n = mul_f32(load_f32(row + k), times);
-    if constexpr (GAIN) n = mul_f32(n, load_f32(gain + k));
-    if constexpr (BIAS) n = add_f32(n, load_f32(bias + k));
-    store_f32(out + k, n);
-  }
-}
-
-// The same, computed where the rotation's first pass reads it.
-template <bool BIAS>
-struct AffineValues {
-  const float *row, *gain, *bias;
-  f32 times;
-  const NextRow* next;
-
-  TERNC_INLINE f32 operator()(int64_t k) const {
-    next->prefetch(k);
-    f32 n = mul_f32(mul_f32(load_f32(row + k), times), load_f32(gain + k));
-    if constexpr (BIAS) n = add_f32(n, load_f32(bias + k));
-    return n;
-  }
+// What a norm subtracts (RMS: nothing) and multiplies by.
+struct Moments {
+  float mean, factor;
 };
+
+// Of x as float_row() gives it. What is behind its columns, in scratch, gets the mean too.
+inline Moments moments_of(const NormArgs& args, const float* x, float* scratch) {
+  const int64_t columns = args.columns;
+  const double count = double(columns);
+  if (args.kind == Norm::rms) {
+    const float square = float(row_sum<true, false>(x, columns, 0.0f) / count);
+    return {0.0f, 1.0f / __builtin_sqrtf(square + args.eps)};
+  }
+  const float mean = float(row_sum<false, false>(x, columns, 0.0f) / count);
+  for (int64_t k = columns; k < padded(columns); ++k) scratch[k] = mean;
+  const float variance = float(row_sum<true, true>(x, columns, mean) / count);
+  return {mean, 1.0f / __builtin_sqrtf(variance + args.eps)};
+}
 
 // Gain and bias as the vector loops read them: [padded(K)] or null.
 struct Affine {
   const float *gain, *bias;
+};
 
-  void operator()(const float* row, int64_t columns, float factor, const NextRow& next,
-                  float* out) const {
-    const auto run = gain != nullptr
-                         ? bias != nullptr ? affine_row<true, true> : affine_row<true, false>
-                     : bias != nullptr ? affine_row<false, true>
-                                       : affine_row<false, false>;
-    run(row, columns, factor, gain, bias, next, out);
+// ((row - mean) * factor) * gain + bias, each rounded.
+template <bool CENTER, bool GAIN, bool BIAS>
+struct AffineValues {
+  const float* row;
+  Affine affine;
+  f32 mean, factor;
+
+  AffineValues(const float* x, const Affine& gain_and_bias, const Moments& moments)
+      : row(x),
+        affine(gain_and_bias),
+        mean(splat_f32(moments.mean)),
+        factor(splat_f32(moments.factor)) {}
+
+  TERNC_INLINE f32 operator()(int64_t k) const {
+    f32 n = load_f32(row + k);
+    if constexpr (CENTER) n = sub_f32(n, mean);
+    n = mul_f32(n, factor);
+    if constexpr (GAIN) n = mul_f32(n, load_f32(affine.gain + k));
+    if constexpr (BIAS) n = add_f32(n, load_f32(affine.bias + k));
+    return n;
   }
 };
+
+template <bool CENTER, bool GAIN, bool BIAS>
+TERNC_NOINLINE void affine_as(const float* row, int64_t columns, const Affine& affine,
+                              const Moments& moments, const NextRow& next, float* out) {
+  const AffineValues<CENTER, GAIN, BIAS> values(row, affine, moments);
+  for (int64_t k = 0; k < columns; k += LANES) {
+    next.prefetch(k);
+    store_f32(out + k, values(k));
+  }
+}
+
+// row -> out [padded(K)], which may be the row.
+template <bool CENTER>
+inline void affine_row(const float* row, int64_t columns, const Affine& affine,
+                       const Moments& moments, const NextRow& next, float* out) {
+  const bool gain = affine.gain != nullptr, bias = affine.bias != nullptr;
+  const auto run = gain   ? bias ? affine_as<CENTER, true, true> : affine_as<CENTER, true, false>
+                   : bias ? affine_as<CENTER, false, true>
+                          : affine_as<CENTER, false, false>;
+  run(row, columns, affine, moments, next, out);
+}
 
 // A column vector in fp32 with its offset: where it lies if it can be read there, else in scratch.
 inline const float* float_columns(const ColumnVector& vector, int64_t columns, float* scratch) {
@@ -106,37 +127,19 @@ inline const float* float_columns(const ColumnVector& vector, int64_t columns, f
   return scratch;
 }
 
-// x [K] as float_row() gives it, centered in y [padded(K)] by a layer norm; and its factor.
-struct Normed {
-  const float* x;
-  float factor;
-
-  Normed(const NormArgs& args, const float* row, float* y) : x(row) {
-    const int64_t columns = args.columns;
-    if (args.kind == Norm::layer) {
-      const float mean = float(row_sum<false>(x, columns) / double(columns));
-      center_row(x, columns, mean, y);
-      x = y;
-    }
-    const float variance = float(row_sum<true>(x, columns) / double(columns));
-    factor = 1.0f / __builtin_sqrtf(variance + args.eps);
-  }
-};
-
 // x [K] as float_row() gives it -> y [padded(K)] in fp32, rounded to the dtype of x.
-inline void norm_row(const NormArgs& args, const Affine& affine, const float* row,
+inline void norm_row(const NormArgs& args, const Affine& affine, const float* x,
                      const NextRow& next, float* y) {
   const int64_t columns = args.columns;
   const bool halves = args.x.dtype != Dtype::f32;
-  const Normed normed(args, row, y);
-  const float* x = normed.x;
-  const float factor = normed.factor;
+  const Moments moments = moments_of(args, x, y);
+  const auto run = args.kind == Norm::rms ? affine_row<false> : affine_row<true>;
   if (halves && args.round_first) {
-    affine_row<false, false>(x, columns, factor, nullptr, nullptr, next, y);
+    run(x, columns, {nullptr, nullptr}, moments, next, y);
     round_values(y, columns, args.x.dtype);
-    affine(y, columns, 1.0f, next, y);
+    affine_row<false>(y, columns, affine, {0.0f, 1.0f}, next, y);
   } else {
-    affine(x, columns, factor, next, y);
+    run(x, columns, affine, moments, next, y);
   }
   if (halves) round_values(y, columns, args.x.dtype);
 }
@@ -160,40 +163,79 @@ inline void quantize_rotated(float* row, int64_t columns, const Rotation& rotati
   out.scale[token] = quantize_row<Dtype::f32>(row, 0, columns, out.bits, out.q + token * columns);
 }
 
-// Whether the gain can be applied where the rotation reads: nobody wants y, and nothing is rounded.
+// Whether norm, gain and bias can be applied where the rotation reads: x lies in fp32, nobody wants
+// y, and gain and bias are those that such norms have.
 inline bool rotates_at_once(const NormArgs& args, const Affine& affine) {
-  return args.y == nullptr && args.x.dtype == Dtype::f32 && affine.gain != nullptr &&
-         args.rotation.block >= LANES;
+  return args.y == nullptr && args.x.dtype == Dtype::f32 && args.columns % ROW_ALIGN == 0 &&
+         args.rotation.block >= LANES && affine.gain != nullptr &&
+         (affine.bias != nullptr) == (args.kind == Norm::layer);
 }
 
-// x [K] -> norm -> rotation -> q, sx of a token, y never stored. row: padded(K) floats.
-inline void norm_at_once(const NormArgs& args, const Affine& affine, const float* x, int64_t token,
-                         float* row) {
-  const NextRow next(args.x, token);
-  const Normed normed(args, x, row);
-  const f32 times = splat_f32(normed.factor);
-  const auto rotate = [&](const auto& values) {
-    return rotate_row(values, args.rotation, args.columns, row);
-  };
-  const uint32_t top =
-      affine.bias == nullptr
-          ? rotate(AffineValues<false>{normed.x, affine.gain, nullptr, times, &next})
-          : rotate(AffineValues<true>{normed.x, affine.gain, affine.bias, times, &next});
-  quantize_known(row, args.columns, top, args.out, token);
+// vector [K] times the signs, in scratch.
+inline const float* with_signs(const float* vector, const int8_t* signs, int64_t columns,
+                               float* scratch) {
+  if (vector == nullptr) return nullptr;
+  for (int64_t k = 0; k < columns; k += LANES)
+    store_f32(scratch + k, with_sign(load_f32(vector + k), signs + k));
+  return scratch;
+}
+
+// The same values of the row that is prefetched, when this one is read.
+template <class Values>
+struct ThenNext {
+  Values values;
+  const float* next;
+
+  TERNC_INLINE f32 operator()(int64_t k) const {
+    __builtin_prefetch(next + k, 0, 2);
+    return values(k);
+  }
+};
+
+// x -> norm -> rotation -> q, sx of some tokens, y never stored. They take every step together: no
+// row waits for its sums, roots and divisions.
+template <bool LAYER>
+inline void norm_at_once(const NormArgs& args, const Affine& affine, const Rotation& rotation,
+                         int64_t token, int64_t count, float* scratch) {
+  const int64_t columns = args.columns, stride = args.x.stride;
+  const float* x = static_cast<const float*>(args.x.values) + token * stride;
+  Moments moments[GROUP_TOKENS];
+  uint32_t top[GROUP_TOKENS];
+  for (int64_t i = 0; i < count; ++i) moments[i] = moments_of(args, x + i * stride, nullptr);
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = x + i * stride;
+    const AffineValues<LAYER, true, LAYER> values(row, affine, moments[i]);
+    const ThenNext<AffineValues<LAYER, true, LAYER>> reader = {values, row + count * stride};
+    top[i] = rotate_row(reader, rotation, columns, scratch + i * columns);
+  }
+  for (int64_t i = 0; i < count; ++i)
+    quantize_known(scratch + i * columns, columns, top[i], args.out, token + i);
 }
 
 inline void norm(const NormArgs& args, int64_t token_begin, int64_t token_end, float* scratch) {
   const int64_t columns = args.columns;
-  const Affine affine = {float_columns(args.gain, columns, scratch + padded(columns)),
-                         float_columns(args.bias, columns, scratch + 2 * padded(columns))};
-  for (int64_t token = token_begin; token < token_end; ++token) {
-    const float* x = float_row(args.x, token, columns, scratch);
-    if (rotates_at_once(args, affine)) {
-      norm_at_once(args, affine, x, token, scratch);
-      continue;
+  float *gain = scratch, *bias = gain + padded(columns), *rows = bias + padded(columns);
+  Affine affine = {float_columns(args.gain, columns, gain),
+                   float_columns(args.bias, columns, bias)};
+  if (!rotates_at_once(args, affine)) {
+    for (int64_t token = token_begin; token < token_end; ++token) {
+      const float* x = float_row(args.x, token, columns, rows);
+      norm_row(args, affine, x, NextRow(args.x, token), rows);
+      if (args.y != nullptr) store_values(rows, columns, args.x.dtype, args.y, token * columns);
+      quantize_rotated(rows, columns, args.rotation, args.x.dtype, args.out, token);
     }
-    norm_row(args, affine, x, NextRow(args.x, token), scratch);
-    if (args.y != nullptr) store_values(scratch, columns, args.x.dtype, args.y, token * columns);
-    quantize_rotated(scratch, columns, args.rotation, args.x.dtype, args.out, token);
+    return;
+  }
+  Rotation rotation = args.rotation;
+  if (rotation.signs != nullptr && token_end - token_begin > 1) {
+    affine.gain = with_signs(affine.gain, rotation.signs, columns, gain);
+    affine.bias = with_signs(affine.bias, rotation.signs, columns, bias);
+    rotation.signs = nullptr;
+  }
+  const int64_t group = group_tokens(columns);
+  for (int64_t token = token_begin; token < token_end; token += group) {
+    const int64_t left = token_end - token, count = left < group ? left : group;
+    (args.kind == Norm::rms ? norm_at_once<false> : norm_at_once<true>)(args, affine, rotation,
+                                                                        token, count, rows);
   }
 }

@@ -2,6 +2,7 @@
 // inside the namespace of an instruction set, by its simd.h.
 constexpr int LANES = 4;
 constexpr int ACCUMULATORS = 16;  // of 32 registers
+constexpr bool FUSES_BUTTERFLIES = false;
 
 using bytes = uint8x16_t;
 using i32 = int32x4_t;

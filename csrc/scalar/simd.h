@@ -3,7 +3,8 @@
 
 constexpr int LANES = 1;
 constexpr int ACCUMULATORS = 4;  // independent sums that stay in registers
-constexpr int MAX_FIELD = 255;   // largest unsigned byte that dot() takes without saturating
+constexpr bool FUSES_BUTTERFLIES = false;
+constexpr int MAX_FIELD = 255;  // largest unsigned byte that dot() takes without saturating
 
 using bytes = uint32_t;  // byte 0 lowest
 using i32 = uint32_t;    // two's complement, wraps

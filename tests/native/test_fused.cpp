@@ -14,9 +14,10 @@ namespace {
 struct Shape {
   int64_t columns, block;  // block 0: no rotation
 };
-constexpr Shape SHAPES[] = {{1, 0},   {3, 1},   {6, 2},       {12, 4},      {24, 8},    {48, 16},
-                            {96, 32}, {64, 64}, {129, 0},     {384, 128},   {768, 256}, {1024, 512},
-                            {300, 4}, {127, 0}, {2048, 1024}, {4096, 4096}, {16, 0},    {0, 0}};
+constexpr Shape SHAPES[] = {{1, 0},       {3, 1},      {6, 2},   {12, 4},  {24, 8},
+                            {48, 16},     {96, 32},    {64, 64}, {129, 0}, {384, 128},
+                            {768, 256},   {1024, 512}, {300, 4}, {127, 0}, {2048, 1024},
+                            {4096, 4096}, {4608, 512}, {16, 0},  {0, 0}};
 constexpr int64_t COUNTS[] = {0, 1, 5};
 
 // Tokens `gap` elements further apart than they are long; the last ends the memory.
@@ -72,9 +73,9 @@ struct Quantized {
 // Calls kernel(args, begin, end, scratch) for shares of the tokens on THREADS threads.
 template <class Args>
 void over_tokens(void (*kernel)(const Args&, int64_t, int64_t, float*), const Args& args,
-                 int64_t count, int64_t scratch_rows) {
+                 int64_t count) {
   on_threads([&](int i) {
-    const Buffer<float> scratch(scratch_rows * padded(args.columns));
+    const Buffer<float> scratch(scratch_floats(args.columns));
     kernel(args, piece_begin(count, i), piece_begin(count, i + 1), scratch.data());
   });
 }
@@ -84,8 +85,7 @@ void check_hadamard(const Kernels& kernels, const Shape& shape, Dtype dtype, int
   const StridedRows x(random, dtype, count, shape.columns, gap);
   const Quantized parts(random, 0, shape, 8, gap > 0);
   const Values y(dtype, count * shape.columns);
-  over_tokens(kernels.hadamard, {x.rows, shape.columns, parts.rotation, y.data()}, count,
-              SCRATCH_ROWS);
+  over_tokens(kernels.hadamard, {x.rows, shape.columns, parts.rotation, y.data()}, count);
   std::vector<float> wanted;
   for (int64_t token = 0; token < count; ++token) {
     const std::vector<float> row = parts.rotated(x.row(token), dtype);
@@ -143,7 +143,7 @@ void check_norm(const Kernels& kernels, const Shape& shape, Dtype dtype, int64_t
                 y.data(),
                 kept.rotation,
                 kept.out};
-  over_tokens(kernels.norm, args, count, SCRATCH_ROWS);
+  over_tokens(kernels.norm, args, count);
   for (int64_t token = 0; token < count; ++token) {
     const std::vector<float> row = y.row(token * shape.columns, shape.columns);
     const double error = norm_error(args, affine, x.row(token), row);
@@ -154,7 +154,7 @@ void check_norm(const Kernels& kernels, const Shape& shape, Dtype dtype, int64_t
   const Quantized alone(random, count, shape, bits, false);
   args.y = nullptr;
   args.out = alone.out;
-  kernels.norm(args, 0, count, Buffer<float>(SCRATCH_ROWS * padded(shape.columns)).data());
+  kernels.norm(args, 0, count, Buffer<float>(scratch_floats(shape.columns)).data());
   expect_same(alone.q.data(), kept.q.data(), kept.q.size(), "q of a norm that keeps no y");
   expect_same(alone.scale.data(), kept.scale.data(), count, "scale of a norm that keeps no y");
 }
@@ -204,7 +204,7 @@ void check_activate(const Kernels& kernels, const Shape& shape, Dtype dtype, int
                           shape.columns, function,
                           seen.rotation, seen.out,
                           nullptr};
-  over_tokens(kernels.activate, args, count, SCRATCH_ROWS);
+  over_tokens(kernels.activate, args, count);
   const bool exact =
       function == Activation::none || function == Activation::relu || function == Activation::relu2;
   for (int64_t token = 0; token < count; ++token) {
