@@ -1,8 +1,4 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: equal to the references bit for bit.
-
-`test_in_the_interpreter` runs the others in a process of their own: Triton decides at import
-whether it interprets.
-"""
+"""Products in Triton's interpreter, on the CPU: equal to the references bit for bit."""
 
 from __future__ import annotations
 
