@@ -25,7 +25,10 @@ GEMV, INTEGERS, GATED = "gemv", "gemv integers", "gemv gated"
 
 
 def unsupported(weight: Weight) -> str | None:
-    """Why no kernel here multiplies by this weight, None where one does."""
+    """Why no kernel here multiplies by this weight, None where one does.
+
+    int8 with groups is no weight that anything here packs (formats/int8.py: a scale a row).
+    """
     if weight.layout not in (21, 22, 23, linear_int8.LAYOUT):
         return f"layout {weight.layout} is not one of the CUDA layouts"
     if weight.layout == linear_int8.LAYOUT and weight.group_size:
