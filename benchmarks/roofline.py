@@ -38,20 +38,24 @@ def draw(rows: list[dict[str, Any]], facts: dict[str, Any], path: str) -> None:
     for panel, shape in zip(panels.flat, shapes, strict=False):
         _panel(panel, [row for row in rows if row["K x N"] == shape], kernels, facts)
         panel.set_title(f"{shape.replace('x', ' to ')} features", fontsize=11)
+    # The token counts stand below every point.
+    panels[0, 0].set_ylim(bottom=min(row["GOP/s"] for row in rows) / 2)
     for panel in list(panels.flat)[len(shapes) :]:
         panel.set_visible(False)
     for panel in panels[:, 0]:
         panel.set_ylabel("GOP/s (best sample)")
-    for panel in panels[-1]:
+    for panel in list(panels.flat)[max(0, len(shapes) - wide) : len(shapes)]:
         panel.set_xlabel("operations per byte of weight")
+        panel.tick_params(labelbottom=True)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=min(5, len(labels)), frameon=False)
     figure.suptitle(
-        f"{facts['cpu']}, {facts['isa']}, {facts['threads']} thread(s), "
+        f"{facts['cpu']}, {facts['isa']}, {facts['threads']} "
+        f"thread{'s' if facts['threads'] > 1 else ''}, "
         f"commit {facts['commit'][:10]}",
         fontsize=11,
     )
-    figure.tight_layout(rect=(0, 0.09 / high, 1, 1))
+    figure.tight_layout(rect=(0, 0.09 / high, 1, 1 - 0.04 / high))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -59,7 +63,7 @@ def draw(rows: list[dict[str, Any]], facts: dict[str, Any], path: str) -> None:
 def _panel(
     panel: Any, rows: list[dict[str, Any]], kernels: list[str], facts: dict[str, Any]
 ) -> None:
-    """The limits and one line a kernel, points labelled with their tokens."""
+    """The limits and one line a kernel; token counts of the first of ours stand on the axis."""
     read = max(row["read GB/s"] for row in rows)
     roof = max((row["multiply GOP/s"] or 0 for row in rows), default=0)
     intensities = [_intensity(row) for row in rows]
@@ -90,16 +94,27 @@ def _panel(
             label=kernel,
         )
         if kernel == first:
-            for row in own:
-                at = (_intensity(row), row["GOP/s"])
-                panel.annotate(
-                    f"{row['tokens']} token{'s' if row['tokens'] > 1 else ''}",
-                    at,
-                    fontsize=7,
-                    xytext=(4, -10),
-                    textcoords="offset points",
-                )
+            _mark_tokens(panel, own)
     panel.grid(which="major", color="#dddddd", lw=0.6)
+
+
+def _mark_tokens(panel: Any, rows: list[dict[str, Any]]) -> None:
+    """A thin line down from every point, and its token count at the foot of the panel."""
+    for row in rows:
+        x = _intensity(row)
+        panel.axvline(x, color="#bbbbbb", lw=0.7, ls=":", zorder=0)
+        panel.annotate(
+            f"{row['tokens']}",
+            (x, 0.015),
+            xycoords=panel.get_xaxis_transform(),
+            fontsize=8,
+            ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )
+    first = min(map(_intensity, rows))
+    panel.annotate(
+        "tokens", (first / 1.6, 0.015), xycoords=panel.get_xaxis_transform(), fontsize=8, ha="right"
+    )
 
 
 def _intensity(row: dict[str, Any]) -> float:
