@@ -83,11 +83,6 @@ def parse_options(options: Mapping[str, Any] | None) -> tuple[Config, str, dict[
     if inner not in INNER_COMPILERS:
         raise ConfigError(f"inner={inner!r} is not one of {', '.join(INNER_COMPILERS)}")
     config = Config(**values)
-    if config.method not in ("auto", "rtn"):
-        raise ConfigError(
-            f"method={config.method!r} belongs to ternc.quantize: the backend quantises live "
-            "weights with one closed-form fit; leave method out here"
-        )
     refuse_live(config)
     return config, inner, dict(settings)
 

@@ -74,11 +74,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("exclude", "include", "int8"):
-            globs = getattr(self, name)
-            sequence = isinstance(globs, list | tuple)
-            if not sequence or not all(isinstance(glob, str) for glob in globs):
-                raise ConfigError(f"{name}={globs!r} is not a sequence of name globs")
-            object.__setattr__(self, name, tuple(globs))
+            object.__setattr__(self, name, checked_globs(name, getattr(self, name)))
         self._require("planes", (1, 2, 3, "auto"))
         self._require("activation_bits", (8, 4, None))
         self._require("rotation", ("auto", "hadamard", "none"))
@@ -145,6 +141,14 @@ def checked_config(config: Config | None) -> Config:
         f"config is a {type(config).__name__}, not a ternc.Config: write "
         "ternc.Config(planes=2), or ternc.Config(**fields) where the fields are a dict"
     )
+
+
+def checked_globs(name: str, globs: Any) -> tuple[str, ...]:
+    """The value of a field that takes name globs. Raises ConfigError for a lone string."""
+    if isinstance(globs, list | tuple) and all(isinstance(glob, str) for glob in globs):
+        return tuple(globs)
+    example = f"({globs!r},)" if isinstance(globs, str) else "('lm_head', '*embed*')"
+    raise ConfigError(f"{name}={globs!r} is not a sequence of name globs: write {name}={example}")
 
 
 def _is_number(value: object) -> bool:

@@ -20,7 +20,7 @@ from ternc.modules.conversion import packed_row
 from ternc.modules.linear import TernaryLinear
 from ternc.passes.context import skipped_row
 from ternc.passes.describe import describe_graph, prefixed
-from ternc.policy import unmatched
+from ternc.policy import refuse_live, unmatched
 from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
 from ternc.runtime.dynamo import Part, options_of, part_of, split_notes
@@ -58,9 +58,10 @@ def explain(
 
     Raises:
         UnsupportedModelError: `model` is not a module.
-        ConfigError: `config` is not a `Config`.
+        ConfigError: `config` is not a `Config`, or has a setting that only `quantize` obeys.
     """
     config = checked_config(config)
+    refuse_live(config)
     ops.register()
     rows: list[Row] = []
     nodes: list[GraphNode] = []

@@ -76,7 +76,7 @@ def refuse_live(config: Config) -> None:
     Raises:
         ConfigError: names the setting and what to use instead.
     """
-    _refuse(config, _OFFLINE_ONLY, "belongs to ternc.quantize")
+    _refuse(config, OFFLINE_ONLY, "belongs to ternc.quantize")
 
 
 def refuse_offline(config: Config, calibrated: bool) -> None:
@@ -97,14 +97,19 @@ def refuse_offline(config: Config, calibrated: bool) -> None:
         )
 
 
-_OFFLINE_ONLY = {
-    "method": (lambda value: value != "gptq", "method='als'"),
-    "bits_budget": (lambda value: value is None, "error_budget, or a fixed number of planes"),
+_BUDGET = (lambda value: value is None, "error_budget, or a fixed number of planes")
+
+OFFLINE_ONLY = {
+    "method": (lambda value: value in ("auto", "rtn"), "method='auto'"),
+    "bits_budget": _BUDGET,
     "tie_scales": (lambda value: value, "tie_scales=True"),
 }
 """Field -> (what the backend takes, what to use instead)."""
 
-_CALIBRATED_ONLY = {field: _OFFLINE_ONLY[field] for field in ("method", "bits_budget")}
+_CALIBRATED_ONLY = {
+    "method": (lambda value: value != "gptq", "method='als'"),
+    "bits_budget": _BUDGET,
+}
 
 
 def _refuse(config: Config, rules: Mapping[str, tuple[Callable, str]], why: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,10 @@ def test_help_lists_every_command(capsys):
         ["explain"],
         ["quantize", "f", "-o", "g", "--planes", "x"],
         ["quantize", "f", "-o", "g", "--method", "greedy"],
+        ["quantize", "f", "-o", "g", "--calibration", "no-such-text"],
+        ["explain", "f", "--bits-budget", "3"],
+        ["generate", "f", "--prompt", "a", "--device", "gpu"],
+        ["eval", "f", "--device", "cuda:99"],
     ],
 )
 def test_usage_errors_exit_with_2(arguments, capsys):
@@ -70,6 +75,8 @@ def test_usage_errors_exit_with_2(arguments, capsys):
         (["explain", "no-such-folder"], "no readable config.json"),
         (["quantize", "no-such-folder", "-o", "out", "--planes", "5"], "planes=5"),
         (["explain", "no-such-folder", "--error-budget", "3"], "error_budget=3.0"),
+        (["quantize", "f", "-o", "g", "--bits-budget", "3"], "--bits-budget needs a text"),
+        (["quantize", "f", "-o", "g", "--tuning-epochs", "3"], "--tuning needs a text"),
     ],
 )
 def test_errors_are_one_line_and_exit_with_1(arguments, words, capsys):
@@ -82,7 +89,8 @@ def test_errors_are_one_line_and_exit_with_1(arguments, words, capsys):
 
 def test_options_reach_the_configuration(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("ternc.cli.explain.config_of", lambda n: seen.append(config_of(n)))
+    monkeypatch.setattr("ternc.cli.bench.config_of", lambda n: seen.append(config_of(n)))
+    monkeypatch.setattr("ternc.cli.huggingface.load_folder", lambda folder: 1 / 0)
     wanted = Config(
         planes=2, error_budget=0.2, bits_budget=3.5, group_size=None, tie_scales=False,
         activation_bits=None, rotation="hadamard", method="als", exclude=("a.*", "b"),
@@ -95,7 +103,8 @@ def test_options_reach_the_configuration(monkeypatch, tmp_path):
         "--activation-bits none --rotation hadamard --method als --exclude a.* --exclude b "
         "--include c --int8 d --int8 e --seed 7"
     )
-    exit_status(["explain", "missing", *arguments.split()])
+    with pytest.raises(ZeroDivisionError):
+        main(["bench", "missing", *arguments.split()])
     assert seen == [wanted]
 
 
@@ -242,11 +251,46 @@ def test_quantize_a_model_folder(model_folder, tmp_path, capsys):
     assert torch.equal(left.last_hidden_state, right.last_hidden_state)
 
 
-def test_unknown_architecture_is_refused(tmp_path, capsys):
-    pytest.importorskip("transformers")
-    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ('{"architectures": ["NoSuchModel"]}', "no class 'NoSuchModel'"),
+        ('{"architectures": ["AutoTokenizer"]}', "no model class 'AutoTokenizer'"),
+        ('{"architectures": [3]}', "is no configuration of a model"),
+        ("[]", "is no configuration of a model"),
+        ('{"hidden_size": 33, ', "no readable config.json"),
+        ('"hidden_size": 32', "does not build a BertModel"),
+        ('"vocab_size": 50', "does not build a BertModel"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_in_one_line(
+    config, words, model_folder, tmp_path, capsys
+):
+    """Whatever transformers makes of sizes that do not fit together, or fit no memory."""
+    absurd = {
+        '"hidden_size": 32': '"hidden_size": 33',
+        '"vocab_size": 50': f'"vocab_size": {10**15}',
+    }
+    if config in absurd:
+        text = (model_folder / "config.json").read_text()
+        assert config in text
+        config = text.replace(config, absurd[config])
+        shutil.copyfile(model_folder / "model.safetensors", tmp_path / "model.safetensors")
+    elif "Auto" in config:
+        shutil.copyfile(model_folder / "model.safetensors", tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
     assert main(["explain", str(tmp_path)]) == 1
-    assert "no class 'NoSuchModel'" in capsys.readouterr().err
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1 and words in error[0]
+
+
+def test_a_folder_that_names_no_class(model_folder, tmp_path, capsys):
+    config = json.loads((model_folder / "config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(model_folder / "model.safetensors", tmp_path / "model.safetensors")
+    assert main(["explain", str(tmp_path)]) == 0
+    assert "7 of 7 rewritten" in capsys.readouterr().out
 
 
 @pytest.mark.slow

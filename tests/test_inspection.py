@@ -137,6 +137,12 @@ def test_a_dict_is_no_config():
             ask(Branches(), {"planes": 2})
 
 
+def test_explain_refuses_what_the_backend_refuses():
+    for setting in ({"method": "als"}, {"tie_scales": False}, {"planes": "auto", "bits_budget": 3}):
+        with pytest.raises(ternc.errors.ConfigError, match=r"belongs to ternc\.quantize"):
+            ternc.explain(Branches(), torch.ones(128), config=ternc.Config(**setting))
+
+
 def test_a_packed_model_is_explained_as_it_is_reported():
     config = ternc.Config(planes=2, group_size=64, int8=("a",))
     q = ternc.quantize(Branches().eval(), config)

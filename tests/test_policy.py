@@ -57,7 +57,7 @@ def test_method_decides_the_rounds():
 
 
 OFFLINE = [
-    ("method", "gptq", "method='als'"),
+    ("method", "gptq", "method='a(uto|ls)'"),
     ("bits_budget", 2.0, "error_budget"),
     ("tie_scales", False, "tie_scales=True"),
 ]

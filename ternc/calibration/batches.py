@@ -39,8 +39,12 @@ def materialised(batches: Iterable[Any]) -> list[Any]:
     """The batches as a list: they are gone through many times.
 
     Raises:
-        InputError: there is none, or one holds no tensor.
+        InputError: there is none, or one holds no tensor; a batch was given in their place.
     """
+    if isinstance(batches, torch.Tensor | Mapping):
+        raise InputError(
+            f"calibration is one {type(batches).__name__}, not batches; give a list: [batch]"
+        )
     found = list(batches)
     if not found:
         raise InputError("calibration is empty; give an iterable of batches of model inputs")

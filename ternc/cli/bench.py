@@ -24,7 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ternc.cli.console import add_config_options, add_json_option, config_of, print_json, say
+from ternc.cli.console import (
+    add_config_options,
+    add_device_option,
+    add_json_option,
+    config_of,
+    counted,
+    print_json,
+    say,
+)
 from ternc.config import Config
 from ternc.errors import InputError
 
@@ -47,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="inductor",
         help="what runs the rest of the rewritten graph; other than inductor, its row is left out",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device_option(parser, "best")
     add_config_options(parser)
     add_json_option(parser)
 
@@ -194,7 +202,7 @@ def _measure(subject: Subject, tokens: int | None, namespace: argparse.Namespace
     from ternc.backend import ternc_backend
     from ternc.demo.measure import interleaved_medians
 
-    what = subject.name if tokens is None else f"{subject.name}, {tokens} tokens"
+    what = subject.name if tokens is None else f"{subject.name}, {counted(tokens, 'token')}"
     say(f"{what}: compiling")
     torch._dynamo.reset()
     forms = dict(subject.forms)
@@ -306,7 +314,7 @@ def _table(result: dict[str, Any], rows: list[Row]) -> str:
             f"{result['subject']}: {sizes}; {result['note']}.",
             tabulate.tabulate(lines, headers, tablefmt="simple", disable_numparse=True),
             f"Median of {result['rounds']} calls of each form in turn; {result['device']}, "
-            f"{result['threads']} threads, torch {result['torch']}. Difference: of the output to "
-            "that of the same weights run eagerly.",
+            f"{counted(result['threads'], 'thread')}, torch {result['torch']}. Difference: of "
+            "the output to that of the same weights run eagerly.",
         )
     )

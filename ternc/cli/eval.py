@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ternc.cli.console import add_json_option, print_json, say
-from ternc.cli.huggingface import has_logits, load_folder, tokenizer_of
+from ternc.cli.console import add_device_option, add_json_option, print_json, say, text_file
+from ternc.cli.huggingface import has_logits, load_folder, tokenizer_of, within_positions
 from ternc.errors import InputError
 
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `ternc eval`."""
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="written by ternc, or float")
     add = parser.add_argument
-    add("--text", type=Path, help="UTF-8 text file to score")
+    add("--text", type=text_file, help="UTF-8 text file to score")
     add("--against", type=Path, metavar="FLOAT_DIR", help="compare with this (float) model")
     add("--limit", type=int, metavar="BYTES", help="read so much of the text only")
     add("--task", action="append", default=[], metavar="NAME", help="of lm-eval; may be repeated")
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--examples", type=int, metavar="N", help="of each task at most (default: all)")
     add("--few-shot", type=int, metavar="N", help="examples before each question of a task")
     add("--context", type=int, default=512, help="tokens of a window (default: 512)")
-    add("--device", default="cpu", help="cpu (default) or cuda")
+    add_device_option(parser)
     add_json_option(parser)
 
 
@@ -41,6 +41,7 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.against is not None:
         reference = load_folder(namespace.against).to(namespace.device)
     tokenizer = tokenizer_of(namespace.model, namespace.against)
+    namespace.context = within_positions(model, namespace.context)
     result: dict[str, Any] = {}
     if namespace.text is not None:
         result = _score_text(model, reference, tokenizer, namespace)

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from ternc.cli.console import add_config_options, add_json_option, config_of, print_json, say
+from ternc.policy import OFFLINE_ONLY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `ternc explain`."""
     parser.add_argument("model", type=Path, metavar="HF_MODEL_DIR", help="folder with config.json")
-    add_config_options(parser)
+    add_config_options(parser, without=list(OFFLINE_ONLY))
     add_json_option(parser)
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="write the report as one HTML page"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ternc.cli.console import add_json_option, print_json, say
+from ternc.cli.console import add_device_option, add_json_option, print_json, say
 from ternc.errors import InputError
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="gguf: round scales to fp16 (1 part in 2,048) where a smaller type then fits",
     )
     add("--no-tokenizer", action="store_true", help="gguf: llama.cpp is given token ids")
-    add("--device", help="pt2: cpu (default) or cuda, where the file will run")
+    add_device_option(parser, None, why="pt2, where the file will run")
     add_json_option(parser)
 
 
@@ -54,7 +54,7 @@ def run(namespace: argparse.Namespace) -> int:
         print_json(written)
     else:
         for name, value in written.items():
-            print(f"{name}: {value}")
+            print(f"{name}: {_written(value)}")
     say(f"wrote {namespace.output}")
     return 0
 
@@ -71,6 +71,13 @@ def _options(namespace: argparse.Namespace) -> dict[str, Any]:
         if value and target == "gguf":
             found[name] = value
     return found
+
+
+def _written(value: Any) -> str:
+    """A fact; several by name as `input_ids [s0, s1], attention_mask [s0, s1]`."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{name} {fact}" for name, fact in value.items()).replace("'", "")
 
 
 def _inputs(model: Any, device: str) -> dict[str, Any]:

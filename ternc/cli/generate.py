@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ternc.cli.console import add_json_option, print_json, say
+from ternc.cli.console import add_device_option, add_json_option, counted, print_json, say
 from ternc.errors import InputError
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=64, help="new tokens at most (64)")
     add("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     add("--seed", type=int, default=0, help="of the draws, where the temperature is not 0")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device_option(parser, "best")
     add_json_option(parser)
 
 
@@ -42,7 +42,7 @@ def run(namespace: argparse.Namespace) -> int:
         )
     tokenizer = tokenizer_of(namespace.model)
     ids = _encode(namespace.prompt, tokenizer).to(namespace.device)
-    say(f"{ids.shape[1]} tokens of prompt, at most {namespace.tokens} new ones")
+    say(f"{counted(ids.shape[1], 'token')} of prompt, at most {namespace.tokens} more")
     start = time.perf_counter()
     new = _continue(model, ids, namespace)
     seconds = time.perf_counter() - start
@@ -58,7 +58,8 @@ def run(namespace: argparse.Namespace) -> int:
         print_json(result)
     else:
         print(namespace.prompt + result["text"])
-        say(f"{len(new)} tokens in {seconds:.2f} s with the prompt: {len(new) / seconds:.1f} a s")
+        rate = f"{len(new) / seconds:.1f} tokens/s, prompt included"
+        say(f"{counted(len(new), 'token')} in {seconds:.2f} s: {rate}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ternc.cli.console import say
 from ternc.errors import (
     CheckpointError,
     InputError,
@@ -20,6 +21,10 @@ from ternc.pretrained import mapped
 
 SIDE_FILES = ("config.json", "generation_config.json", "*token*", "vocab*", "merges.txt", "*.model")
 """What a model folder holds beside the weights, as globs."""
+
+
+_UNNAMED = "AutoModel"
+"""Takes the class from config.json's model type."""
 
 
 def load_model(folder: Path) -> torch.nn.Module:
@@ -48,11 +53,11 @@ def load_model(folder: Path) -> torch.nn.Module:
             f"{folder}: transformers {transformers.__version__} has no class {name!r}, which "
             "config.json asks for; install a version that has it"
         )
-    if (streamed := mapped(name, folder)) is not None:
+    if name != _UNNAMED and (streamed := mapped(name, folder)) is not None:
         return streamed
     try:
         model = model_class.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the class makes of these files
         raise CheckpointError(f"{folder}: cannot be loaded as {name}: {error}") from error
     return model.eval()
 
@@ -121,6 +126,15 @@ def has_logits(model: torch.nn.Module) -> bool:
     return callable(head) and head() is not None
 
 
+def within_positions(model: torch.nn.Module, context: int) -> int:
+    """`context`, or as many tokens as the model has positions; says so where it has fewer."""
+    known = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(known, int) or context <= known:
+        return context
+    say(f"windows of {known} tokens, not {context}: the model has no more positions")
+    return known
+
+
 def text_batches(
     model: torch.nn.Module, tokenizer: Any, text: str, sequences: int, context: int
 ) -> list[dict[str, torch.Tensor]]:
@@ -134,8 +148,7 @@ def text_batches(
     Raises:
         InputError: the text is too short, or an encoder has no tokenizer.
     """
-    known = getattr(model.config, "max_position_embeddings", None)
-    context = min(context, known) if isinstance(known, int) else context
+    context = within_positions(model, context)
     if context < 1 or sequences < 1:
         raise InputError(f"sequences={sequences}, context={context}: at least 1 of each is wanted")
     if not has_logits(model):
@@ -176,13 +189,20 @@ _BATCH = 8
 
 
 def architecture(folder: Path) -> str:
-    """Class named by `config.json`, "AutoModel" when it names none."""
+    """Class named by `config.json`, `_UNNAMED` when it names none.
+
+    Raises:
+        CheckpointError: the file is missing, no JSON object, or names something else.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no readable config.json ({error})") from error
-    return (config.get("architectures") or ["AutoModel"])[0]
+    named = (config.get("architectures") or [_UNNAMED]) if isinstance(config, dict) else None
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise CheckpointError(f"{path} is no configuration of a model: see its 'architectures'")
+    return named[0]
 
 
 def example_inputs(model: torch.nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from ternc.cli.console import add_json_option, print_json
+from ternc.cli.console import add_json_option, counted, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def describe(info: dict[str, Any]) -> str:
     facts = [
         ("ternc", info["ternc"]),
         ("torch", info["torch"]),
-        ("Python", f"{info['python']} on {info['machine']}, {info['threads']} threads"),
+        ("Python", f"{info['python']} on {info['machine']}, {counted(info['threads'], 'thread')}"),
         (
             "C++ library",
             _first_line(library["why_not"]) or f"{library['state']}: {library['path']}",

@@ -13,7 +13,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 NONE = "none"
@@ -22,16 +22,21 @@ NONE = "none"
 Settings = TypeVar("Settings")
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
+def add_options(
+    parser: argparse.ArgumentParser, cls: type, prefix: str = "", without: Sequence[str] = ()
+) -> None:
     """One option a field of `cls`.
 
     Args:
         prefix: of the options' names, as "tuning" for --tuning-epochs.
+        without: fields that the command could not obey.
     """
     hints, helps = typing.get_type_hints(cls), _help_of(cls)
     summary = (inspect.getdoc(cls) or "").partition("\n")[0]
     group = parser.add_argument_group(f"{cls.__name__} ({summary})")
     for field in dataclasses.fields(cls):
+        if field.name in without:
+            continue
         flag = "--" + f"{prefix} {field.name}".strip().replace("_", "-").replace(" ", "-")
         known: dict[str, Any] = {
             "dest": _place(cls, field.name),

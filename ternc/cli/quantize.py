@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ternc.cli.console import add_config_options, add_json_option, config_of, print_json, say
+from ternc.cli.console import (
+    add_config_options,
+    add_device_option,
+    add_json_option,
+    config_of,
+    print_json,
+    say,
+    text_file,
+)
 from ternc.cli.options import add_options, given, settings_of
+from ternc.config import Config
+from ternc.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write")
     add(
         "--calibration",
-        type=Path,
+        type=text_file,
         metavar="FILE",
         help="UTF-8 text: fit every layer to the inputs that it gets on it",
     )
@@ -32,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep fitted layers here; go on if some are there",
     )
-    add("--device", default="cpu", help="where layers are fitted: cpu (default) or cuda")
+    add_device_option(parser, why="where layers are fitted")
     add(
         "--tuning",
         action="store_true",
@@ -62,6 +73,7 @@ def run(namespace: argparse.Namespace) -> int:
     )
 
     config, training = config_of(namespace), _training(namespace)
+    _refuse_uncalibrated(namespace, config, training)
     refuse_overwriting(namespace.model, namespace.output)
     say(f"loading {namespace.model}")
     model = load_model(namespace.model).to(namespace.device)
@@ -87,6 +99,21 @@ def run(namespace: argparse.Namespace) -> int:
     else:
         print(report)
     return 0
+
+
+def _refuse_uncalibrated(
+    namespace: argparse.Namespace, config: Config, training: Mapping[str, Any]
+) -> None:
+    """Raises ConfigError, before the model is loaded, for what needs a text and has none."""
+    asked = {
+        "--bits-budget": config.bits_budget is not None,
+        "--method gptq": config.method == "gptq",
+        "--resume": namespace.resume is not None,
+        **{f"--{name}": True for name in training},
+    }
+    if namespace.calibration is None and any(asked.values()):
+        first = next(flag for flag, set_ in asked.items() if set_)
+        raise ConfigError(f"{first} needs a text to fit the layers to: give --calibration FILE")
 
 
 def _training(namespace: argparse.Namespace) -> dict[str, Any]:

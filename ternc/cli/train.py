@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ternc.cli.console import add_json_option, print_json, say
+from ternc.cli.console import add_device_option, add_json_option, print_json, say, text_file
 from ternc.errors import InputError
 
 
@@ -21,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("model", type=Path, metavar="HF_MODEL_DIR", help="folder with config.json")
-    add("--text", type=Path, required=True, help="UTF-8 text file; its last twentieth is scored on")
+    add(
+        "--text",
+        type=text_file,
+        required=True,
+        help="UTF-8 text file; its last twentieth is scored on",
+    )
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write")
     add(
         "--preset",
@@ -38,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--save-every", type=int, default=200, help="steps between two checkpoints in OUT/run (200)"
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device_option(parser, "best")
     add("--seed", type=int, default=0)
     add_json_option(parser)
 
@@ -47,11 +52,17 @@ def run(namespace: argparse.Namespace) -> int:
     """Train, pack, write; print the losses and the report."""
     import ternc
     from ternc.backend import ternc_backend
-    from ternc.cli.huggingface import copy_side_files, load_model, refuse_overwriting
+    from ternc.cli.huggingface import (
+        copy_side_files,
+        load_model,
+        refuse_overwriting,
+        within_positions,
+    )
 
     refuse_overwriting(namespace.model, namespace.output)
     say(f"loading {namespace.model}")
     model = load_model(namespace.model).to(namespace.device)
+    namespace.context = within_positions(model, namespace.context)
     train, held_out = _loaders(namespace)
     before = _loss(model, held_out)
     config = _config(namespace)
@@ -77,7 +88,8 @@ def run(namespace: argparse.Namespace) -> int:
         print_json({**result, "report": report.to_dict()})
     else:
         print(report)
-        print("\n".join(f"{name:22} {value:,.4f}" for name, value in result.items()))
+        for name, value in result.items():
+            print(f"{name:22} {value:,.4f}" if isinstance(value, float) else f"{name:22} {value:,}")
     return 0
 
 

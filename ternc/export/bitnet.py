@@ -93,7 +93,7 @@ def _check_layers(layers: dict[str, TernaryLinear]) -> None:
         if embeds or layer.transposed:
             kind = "an embedding" if embeds else "a layer that holds its weight transposed"
             raise UnsupportedModelError(
-                f"{name}: is {kind}, and {TARGET} packs nn.Linear alone; leave it out with exclude="
+                f"{name} is {kind}, and {TARGET} packs nn.Linear alone; leave it out with exclude="
             )
 
 
@@ -107,7 +107,7 @@ def _one_plane(name: str, value: Quantized) -> Quantized:
     multiplied = value.multiplier is not None and bool((value.multiplier != 1).any())
     if value.planes != 1 or multiplied or bool((value.scale != value.scale.flatten()[0]).any()):
         raise WeightShapeError(
-            f"{name}: is {value.describe()}, and {TARGET} holds one plane with one scale a weight; "
+            f"{name} is {value.describe()}, and {TARGET} holds one plane with one scale a weight; "
             f"{AGAIN}"
         )
     if rows % ROWS_A_BYTE:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ternc.config import Config
+from ternc.config import Config, checked_globs
 from ternc.errors import ConfigError, UnknownOptionError
 from ternc.formats.blend import ACTIVATION_BITS, TERNARY
 from ternc.train.schedule import Schedule, Stage
@@ -47,7 +47,7 @@ class Hadamard:
     """One zero point a column, carried by the bias (W shift); starts at 0."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", _globs("layers", self.layers))
+        object.__setattr__(self, "layers", checked_globs("layers", self.layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,12 +265,6 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
         key: tuple(value) if isinstance(value, list) and key != "stages" else value
         for key, value in values.items()
     }
-
-
-def _globs(name: str, globs: Any) -> tuple[str, ...]:
-    if isinstance(globs, str) or not all(isinstance(glob, str) for glob in globs):
-        raise ConfigError(f"{name}={globs!r} is not a sequence of name globs")
-    return tuple(globs)
 
 
 def _choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -103,8 +103,17 @@ def scored(
 def cross_entropy(
     output: Any, batch: Any, ignore_index: int = -100, next_token: bool = True
 ) -> torch.Tensor:
-    """Mean over valid tokens, in fp32."""
+    """Mean over valid tokens, in fp32.
+
+    Raises:
+        InputError: the batch has no targets.
+    """
     example = example_of(batch, next_token)
+    if example.targets is None:
+        raise InputError(
+            "the batch has no targets: give a mapping with labels, (inputs, targets), token ids "
+            "[batch, length], or a loss of your own"
+        )
     logits, targets, _ = scored(logits_of(output), example, ignore_index)
     return F.cross_entropy(logits.float(), targets, ignore_index=ignore_index)
 

@@ -122,6 +122,12 @@ def test_uncalled_layers_say_so():
     assert list(rows_of(q)) == ["up", "down", "spare"]
 
 
+@pytest.mark.parametrize("batch", [torch.randn(4, 64), {"x": torch.randn(4, 64)}], ids=type)
+def test_one_batch_is_not_taken_for_many(batch):
+    with pytest.raises(InputError, match=r"give a list: \[batch\]"):
+        quantize(Net(), calibration=batch)
+
+
 def test_calibration_inputs_that_are_no_numbers_are_named():
     """Some of them are left out; where nothing is left, that is the reason, not "not called"."""
     batches = data(9)

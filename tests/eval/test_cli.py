@@ -50,6 +50,15 @@ def test_a_language_model(language, text, capsys):
     assert json.loads(capsys.readouterr().out)["bytes"] == 40
 
 
+def test_windows_are_no_longer_than_the_model_has_positions(text, tmp_path, capsys):
+    config = transformers.GPT2Config(vocab_size=256, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    assert main(["eval", str(tmp_path / "model"), "--text", str(text), "--json"]) == 0
+    said = capsys.readouterr()
+    assert "windows of 16 tokens, not 512" in said.err
+    assert json.loads(said.out)["tokens"] == len(text.read_bytes()) - 1
+
+
 def test_as_text(language, text, capsys):
     assert main(["eval", str(language[1]), "--text", str(text), "--context", "64"]) == 0
     assert "bits_per_byte" in capsys.readouterr().out

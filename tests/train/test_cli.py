@@ -15,7 +15,7 @@ from ternc.cli import main
 def model_folder(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=256, n_embd=32, n_layer=1, n_head=2, n_positions=32, tie_word_embeddings=False
+        vocab_size=256, n_embd=32, n_layer=1, n_head=2, n_positions=512, tie_word_embeddings=False
     )
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")

@@ -10,7 +10,7 @@ import torch
 from training import loader, tiny_model, windows
 
 import ternc
-from ternc.errors import CheckpointError, MissingExtraError, TrainingError
+from ternc.errors import CheckpointError, InputError, MissingExtraError, TrainingError
 from ternc.train import (
     Distillation,
     Hadamard,
@@ -21,6 +21,7 @@ from ternc.train import (
     TrainConfig,
     Trainer,
 )
+from ternc.train.task import cross_entropy
 
 EVERYTHING = TrainConfig(
     schedule=Schedule(stages=[8, 4, 2, 1.58], stage_epochs=[1, 1, 1, 1]),
@@ -171,6 +172,8 @@ def test_mistakes_are_named(tmp_path):
         run(TrainConfig(), 1, save_every=1)
     with pytest.raises(TrainingError, match="before the first step"):
         run(distil, 1, teacher=teacher_model()).set_teacher_model(teacher_model())
+    with pytest.raises(InputError, match="the batch has no targets"):
+        cross_entropy(torch.zeros(2, 8), torch.randn(2, 4))
     with pytest.raises(TrainingError, match="the loss is"):
         run(TrainConfig(optimization=Optimization(learning_rate=1e30, clip=None)), 3)
 
