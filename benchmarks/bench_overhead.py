@@ -32,11 +32,11 @@ import common  # noqa: E402
 import cycles  # noqa: E402
 import decoders  # noqa: E402
 from bench_model import Way, alone  # noqa: E402
-from model_child import CACHE, INT8, SAMPLED, TokenStep, answers, serve  # noqa: E402
+from model_child import CACHE, INT8, SAMPLED, answers, serve  # noqa: E402
 from plain_decoder import PlainDecoder  # noqa: E402
 
 import ternc  # noqa: E402
-from ternc.export import compile_step  # noqa: E402
+from ternc.export import TokenStep, compile_step  # noqa: E402
 from ternc.runtime import ops  # noqa: E402
 
 FORMS = ("transformers", "modules")

@@ -56,6 +56,8 @@ class Runner:
         self.ids = torch.tensor([decoders.prompt(prompt)])
         self.used = CACHE
         start = time.perf_counter()
+        from ternc.export import TokenStep
+
         token = TokenStep(self.model, CACHE)
         self.cache = token.cache
         compiled = _ahead if backend == AHEAD else _compiled
@@ -105,23 +107,6 @@ class Runner:
     def outside(self) -> dict[str, Any]:
         """Share of the cycles of tokens by class: cycles.CLASSES."""
         return {"cycles": cycles.sampled(lambda: [self.token() for _ in range(SAMPLED)])}
-
-
-class TokenStep(torch.nn.Module):
-    """A token of a language model of transformers, with a static cache of its own."""
-
-    def __init__(self, model: Any, places: int) -> None:
-        from transformers import StaticCache
-
-        super().__init__()
-        self.model = model
-        self.cache = StaticCache(model.config, max_cache_len=places)
-        self(torch.tensor([[0]]), torch.tensor([[0]]))  # makes the cache's tensors
-        self.cache.reset()
-
-    def forward(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        output = self.model(input_ids=ids, position_ids=position, past_key_values=self.cache)
-        return output.logits
 
 
 class Prompt(torch.nn.Module):

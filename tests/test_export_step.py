@@ -1,6 +1,7 @@
 """`compile_step`: compiled code without Dynamo gives what the module gives, and holds no weight."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import ternc
 from ternc.errors import InputError, KernelError, UnsupportedModelError
-from ternc.export import compile_step, load_step
+from ternc.export import TokenStep, compile_step, load_step, step
 from ternc.runtime import cpu
 
 WIDTH, PLACES = 16, 8
@@ -148,6 +149,39 @@ def test_files_that_are_no_step_of_here(compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "0.1")
     with pytest.raises(KernelError, match="compiled for other torch"):
         load_step(path, module)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_token_of_a_language_model(kind, monkeypatch, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    written = {}
+
+    def compile_package(gm, inputs, path, facts):
+        written[path] = (lambda arguments: gm(*arguments)), json.loads(json.dumps(facts))
+
+    monkeypatch.setattr(step, "compile_package", compile_package)
+    monkeypatch.setattr(step, "load_package", written.__getitem__)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, intermediate_size=48, bos_token_id=0, eos_token_id=1, **sizes
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    token = TokenStep(ternc.quantize(model, ternc.Config(planes=1), inplace=True), places=8)
+    compiled = compile_step(token, (torch.tensor([[0]]), torch.tensor([[0]])), tmp_path / "a.pt2")
+    ids = torch.randint(64, (1, 7))
+    with torch.no_grad():
+        for _ in range(2):
+            token(ids[:, :4], torch.arange(4)[None])
+            for i in range(4, 7):
+                found = compiled(ids[:, i : i + 1], torch.tensor([[i]]))
+                wanted = model(input_ids=ids[:, : i + 1], use_cache=False).logits[:, -1:]
+                torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+            token.reset()
+
+
+def test_model_that_is_no_decoder():
+    with pytest.raises(UnsupportedModelError, match="takes no position_ids"):
+        TokenStep(nn.Linear(2, 2), 8)
 
 
 class Broken(nn.Module):

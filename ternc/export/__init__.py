@@ -19,8 +19,9 @@ from torch import nn
 
 from ternc.errors import InputError
 from ternc.export.step import Step, compile_step, load_step
+from ternc.export.token_step import TokenStep
 
-__all__ = ["TARGETS", "Step", "compile_step", "export", "load_program", "load_step"]
+__all__ = ["TARGETS", "Step", "TokenStep", "compile_step", "export", "load_program", "load_step"]
 
 TARGETS = ("gguf", "pt2", "bitnet")
 

@@ -137,12 +137,20 @@ class _Shape:
         """Raises InputError where `tensor` is something else."""
         if not isinstance(tensor, torch.Tensor) or not tensor.is_cpu:
             raise InputError(f"{name} is no tensor on the CPU, which the step was compiled for")
-        seen = (tensor.shape, tensor.stride(), tensor.dtype)
+        seen = (tensor.shape, _strides(tensor), tensor.dtype)
         if seen != (self.size, self.stride, self.dtype):
             raise InputError(
                 f"{name} is {_text(*seen)}; the step was compiled for "
                 f"{_text(self.size, self.stride, self.dtype)}"
             )
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides; 1 where a dimension has one place and its stride means nothing."""
+    strides = tensor.stride()
+    if 1 not in tensor.shape:
+        return strides
+    return tuple(1 if n == 1 else s for n, s in zip(tensor.shape, strides, strict=True))
 
 
 def _text(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> str:
@@ -151,7 +159,7 @@ def _text(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> str
 
 def _facts_of(tensor: torch.Tensor) -> dict[str, Any]:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"size": list(tensor.shape), "stride": list(tensor.stride()), "dtype": dtype}
+    return {"size": list(tensor.shape), "stride": list(_strides(tensor)), "dtype": dtype}
 
 
 def _check(module: nn.Module, inputs: Sequence[Any], path: Path) -> None:
