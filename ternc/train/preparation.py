@@ -20,6 +20,7 @@ from ternc.decision import decide
 from ternc.errors import TrainingError
 from ternc.formats.blend import FLOAT, TERNARY
 from ternc.formats.rotation import Rotation
+from ternc.module_sites import ModuleSite, Ties, survey
 from ternc.modules.attention import (
     TernaryMultiheadAttention,
     separate_float_projections,
@@ -38,7 +39,7 @@ from ternc.modules.conversion import (
 )
 from ternc.modules.ties import memory_key
 from ternc.policy import excluded, refuse_live
-from ternc.quantization import ModuleSite, Ties, copy_model, survey
+from ternc.quantization import copy_model
 from ternc.reporting import Report, Row, Totals
 from ternc.runtime import ops
 from ternc.site import Decision

@@ -31,7 +31,7 @@ def save_run(trainer: Trainer, folder: Path) -> None:
     first, sharded = rank() == 0, _is_sharded(trainer)
     if first:
         (folder / checkpoint.MANIFEST).unlink(missing_ok=True)
-    checkpoint.save_tensors(folder / _random_file(), trainer.random_states())
+    checkpoint.save_tensors(folder / _random_file(), trainer.generators.states())
     tensors, aliases = checkpoint.model_state(trainer.inner)
     state, settings = checkpoint.optimizer_state(trainer.optimizers)
     for prefix, part in trainer.parts():

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import nn
 
 from ternc.config import Config
-from ternc.errors import TrainingError
-from ternc.train import checkpoint, gradients
+from ternc.errors import InputError, TrainingError
+from ternc.train import gradients
 from ternc.train import resume as resume_files
 from ternc.train.config import TrainConfig, as_train_config
 from ternc.train.distill import Distiller
+from ternc.train.generators import Generators
 from ternc.train.log import TrainingLog, plot_curves
 from ternc.train.metrics import TritMonitor
 from ternc.train.momentum import make_momentum
@@ -103,9 +104,7 @@ class Trainer:
         self.monitor = TritMonitor()
         self.step = self.epoch = self.batch = 0
         self.best = math.inf
-        self._epoch_start: dict[str, torch.Tensor] = {}
-        self._resumed: dict[str, torch.Tensor] | None = None
-        self._generator: torch.Generator | None = None
+        self.generators = Generators()
         self.optimizers: list[torch.optim.Optimizer] = []
         self.set_teacher_model(teacher)
 
@@ -129,9 +128,10 @@ class Trainer:
         eval_every: int | None = 1,
         resume: str | os.PathLike[str] | None = None,
     ) -> list[dict[str, Any]]:
-        """Trains for `num_epochs` passes over a loader that has a length; returns the log's rows.
+        """Trains for `num_epochs` passes over a loader; returns the log's rows.
 
         Args:
+            train_loader: batches (task.py), as a list or anything else with a length.
             save_every, eval_every: epochs between two checkpoints, two evaluations of the final
                 quantisers on `val_loader`; None = never.
             resume: a checkpoint folder: the run goes on as if it had not been interrupted.
@@ -139,11 +139,17 @@ class Trainer:
         Raises:
             TrainingError: distillation without a teacher, no folder to save to, a loss that is not
                 finite.
+            InputError: the loader has no length, or no batch.
         """
         if self.config.distillation is not None and self.distiller is None:
             raise TrainingError("config.distillation needs a teacher: Trainer(..., teacher=model)")
         if save_every is not None and self.folder is None:
             raise TrainingError("save_every needs a folder: Trainer(..., folder='runs/one')")
+        if not hasattr(train_loader, "__len__"):
+            raise InputError(
+                f"train_loader is a {type(train_loader).__name__} without a length: rates and "
+                "schedules depend on the number of steps; give a list of batches or a DataLoader"
+            )
         self._steps_per_epoch = math.ceil(len(train_loader) / self.config.accumulate)
         self.total_steps = num_epochs * self._steps_per_epoch
         if resume is not None:
@@ -203,7 +209,7 @@ class Trainer:
         Raises:
             CheckpointError: a file is missing, damaged, or of another model or configuration.
         """
-        self._resumed = resume_files.load_run(self, Path(folder))
+        self.generators.resume(resume_files.load_run(self, Path(folder)))
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         """What has state beside model and optimisers, by the prefix of its tensors."""
@@ -212,48 +218,17 @@ class Trainer:
             if (part := getattr(self, prefix)) is not None:
                 yield prefix, part
 
-    def random_states(self) -> dict[str, torch.Tensor]:
-        """The generators of this process, now and at the start of the epoch."""
-        return {**self._random_state("now"), **self._epoch_start}
-
     def _run_epoch(self, loader: Any) -> None:
         sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(self.epoch)
-        batches = self._batches(loader)
+        batches = self.generators.batches(loader, self.batch)
         size = self.config.accumulate
         while chunk := [batch for _, batch in zip(range(size), batches, strict=False)]:
             self.batch += len(chunk)
             self._optimize([to_device(batch, self.device) for batch in chunk])
-
-    def _batches(self, loader: Any) -> Iterator[Any]:
-        """The batches of the epoch that are left, with the random state of an unbroken run."""
-        self._generator = getattr(loader, "generator", None)
-        resumed, self._resumed = self._resumed, None
-        if resumed:
-            self._restore_random(resumed, "epoch" if self.batch else "now")
-        self._epoch_start = self._random_state("epoch")
-        batches = iter(loader)
-        for _ in range(self.batch):
-            next(batches)
-        if resumed and self.batch:
-            self._restore_random(resumed, "now")
-        return batches
-
-    def _random_state(self, moment: str) -> dict[str, torch.Tensor]:
-        """State of every generator, that of the loader included, by names that start with
-        `moment`.
-        """
-        state = checkpoint.random_state()
-        if self._generator is not None:
-            state["loader"] = self._generator.get_state()
-        return {f"{moment}.{name}": value for name, value in state.items()}
-
-    def _restore_random(self, state: dict[str, torch.Tensor], moment: str) -> None:
-        own = {name.partition(".")[2]: v for name, v in state.items() if name.startswith(moment)}
-        checkpoint.restore_random_state(own)
-        if self._generator is not None and "loader" in own:
-            self._generator.set_state(own["loader"])
+        if not self.batch:
+            raise InputError(f"epoch {self.epoch + 1}: the loader gave no batch")
 
     def _optimize(self, batches: list[Any]) -> None:
         """One optimiser step."""

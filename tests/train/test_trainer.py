@@ -172,6 +172,10 @@ def test_mistakes_are_named(tmp_path):
         run(TrainConfig(), 1, save_every=1)
     with pytest.raises(TrainingError, match="before the first step"):
         run(distil, 1, teacher=teacher_model()).set_teacher_model(teacher_model())
+    with pytest.raises(InputError, match="no batch"):
+        Trainer(tiny_model(), TrainConfig(), progress=False).train([])
+    with pytest.raises(InputError, match="a generator without a length"):
+        Trainer(tiny_model(), TrainConfig(), progress=False).train(batch for batch in windows(1))
     with pytest.raises(InputError, match="the batch has no targets"):
         cross_entropy(torch.zeros(2, 8), torch.randn(2, 4))
     with pytest.raises(TrainingError, match="the loss is"):
