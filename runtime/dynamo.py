@@ -1,4 +1,6 @@
-"""What Dynamo tells of its graphs: the options of a compiled model, and where it split one."""
+"""What Dynamo tells of its graphs: the model and the options behind a compiled one, and where it
+was split.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +53,11 @@ def split_notes(parts: Iterable[Part]) -> list[str]:
         ]
     split = f"split the model into {count} graphs" if count > 1 else "left the rest to Python"
     return [f"Dynamo {split}: {'; '.join(reasons)}. {_MORE}"]
+
+
+def uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside `torch.compile(model)`; any other model itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def options_of(model: torch.nn.Module) -> dict[str, Any] | None:

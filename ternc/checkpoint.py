@@ -30,6 +30,7 @@ from ternc.modules.conversion import switch_off_fast_paths
 from ternc.modules.linear import TernaryLinear
 from ternc.modules.skeleton import install, packed_layers
 from ternc.modules.ties import memory_key
+from ternc.runtime.dynamo import uncompiled
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "ternc.json"
@@ -42,7 +43,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     be replaced, so that a failure leaves the folder as it was.
 
     Args:
-        model: a model of `ternc.quantize` (a float model is saved as it is).
+        model: a model of `ternc.quantize` (a float model is saved as it is), compiled or not.
 
     Raises:
         UnsupportedModelError: `model` is not a module, or its state is not made of tensors.
@@ -50,6 +51,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"save takes a torch.nn.Module, not a {type(model).__name__}")
+    model = uncompiled(model)
     buffers = _unsaved_buffers(model)
     tensors, aliases = _state(model, buffers)
     manifest = Manifest(
@@ -104,8 +106,10 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """
     if model is not None and not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"model= takes a torch.nn.Module, not a {type(model).__name__}")
+    inner = None if model is None else uncompiled(model)
     with torch.inference_mode(False), torch.no_grad():
-        return _load(Path(folder), model)
+        loaded = _load(Path(folder), inner)
+    return model if model is not None and loaded is inner else loaded
 
 
 def _load(folder: Path, model: nn.Module | None) -> nn.Module:

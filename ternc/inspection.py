@@ -23,7 +23,7 @@ from ternc.passes.describe import describe_graph, prefixed
 from ternc.policy import refuse_live, unmatched
 from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
-from ternc.runtime.dynamo import Part, options_of, part_of, split_notes
+from ternc.runtime.dynamo import Part, options_of, part_of, split_notes, uncompiled
 from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
 from ternc.site import TrainedWeight, WeightSite
 
@@ -108,7 +108,7 @@ def report(model: torch.nn.Module) -> Report:
         UnsupportedModelError: `model` is not a module.
     """
     options = options_of(model)
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     _check_module(model)
     packed = getattr(model, "_ternc_rows", None)
     graphs = sorted(_graphs_of(model), key=lambda found: found[0].order)

@@ -44,6 +44,7 @@ from ternc.policy import refuse_offline
 from ternc.progress import track
 from ternc.reporting import Row
 from ternc.runtime import ops
+from ternc.runtime.dynamo import uncompiled
 from ternc.stacks import stacked_rows
 from ternc.train.linear import QATLinear
 from ternc.uncalled import mark_uncalled
@@ -75,7 +76,8 @@ def quantize(
     float model comes on top.
 
     Args:
-        model: any module, a Linear itself included.
+        model: any module, a Linear itself included. Of a compiled one the model inside is taken,
+            and returned: compile it anew.
         config: default `Config()`.
         example_inputs: a tuple of arguments (or a mapping of keyword arguments, or one tensor). The
             finished model is run on them once, without gradients and in eval mode; a packed layer
@@ -103,6 +105,7 @@ def quantize(
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"quantize: a torch.nn.Module, not a {type(model).__name__}")
+    model = uncompiled(model)
     config = checked_config(config)
     refuse_offline(config, calibration is not None)
     ops.register()

@@ -11,6 +11,7 @@ from torch import nn
 from ternc.checkpoint import WEIGHTS, load, save
 from ternc.config import Config
 from ternc.errors import CheckpointError
+from ternc.inspection import report
 from ternc.quantization import quantize
 
 
@@ -148,6 +149,28 @@ def test_one_plane_file_size(tmp_path):
     q = quantize(nn.Linear(2048, 2048, bias=False), Config(planes=1, group_size=None))
     save(q, tmp_path)
     assert 8 * (tmp_path / WEIGHTS).stat().st_size / 2048**2 <= 1.65
+
+
+def test_a_compiled_model_is_the_model_inside(tmp_path):
+    """By quantize, save and load: names in files and reports are those of the user's modules."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
+    x, options = torch.randn(3, 64), {"inner": "eager"}
+    fast = torch.compile(model, backend="ternc", options=options)
+    with torch.no_grad():
+        fast(x)
+        q = quantize(fast)
+        assert type(q) is nn.Sequential and type(model[0]) is nn.Linear
+        assert [row.name for row in report(q).rows] == ["0", "2"]
+        again = torch.compile(q, backend="ternc", options=options)
+        again(x)
+        save(again, tmp_path)
+        assert [row.name for row in report(again).rows] == ["0", "2"]
+        plain = load(tmp_path, model=copy.deepcopy(model))
+        assert torch.equal(plain(x), q(x))
+        compiled = torch.compile(copy.deepcopy(model), backend="ternc", options=options)
+        assert load(tmp_path, model=compiled) is compiled
+        assert torch.equal(compiled(x), q(x))
 
 
 def test_views_of_one_memory_are_stored_apart(tmp_path):

@@ -38,7 +38,9 @@ def export(model: nn.Module, to: str, path: Path, **options: Any) -> dict[str, A
         MissingExtraError: the target needs a package that is not installed.
     """
     from ternc.modules.linear import TernaryLinear
+    from ternc.runtime.dynamo import uncompiled
 
+    model = uncompiled(model)
     if to not in TARGETS:
         raise InputError(f"{to!r} is none of the targets {', '.join(TARGETS)}")
     if not any(isinstance(module, TernaryLinear) for module in model.modules()):

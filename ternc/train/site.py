@@ -16,6 +16,7 @@ from torch import nn
 from ternc.errors import TrainingError
 from ternc.formats.blend import FLOAT, TERNARY
 from ternc.inspection import trained_weights
+from ternc.runtime.dynamo import uncompiled
 from ternc.train.graph_layer import GraphLayer
 from ternc.train.linear import QATLinear
 from ternc.train.schedule import BlendState
@@ -90,10 +91,10 @@ def layers(model: nn.Module) -> list[QATLinear]:
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's module inside `torch.compile` and DistributedDataParallel."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
+        inner = uncompiled(model)
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        if inner is model:
             return model
         model = inner
 
