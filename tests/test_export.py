@@ -106,9 +106,9 @@ def test_transformers_loads_the_bitnet_folder(tmp_path, ids, bias, dtype):
 @pytest.mark.parametrize(
     "config, error, message",
     [
-        ({"planes": 2}, WeightShapeError, "q_proj.weight: is ternary x2 row, .* planes=1"),
+        ({"planes": 2}, WeightShapeError, "q_proj.weight is ternary x2 row, .* planes=1"),
         ({"planes": 1, "group_size": 32}, WeightShapeError, "group_size='tensor'"),
-        ({"int8": ("*embed_tokens",)}, UnsupportedModelError, "embed_tokens: is an embedding"),
+        ({"int8": ("*embed_tokens",)}, UnsupportedModelError, "embed_tokens is an embedding"),
         ({"rotation": "hadamard"}, UnsupportedModelError, "rotation='none'"),
     ],
 )
