@@ -34,7 +34,8 @@ class NextBytes {
 
   template <int Q>
   TERNC_INLINE void quarter() {
-    for (int64_t i = lines_ * Q / 4; i < lines_ * (Q + 1) / 4; ++i, at_ += LINE)
+    const int64_t each = lines_ / 4;
+    for (int64_t i = Q == 0 ? lines_ - 3 * each : each; i > 0; --i, at_ += LINE)
       __builtin_prefetch(reinterpret_cast<const void*>(at_), 0, 2);
   }
 
