@@ -35,7 +35,7 @@ _FIRST |= {
 """By planes: the steps tried first, in units of max|w|."""
 
 BLOCK = 256
-PARTS = 512
+PARTS = 2048
 """Programs that share a weight of one scale."""
 TOGETHER: tl.constexpr = tl.constexpr(32)
 """Programs whose sums are read at once."""
@@ -68,16 +68,21 @@ def step_sums(
     if DEPENDENT:
         gdc_wait()
     step = tl.load(step_ptr + unit * COUNT + candidate)
-    inverse = tl.where(step > 0.0, 1.0 / step, 0.0)[:, None]
+    inverse, half = tl.where(step > 0.0, 1.0 / step, 0.0)[:, None], 0.5 * step[:, None]
     products = tl.zeros([COUNT, BLOCK], tl.float32)
     squares = tl.zeros([COUNT, BLOCK], tl.float32)
     for start in range(first, tl.minimum(first + part, length), BLOCK):
         k = start + place
         w = tl.load(w_ptr + unit * length + k, mask=k < length, other=0.0)
         w = tl.abs(w.to(tl.float32))[None, :]
-        codes = rounded_codes(w * inverse, MOST)
-        products = tl.fma(w, codes, products)
-        squares = tl.fma(codes, codes, squares)
+        if MOST == 1:  # the same, in half the instructions
+            kept = w > half
+            products += tl.where(kept, w, 0.0)
+            squares += tl.where(kept, 1.0, 0.0)
+        else:
+            codes = rounded_codes(w * inverse, MOST)
+            products = tl.fma(w, codes, products)
+            squares = tl.fma(codes, codes, squares)
     if DEPENDENT:
         gdc_launch_dependents()
     out = sum_ptr + tl.program_id(0).to(tl.int64) * (2 * COUNT) + candidate

@@ -1,8 +1,8 @@
 """grouped_linear where linear_grouped.py's tiles do not serve: free scales, int8 experts, x in
 floating point.
 
-y[m, n] = sum over groups, ascending, of f[n, g] * sum over the group of x[m, k] c[e, n, k], times
-sx[m] and s[n]: f is a free scale, a multiplier or 1; sums within a group are int32, or fp32 of a
+y[m, n] = sum over k of x[m, k] m[e, n, g] c[e, n, k], times sx[m] and s[e, n]; of free scales the
+sum over groups, ascending, of s[e, n, g] times the sum over the group. Sums are int32, or fp32 of a
 floating-point x. Programs find their expert on the device. Simple, not tuned.
 """
 
@@ -20,11 +20,38 @@ from ternc.runtime.kernels.triton.linear_free import load_codes
 from ternc.runtime.kernels.triton.quantize_act import INFINITY_BITS, magnitude_bits
 from ternc.runtime.kernels.triton.weight import Weight
 
-BLOCK_N = 64
 BLOCK_K = 64
 
 BYTES: tl.constexpr = tl.constexpr(INT8)
 """PLANES where every code is a byte."""
+
+
+@triton.jit
+def sums_between(
+    x_row, weight_row, multiplier_row, first, last, group_size, INTEGERS: tl.constexpr,
+    PLANES: tl.constexpr, MULTIPLIER: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(sums over columns from `first` to `last`, largest |x| in bits where x is no integer)."""
+    BLOCK_M: tl.constexpr = x_row.shape[0]
+    BLOCK_N: tl.constexpr = weight_row.shape[0]
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGERS else tl.float32)
+    largest = tl.zeros([BLOCK_M], tl.int32)
+    for start in range(first, last, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K))[None, :]
+        x = tl.load(x_row + k, mask=k < last, other=0)
+        if PLANES == BYTES:
+            codes = tl.load(weight_row + k, mask=k < last, other=0)
+        else:
+            codes = load_codes(weight_row, k, k < last, PLANES)
+        if MULTIPLIER:  # at most 127 with it
+            m = tl.load(multiplier_row + k // group_size, mask=k < last, other=0)
+            codes *= m.to(tl.int8)
+        if INTEGERS:
+            sums = tl.dot(x, tl.trans(codes), acc=sums, out_dtype=tl.int32)
+        else:
+            largest = tl.maximum(largest, tl.max(magnitude_bits(x.to(tl.float32)), axis=1))
+            sums = tl.dot(x, tl.trans(codes.to(x.dtype)), acc=sums, input_precision="tf32x3")
+    return sums, largest
 
 
 @triton.jit(do_not_specialize=["M", "groups", "tiles_n"])
@@ -70,32 +97,24 @@ def gemm_grouped_any(
     row = tl.minimum(expert, E - 1).to(tl.int64) * padded + tl.minimum(n, N - 1)
     weight_row = weight_ptr + (row * row_bytes)[:, None]
     x_row = x_ptr + (token.to(tl.int64) * x_stride)[:, None]
-    place = tl.arange(0, BLOCK_K)
-    kind: tl.constexpr = tl.int32 if INTEGERS else tl.float32
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    largest = tl.zeros([BLOCK_M], tl.int32)
-    for group in range(tl.where((expert < E) & (begin < end), groups, 0)):
-        last = tl.minimum((group + 1) * group_size, K)
-        sums = tl.zeros([BLOCK_M, BLOCK_N], kind)
-        for start in range(group * group_size, last, BLOCK_K):
-            k = (start + place)[None, :]
-            x = tl.load(x_row + k, mask=k < last, other=0)
-            if PLANES == BYTES:
-                codes = tl.load(weight_row + k, mask=k < last, other=0)
-            else:
-                codes = load_codes(weight_row, k, k < last, PLANES)
-            if INTEGERS:
-                sums = tl.dot(x, tl.trans(codes), acc=sums, out_dtype=tl.int32)
-            else:
-                largest = tl.maximum(largest, tl.max(magnitude_bits(x.to(tl.float32)), axis=1))
-                codes = tl.trans(codes.to(x.dtype))
-                sums = tl.dot(x, codes, acc=sums, input_precision="tf32x3")
-        part = sums.to(tl.float32)
-        if FREE:
-            part *= tl.load(scale_ptr + row * groups + group)[None, :]
-        elif MULTIPLIER:
-            part *= tl.load(multiplier_ptr + row * groups + group).to(tl.float32)[None, :]
-        total += part
+    if FREE:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        largest = tl.zeros([BLOCK_M], tl.int32)
+        for group in range(tl.where(begin < end, groups, 0)):
+            last = tl.minimum((group + 1) * group_size, K)
+            sums, seen = sums_between(
+                x_row, weight_row, multiplier_ptr, group * group_size, last, group_size, INTEGERS,
+                PLANES, MULTIPLIER, BLOCK_K,
+            )  # fmt: skip
+            total += sums.to(tl.float32) * tl.load(scale_ptr + row * groups + group)[None, :]
+            largest = tl.maximum(largest, seen)
+    else:
+        multiplier_row = multiplier_ptr + (row * groups)[:, None]
+        sums, largest = sums_between(
+            x_row, weight_row, multiplier_row, 0, tl.where(begin < end, K, 0), group_size, INTEGERS,
+            PLANES, MULTIPLIER, BLOCK_K,
+        )  # fmt: skip
+        total = sums.to(tl.float32)
     if INTEGERS:
         total = total * tl.load(sx_ptr + token)[:, None]
     else:
@@ -120,10 +139,13 @@ def gemm_any(
     """x [M, K] floating point, or integers [M, >= K] with scales sx [M] -> y [M, N]: one launch."""
     tokens, rows = y.shape
     each = -(-tokens // experts)
-    block_m = 16 if each <= 16 or x.dtype == torch.float32 else 64
+    block_m = 128 if each > 128 and not weight.free_scales else 64
+    if each <= 16 or x.dtype == torch.float32:
+        block_m = 16
+    block_n = 128 if block_m == 128 else 64
     # Every tile has a row; every expert, and the rows that have none, ends one early at most.
     tiles = min(tokens, triton.cdiv(tokens, block_m) + experts)
-    tiles_n = triton.cdiv(rows, BLOCK_N)
+    tiles_n = triton.cdiv(rows, block_n)
     dependent = launch.dependent_launch(x.device)
     gemm_grouped_any[(tiles * tiles_n,)](
         x,
@@ -140,7 +162,7 @@ def gemm_any(
         x.shape[1],
         weight.row_bytes,
         weight.groups,
-        weight.group_size if weight.groups > 1 else weight.columns,
+        weight.group_size or weight.columns,
         tiles_n,
         E=experts,
         SLOTS=launch.power_of_two(experts + 1),
@@ -150,12 +172,12 @@ def gemm_any(
         MULTIPLIER=weight.multiplier is not None,
         FREE=weight.free_scales,
         ROW_SCALES=weight.row_scales,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=block_n,
         BLOCK_M=block_m,
         BLOCK_K=BLOCK_K,
         DEPENDENT=dependent,
         num_warps=4 if block_m == 16 else 8,
-        num_stages=2,
+        num_stages=3,
         launch_pdl=dependent,
         **launch.EXACT,
     )

@@ -27,7 +27,7 @@ LEAST_ROWS = 16
 """Rows of a tile that is multiplied with H_L."""
 
 
-PRECISE_ROWS = 1024
+PRECISE_ROWS = 512
 """Up to here rows are cut in three parts."""
 
 PART: tl.constexpr = tl.constexpr(tl.float32 if launch.INTERPRETED else tl.bfloat16)
@@ -226,6 +226,50 @@ def rotate(x, left, right, BLOCK: tl.constexpr, PRECISE: tl.constexpr, ASM: tl.c
 
 
 @triton.jit
+def not_finite(x):
+    """Whether x, of 16 or 32 bits, is NaN or infinite."""
+    word: tl.constexpr = tl.int32 if x.dtype == tl.float32 else tl.int16
+    if x.dtype == tl.float32:
+        INFINITY: tl.constexpr = 0x7F800000
+    else:
+        INFINITY: tl.constexpr = 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
+    ONES: tl.constexpr = 0x7FFFFFFF if x.dtype == tl.float32 else 0x7FFF
+    return (x.to(word, bitcast=True) & ONES) >= INFINITY
+
+
+@triton.jit
+def whole_blocks(wrong, BLOCK: tl.constexpr):
+    """int32 [64, 64] -> above 0 in every block with an entry above 0; [64, 1] if that says it."""
+    if BLOCK < 64:
+        LOCAL: tl.constexpr = 64 // BLOCK
+        found = tl.max(tl.reshape(wrong, [64, LOCAL, BLOCK]), axis=2)
+        found = tl.broadcast_to(found[:, :, None], [64, LOCAL, BLOCK])
+        found = tl.reshape(found, [64, 64])
+    else:
+        found = tl.max(wrong, axis=1)
+        if BLOCK > 64:
+            LENGTH: tl.constexpr = BLOCK // 64
+            found = tl.max(tl.reshape(found, [64 // LENGTH, LENGTH]), axis=1)
+            found = tl.broadcast_to(found[:, None], [64 // LENGTH, LENGTH])
+            found = tl.reshape(found, [64])
+        found = found[:, None]
+    return found
+
+
+@triton.jit
+def rotate_blocks(
+    x, left, right, BLOCK: tl.constexpr, PRECISE: tl.constexpr, ASM: tl.constexpr
+):  # fmt: skip
+    """`rotate` of a tile whose blocks are several rows': what is not finite stays in its block.
+
+    The products alone would spread it over the tile: 0 times NaN is NaN.
+    """
+    wrong = not_finite(x)
+    z = rotate(tl.where(wrong, 0.0, x).to(x.dtype), left, right, BLOCK, PRECISE, ASM)
+    return tl.where(whole_blocks(wrong.to(tl.int32), BLOCK) > 0, float("nan"), z)
+
+
+@triton.jit
 def hadamard_tiles(
     x_ptr,
     signs_ptr,
@@ -234,12 +278,15 @@ def hadamard_tiles(
     K,
     SIGNS: tl.constexpr,
     UNIT: tl.constexpr,
+    SEVERAL: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISE: tl.constexpr,
     DEPENDENT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Programs walk over tiles of 4096 of all `total` elements; blocks lie within tiles."""
+    """Programs walk over tiles of 4096 of all `total` elements; blocks lie within tiles, SEVERAL:
+    of several rows.
+    """
     left, right = factors(x_ptr.dtype.element_ty, 64, BLOCK, PRECISE)
     inside = tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
     if DEPENDENT:
@@ -256,7 +303,11 @@ def hadamard_tiles(
         if SIGNS:
             x = with_signs(x, tl.load(signs_ptr + (column * UNIT + inside) % K), ASM)
             column = (column + step) % units
-        z = narrowed(rotate(x, left, right, BLOCK, PRECISE, ASM), z_ptr.dtype.element_ty, ASM)
+        if SEVERAL:
+            z = rotate_blocks(x, left, right, BLOCK, PRECISE, ASM)
+        else:
+            z = rotate(x, left, right, BLOCK, PRECISE, ASM)
+        z = narrowed(z, z_ptr.dtype.element_ty, ASM)
         tl.store(z_ptr + place, z, mask=place < total)
     if DEPENDENT:
         gdc_launch_dependents()
@@ -285,12 +336,13 @@ def hadamard(x: torch.Tensor, signs: torch.Tensor | None, block: int) -> torch.T
         x.shape[-1],
         SIGNS=signs is not None,
         UNIT=16 if x.shape[-1] % 16 == 0 else 1,
+        SEVERAL=x.shape[-1] % 4096 != 0,
         BLOCK=block,
         PRECISE=precise,
         DEPENDENT=dependent,
         ASM=launch.INLINE_ASM,
         num_warps=4,
-        num_stages=3,
+        num_stages=2 if x.dtype == torch.float32 else 3,  # the shared memory of small GPUs
         maxnreg=None if precise or x.dtype == torch.float32 else REGISTERS,
         launch_pdl=dependent,
         **launch.EXACT,
