@@ -114,14 +114,28 @@ def test_ways_to_multiply(columns, planes, group_size, split, step, tensor_map):
     from ternc.runtime.kernels.triton.weight import Weight
 
     packed = pack(random_quantized(50, columns, planes, group_size), "cuda")
-    arguments = linear_arguments(torch.randn(9, columns), packed)
-    weight = Weight.of(*arguments[1:4], 50, columns, group_size, packed.layout)
-    for tokens, warps in ((16, 2), (32, 4)):
-        config = GemmConfig(32, tokens, split, warps, 2, None, step, 0, 0, tensor_map)
-        assert config.sums == (tokens == 16)
-        product = Product((weight,), None, (torch.empty(9, 50),))
+    weight = Weight.of(
+        packed.weight, packed.scale, packed.multiplier, 50, columns, group_size, packed.layout
+    )
+    for tokens, warps, sums in ((16, 2, None), (32, 4, None), (32, 4, True)):
+        config = GemmConfig(32, tokens, split, warps, 2, None, step, 0, 0, tensor_map, sums)
+        assert config.sums == (sums or tokens == 16)
+        arguments = linear_arguments(torch.randn(tokens // 2 + 3, columns), packed)
+        product = Product((weight,), None, (torch.empty(tokens // 2 + 3, 50),))
         linear_gemm(quantize(arguments[0], product, 8, config), product, config)
         assert_same(product.outputs[0], linear.reference(*arguments))
+
+
+@inside
+def test_tiles_of_integers_end_within_their_storage():
+    from ternc.runtime.kernels.triton.linear_gemm import tiles_of
+    from ternc.runtime.kernels.triton.quantize_act import empty_rows
+
+    q = empty_rows((3, 11, 48), torch.device("cpu")).view(33, 48)
+    assert tiles_of(q, [64, 256]).shape == [64, 48]
+    assert tiles_of(q[1:], [32, 256]).shape == [32, 48]
+    assert tiles_of(q[1:], [64, 256]).shape == [32, 48]
+    assert tiles_of(q.clone(), [64, 256]).shape == [33, 48]
 
 
 @inside

@@ -8,7 +8,7 @@ import torch
 
 from ternc.runtime.kernels.triton import launch
 from ternc.runtime.kernels.triton.fused_rows import activation_rows, norm_rows
-from ternc.runtime.kernels.triton.quantize_act import FEW_ROWS, quantize_act
+from ternc.runtime.kernels.triton.quantize_act import FEW_ROWS, empty_rows, quantize_act
 from ternc.runtime.kernels.triton.rotate import COLUMNS, PRECISE_ROWS, Tiling, hadamard
 from ternc.runtime.ops import activate_quantize as activate_op
 from ternc.runtime.ops import norm_quantize as norm_op
@@ -159,7 +159,7 @@ def activate_quantize(
 
 def _outputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Empty q and sx for x [..., K]."""
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    q = empty_rows(x.shape, x.device)
     return q, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 

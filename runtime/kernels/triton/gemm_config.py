@@ -29,10 +29,13 @@ class GemmConfig:
     tensor_map: bool = False
     """q is brought by the copy engine (from Hopper on): no thread holds addresses or copies."""
 
+    group_sums: bool | None = None
+    """Multipliers of groups act on int32 sums, else on codes; None: on what is less."""
+
     @property
     def sums(self) -> bool:
-        """True where the sums of groups are fewer than the codes to multiply."""
-        return self.tokens <= 16
+        """True where multipliers of groups act on sums."""
+        return self.tokens <= 16 if self.group_sums is None else self.group_sums
 
     def cut(self, tiles: int, processors: int) -> tuple[int, int]:
         """(tiles that one program each computes, programs that share each of the others)."""
@@ -45,26 +48,37 @@ class GemmConfig:
         return (tiles - rest, split) if split > 1 else (tiles, 1)
 
 
-SPACE = tuple(
-    GemmConfig(rows, tokens, split, warps, stages, None, step, prefetch, 0, tokens > 16)
-    for rows, tokens, warps, stages, steps, splits in (
-        (32, 8, 2, 4, (1, 2), (1, 2, 4, 8)),
-        (64, 8, 4, 3, (1, 2), (1, 2, 4)),
-        (32, 16, 2, 4, (1, 2), (1, 2, 4, 8)),
-        (64, 16, 4, 4, (1, 2), (1, 2, 4, 8)),
-        (64, 32, 4, 4, (1,), (1, 2, 4, 8)),
-        (64, 32, 4, 3, (2,), (1, 2, 4, 8)),
-        (128, 32, 8, 3, (1, 2), (1, 2, 4)),
-        (64, 64, 4, 4, (1,), (1, 2, 4, 8)),
-        (64, 64, 4, 3, (1, 2), (1, 2, 4)),
-        (128, 64, 8, 3, (1,), (1, 2)),
-        (64, 128, 4, 3, (1,), (1, 2, 4)),
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+SPACE = (
+    tuple(
+        GemmConfig(rows, tokens, split, warps, stages, None, step, prefetch, 0, tokens > 16)
+        for rows, tokens, warps, stages, steps, splits in (
+            (32, 8, 2, 4, (1, 2), SPLITS),
+            (64, 8, 4, 3, (1, 2), SPLITS),
+            (32, 16, 2, 4, (1, 2), SPLITS),
+            (64, 16, 4, 4, (1, 2), SPLITS),
+            (64, 32, 4, 4, (1, 2), SPLITS),
+            (64, 32, 4, 3, (2,), SPLITS),
+            (128, 32, 8, 3, (1, 2), SPLITS[:4]),
+            (64, 64, 4, 4, (1,), SPLITS),
+            (64, 64, 4, 3, (1, 2), SPLITS[:4]),
+            (128, 64, 8, 3, (1,), SPLITS[:2]),
+            (64, 128, 4, 3, (1,), SPLITS[:4]),
+        )
+        for step in steps
+        for split in splits
+        for prefetch in (0, 2)
     )
-    for step in steps
-    for split in splits
-    for prefetch in (0, 2)
-) + tuple(
-    GemmConfig(128, 128, split, 8, 3, 128, 1, 0, resident, True)
-    for split, resident in ((1, 0), (2, 0), (2, 2), (4, 2))
+    + tuple(
+        GemmConfig(rows, 32, split, rows // 16, 3, None, step, 2, 0, True, True)
+        for rows in (64, 128)
+        for step in (1, 2)
+        for split in SPLITS
+    )
+    + tuple(
+        GemmConfig(128, 128, split, 8, 3, 128, 1, 0, resident, True)
+        for split, resident in ((1, 0), (2, 0), (2, 2), (4, 2))
+    )
 )
 """What tuning tries."""

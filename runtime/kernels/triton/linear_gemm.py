@@ -28,7 +28,7 @@ from ternc.runtime.kernels.triton.decode import (
     prefetch_lines,
 )
 from ternc.runtime.kernels.triton.gemm_config import GemmConfig
-from ternc.runtime.kernels.triton.linear_tile import combine, position, write_tile
+from ternc.runtime.kernels.triton.linear_tile import combine, load_scales, position, write_tile
 from ternc.runtime.kernels.triton.product import Product, segment_of, segment_start
 
 FEW_TOKENS = 512
@@ -55,15 +55,20 @@ def load_q(q_tile, first, k, columns, TAIL: tl.constexpr):
 
 @triton.jit
 def add_halves(
-    part, q_tile, k, weight_row, multiplier_row, chunk, chunks, columns, groups,
-    TAIL: tl.constexpr, PLANES: tl.constexpr, HALVES_A_GROUP: tl.constexpr, ASM: tl.constexpr,
+    part, q_ptr, q_tile, first_m, k, weight_row, multiplier_row, chunk, chunks, columns, groups,
+    TAIL: tl.constexpr, PLANES: tl.constexpr, HALVES_A_GROUP: tl.constexpr,
+    TENSOR_MAP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """part + 2**SHIFT times the products of a chunk: sums of halves times their multipliers.
 
     A half adds less than 2**27, so that a few chunks fit before they are shifted.
     """
-    q0 = load_q(q_tile, chunk * 256, k, columns, TAIL)
-    q1 = load_q(q_tile, chunk * 256 + 128, k, columns, TAIL)
+    if TENSOR_MAP:
+        q0 = tl.trans(q_ptr.load([first_m, chunk * 256]))
+        q1 = tl.trans(q_ptr.load([first_m, chunk * 256 + 128]))
+    else:
+        q0 = load_q(q_tile, chunk * 256, k, columns, TAIL)
+        q1 = load_q(q_tile, chunk * 256 + 128, k, columns, TAIL)
     # The chunk behind the last one is any chunk: its q are zeros.
     held = tl.minimum(chunk, chunks - 1)
     w0, w1 = load_halves(weight_row, held, PLANES, ASM)
@@ -119,14 +124,16 @@ def gemm(
     """
     CHUNK_BYTES: tl.constexpr = 64 * PLANES if PLANES < 3 else 160
     SHIFT: tl.constexpr = SHIFTS[PLANES]
+    # Large tiles have no registers for them, and sums of groups then load their multipliers late.
+    SCALES_AHEAD: tl.constexpr = BLOCK_N * BLOCK_M <= 2048 and not SUMS
     tile = tl.program_id(0)
     first_step, last_step = 0, tl.cdiv(chunks, STEP)
+    share = (tile - unsplit) % SPLIT
     if SPLIT > 1:  # noqa: SIM102
         if tile >= unsplit:
-            part = (tile - unsplit) % SPLIT
             tile = unsplit + (tile - unsplit) // SPLIT
-            first_step = last_step * part // SPLIT
-            last_step = last_step * (part + 1) // SPLIT
+            first_step = last_step * share // SPLIT
+            last_step = last_step * (share + 1) // SPLIT
     tile_n, tile_m = position(tile, tiles_n, tl.cdiv(M, BLOCK_M))
 
     # Rows beyond the end are others, and are not stored: loads need no mask. Of few tokens they
@@ -139,6 +146,7 @@ def gemm(
     token = tl.where(m < M, m, tl.minimum(m - M, M - 1)) if FEW else tl.minimum(m, M - 1)
     weight_ptr = segment_of(weight_ptrs, rows, tile_n, BLOCK_N)
     multiplier_ptr = segment_of(multiplier_ptrs, rows, tile_n, BLOCK_N)
+    scale_ptr = segment_of(scale_ptrs, rows, tile_n, BLOCK_N)
     weight_row = weight_ptr + (row.to(tl.int64) * (chunks * CHUNK_BYTES))[:, None]
     multiplier_row = multiplier_ptr + (row.to(tl.int64) * groups)[:, None]
     k = tl.arange(0, 128 if SUMS else STEP * 256)
@@ -162,14 +170,17 @@ def gemm(
         first = first_step * STEP * 2 // (HALVES_A_GROUP * WORD)
         sector = first + tl.arange(0, 4)[None, :] * (32 // WORD)
         warm = tl.load(multiplier_row + tl.minimum(sector, groups - 1)).to(tl.int8)
+    if SCALES_AHEAD:
+        sx, scale = tl.load(sx_ptr + token), load_scales(scale_ptr, n, N, ROW_SCALES)
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     for i in range(first_step, last_step):
         if SUMS:
             part = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
             for ahead in tl.static_range(STEP):
                 part = add_halves(
-                    part, q_tile, k, weight_row, multiplier_row, i * STEP + ahead, chunks, columns,
-                    groups, TAIL, PLANES, HALVES_A_GROUP, ASM,
+                    part, q_ptr, q_tile, tile_m * BLOCK_M, k, weight_row, multiplier_row,
+                    i * STEP + ahead, chunks, columns, groups, TAIL, PLANES, HALVES_A_GROUP,
+                    TENSOR_MAP, ASM,
                 )  # fmt: skip
             total += part >> SHIFT
         else:
@@ -197,25 +208,26 @@ def gemm(
     end = tl.zeros([1], tl.int32) + N
     if SPLIT > 1:  # noqa: SIM102
         if tl.program_id(0) >= unsplit:
-            part = (tl.program_id(0) - unsplit) % SPLIT
             place = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
             parts = partial_ptr + (tile - unsplit).to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
-            tl.store(parts + part * (BLOCK_N * BLOCK_M) + place, total)
+            tl.store(parts + share * (BLOCK_N * BLOCK_M) + place, total)
+            AT_ONCE: tl.constexpr = min(SPLIT, max(1, 16384 // (BLOCK_N * BLOCK_M)))  # parts
             if COUNTED:
                 tl.debug_barrier()
                 arrived = tl.atomic_add(count_ptr + tile - unsplit, 1, sem="acq_rel")
                 end = tl.where(arrived == SPLIT - 1, end, 0)  # only the last one stores
                 if arrived == SPLIT - 1:
                     total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-                    for other in range(SPLIT):
+                    for other in tl.range(SPLIT, loop_unroll_factor=AT_ONCE):
                         partial = parts + other * (BLOCK_N * BLOCK_M) + place
                         total += tl.load(partial, cache_modifier=".cg")
             else:
                 end = tl.zeros([1], tl.int32)  # `combine` stores
+    if not SCALES_AHEAD:
+        sx, scale = tl.load(sx_ptr + token), load_scales(scale_ptr, n, N, ROW_SCALES)
     write_tile(
-        total, n, m, token, end, M, N, sx_ptr, segment_of(scale_ptrs, rows, tile_n, BLOCK_N),
-        segment_of(bias_ptrs, rows, tile_n, BLOCK_N), segment_of(y_ptrs, rows, tile_n, BLOCK_N),
-        residual_ptr, SHIFT, GROUPS, ROW_SCALES, BIAS, RESIDUAL,
+        total, n, m, end, M, N, sx, scale, segment_of(bias_ptrs, rows, tile_n, BLOCK_N),
+        segment_of(y_ptrs, rows, tile_n, BLOCK_N), residual_ptr, SHIFT, GROUPS, BIAS, RESIDUAL,
     )  # fmt: skip
 
 
@@ -239,7 +251,7 @@ def quantize(x: torch.Tensor, product: Product, bits: int, config: GemmConfig) -
     """x [M, K], contiguous -> its integers, padded for the steps of `config`, zeroed counters."""
     tokens, device = x.shape[0], x.device
     padded = -(-product.weights[0].chunks // config.step) * config.step * CHUNK
-    q = torch.empty((tokens, padded), dtype=torch.int8, device=device)
+    q = quantize_act.empty_rows((tokens, padded), device)
     sx = torch.empty((tokens,), dtype=torch.float32, device=device)
     tiles, unsplit, _ = cut(product, tokens, config)
     counts = None
@@ -247,6 +259,18 @@ def quantize(x: torch.Tensor, product: Product, bits: int, config: GemmConfig) -
         counts = torch.empty((tiles - unsplit,), dtype=torch.int32, device=device)
     quantize_act.launch_rows(x, q, sx, bits, counts)
     return Integers(q, sx, counts)
+
+
+def tiles_of(q: torch.Tensor, tile: list[int]) -> TensorDescriptor:
+    """q [M, K] as the copy engine sees it: to the end of its last tile where its storage goes on.
+
+    What lies behind the last token is read and multiplied, and never stored.
+    """
+    rows = -(-q.shape[0] // tile[0]) * tile[0]
+    held = q.untyped_storage().nbytes() - q.storage_offset()
+    if rows * q.shape[1] > held:
+        rows = q.shape[0]
+    return TensorDescriptor(q, [rows, q.shape[1]], [*q.stride()], tile)
 
 
 def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> None:
@@ -265,13 +289,11 @@ def linear_gemm(integers: Integers, product: Product, config: GemmConfig) -> Non
     dependent = launch.dependent_launch(device)
     step = config.step * CHUNK
     sums = weight.groups_kind == HALVES.value and config.sums
-    tensor_map = config.tensor_map and not sums and launch.tensor_maps(device)
+    tensor_map = config.tensor_map and launch.tensor_maps(device)
     paired = product.paired
     pointers = product.pointers(torch.int8, paired)
     gemm[(unsplit + (tiles - unsplit) * split,)](
-        q_ptr=TensorDescriptor(q, [*q.shape], [*q.stride()], [config.tokens, step])
-        if tensor_map
-        else q,
+        q_ptr=tiles_of(q, [config.tokens, CHUNK // 2 if sums else step]) if tensor_map else q,
         sx_ptr=sx,
         **pointers,
         partial_ptr=sx if partial is None else partial,

@@ -21,7 +21,7 @@ from ternc.runtime.kernels.triton.decode import SHIFTS, load_chunk
 from ternc.runtime.kernels.triton.expert_tiles import share_of
 from ternc.runtime.kernels.triton.linear import aligned
 from ternc.runtime.kernels.triton.linear_grouped_any import gemm_any
-from ternc.runtime.kernels.triton.linear_tile import write_tile
+from ternc.runtime.kernels.triton.linear_tile import load_scales, write_tile
 from ternc.runtime.kernels.triton.weight import Weight
 from ternc.runtime.ops import grouped_linear as grouped_op
 
@@ -103,10 +103,11 @@ def gemm_grouped(
     if DEPENDENT:
         gdc_launch_dependents()
     if expert < E:
-        scale = scale_ptr + first if ROW_SCALES else scale_ptr
+        own_scale = scale_ptr + first if ROW_SCALES else scale_ptr
+        scale = load_scales(own_scale, n, N, ROW_SCALES)
         write_tile(
-            total, n, m, token, N, end, N, sx_ptr, scale, scale, y_ptr, y_ptr, SHIFTS[PLANES],
-            GROUPS, ROW_SCALES, False, False,
+            total, n, m, N, end, N, tl.load(sx_ptr + token), scale, own_scale, y_ptr, y_ptr,
+            SHIFTS[PLANES], GROUPS, False, False,
         )  # fmt: skip
     else:
         place = (m.to(tl.int64) * N)[None, :] + n[:, None]

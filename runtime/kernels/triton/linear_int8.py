@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ternc.runtime.kernels.triton import launch, quantize_act
 from ternc.runtime.kernels.triton.decode import NO_GROUPS
 from ternc.runtime.kernels.triton.linear_gemm import Integers
-from ternc.runtime.kernels.triton.linear_tile import write_tile
+from ternc.runtime.kernels.triton.linear_tile import load_scales, write_tile
 from ternc.runtime.kernels.triton.product import Product, segment_of, segment_start
 
 LAYOUT = 28
@@ -68,10 +68,11 @@ def gemm_int8(
         total = tl.dot(w, q, acc=total, out_dtype=tl.int32)
     if DEPENDENT:
         gdc_launch_dependents()
+    scale_ptr = segment_of(scale_ptrs, rows, tile_n, BLOCK_N)
     write_tile(
-        total, n, m, token, N, M, N, sx_ptr, segment_of(scale_ptrs, rows, tile_n, BLOCK_N),
+        total, n, m, N, M, N, tl.load(sx_ptr + token), load_scales(scale_ptr, n, N, ROW_SCALES),
         segment_of(bias_ptrs, rows, tile_n, BLOCK_N), segment_of(y_ptrs, rows, tile_n, BLOCK_N),
-        residual_ptr, 0, NO_GROUPS, ROW_SCALES, BIAS, RESIDUAL,
+        residual_ptr, 0, NO_GROUPS, BIAS, RESIDUAL,
     )  # fmt: skip
 
 

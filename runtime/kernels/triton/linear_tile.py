@@ -27,12 +27,19 @@ def position(tile, tiles_n, tiles_m):
 
 
 @triton.jit
+def load_scales(scale_ptr, n, N, ROW_SCALES: tl.constexpr):
+    """s fp32 [n] of weight rows n, of which those from N on are any."""
+    row = tl.minimum(n, N - 1)
+    return tl.load(scale_ptr + (row if ROW_SCALES else row * 0))
+
+
+@triton.jit
 def scaled(total, sx, scale, bias, SHIFT: tl.constexpr, GROUPS: tl.constexpr, BIAS: tl.constexpr):
-    """(float(total) * sx) * s + b [n, m] in fp32; pointers to sx [m], s [n] and b [n]."""
+    """(float(total) * sx) * s + b [n, m] in fp32; sx [m], s [n], pointers to b [n]."""
     if GROUPS == NO_GROUPS:
         total = total >> SHIFT
-    y = total.to(tl.float32) * tl.load(sx)[None, :]
-    y = y * tl.load(scale)[:, None]
+    y = total.to(tl.float32) * sx[None, :]
+    y = y * scale[:, None]
     if BIAS:
         y = y + tl.load(bias).to(tl.float32)[:, None]
     return y
@@ -40,15 +47,12 @@ def scaled(total, sx, scale, bias, SHIFT: tl.constexpr, GROUPS: tl.constexpr, BI
 
 @triton.jit
 def write_tile(
-    total, n, m, token, end, M, N, sx_ptr, scale_ptr, bias_ptr, y_ptr, residual_ptr,
-    SHIFT: tl.constexpr, GROUPS: tl.constexpr, ROW_SCALES: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    total, n, m, end, M, N, sx, scale, bias_ptr, y_ptr, residual_ptr,
+    SHIFT: tl.constexpr, GROUPS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Sums int32 [n, m] -> y; rows n from `end` and tokens m from M on are not stored."""
-    row = tl.minimum(n, N - 1)
     stored = (n < end)[:, None] & (m[None, :] < M)
-    scale = scale_ptr + (row if ROW_SCALES else row * 0)
-    y = scaled(total, sx_ptr + token, scale, bias_ptr + row, SHIFT, GROUPS, BIAS)
+    y = scaled(total, sx, scale, bias_ptr + tl.minimum(n, N - 1), SHIFT, GROUPS, BIAS)
     place = (m.to(tl.int64) * N)[None, :] + n[:, None]
     if RESIDUAL:
         y = rounded_sum(y, tl.load(residual_ptr + place, mask=stored, other=0.0))
@@ -92,9 +96,9 @@ def combine(
     total = tl.load(parts + place)
     for part in tl.static_range(1, SPLIT):
         total += tl.load(parts + part * (BLOCK_N * BLOCK_M) + place)
+    scale_ptr = segment_of(scale_ptrs, rows, tile_n, BLOCK_N)
     write_tile(
-        total, n, m, tl.minimum(m, M - 1), N, M, N, sx_ptr,
-        segment_of(scale_ptrs, rows, tile_n, BLOCK_N),
-        segment_of(bias_ptrs, rows, tile_n, BLOCK_N), segment_of(y_ptrs, rows, tile_n, BLOCK_N),
-        residual_ptr, SHIFT, GROUPS, ROW_SCALES, BIAS, RESIDUAL,
+        total, n, m, N, M, N, tl.load(sx_ptr + tl.minimum(m, M - 1)),
+        load_scales(scale_ptr, n, N, ROW_SCALES), segment_of(bias_ptrs, rows, tile_n, BLOCK_N),
+        segment_of(y_ptrs, rows, tile_n, BLOCK_N), residual_ptr, SHIFT, GROUPS, BIAS, RESIDUAL,
     )  # fmt: skip

@@ -104,6 +104,8 @@ def configurations(problem: Problem, tokens: int) -> list[GemmConfig | GemvConfi
         few = tiles <= 600 or bool(config.resident)
         split = config.split == 1 or (few and chunks >= 2 * config.split)
         large = tokens <= 512 or config.tokens >= 128 or config.rows * config.tokens >= 8192
+        if config.group_sums and not problem.group_size:
+            return False
         return full and split and large and -(-tokens // config.tokens) <= 2 + tokens // 32
 
     return [config for config in gemm_config.SPACE if worth(config)]
