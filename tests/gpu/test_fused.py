@@ -66,6 +66,7 @@ def test_norm_quantize(rotation, dtype):
         x = (torch.randn(tokens, width, device="cuda") * 3 + 1).to(dtype)
         x[2:3, 0] = torch.nan
         some = kinds if dtype == torch.bfloat16 else kinds[:1] if tokens > 3 else kinds[1:]
+        some = kinds[:1] if width == 28672 else some  # long to compile
         for kind, given, offset, round_first, bits in some:
             rest = (kind, 1e-5, offset, round_first, signs, block, bits, True)
             y, *seen = torch.ops.ternc.norm_quantize(x, *given, *rest)
