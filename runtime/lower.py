@@ -63,6 +63,7 @@ class CompiledGraph:
         notes: what happened at run time that a report should say.
         options: what the backend was given.
         part: of the model as Dynamo traced it.
+        sources: position of each static input -> the Python expression that it came from.
         nodes_before: the graph as it came from Dynamo, as plain data for the report.
     """
 
@@ -92,11 +93,11 @@ class CompiledGraph:
         self._warned: set[str] = set()
         self._instances: list[dict[int, Known]] = []
         self.graph_module = gm
-        self._static_positions = [
-            node.meta["ternc_position"]
+        self.sources = {
+            node.meta["ternc_position"]: node.meta.get("ternc_source", "")
             for node in gm.graph.find_nodes(op="placeholder")
             if node.meta.get("ternc_static")
-        ]
+        }
         self._arguments = _plan(gm, sites)
         self._select = _selection(self._arguments)
         entries = [
@@ -165,7 +166,7 @@ class CompiledGraph:
     def _remember(self, args: Sequence[Any]) -> None:
         static = {
             position: args[position]
-            for position in self._static_positions
+            for position in self.sources
             if isinstance(args[position], torch.Tensor)
         }
         for seen in self._instances:

@@ -16,6 +16,7 @@ from torch import fx
 from ternc.backend import parse_options, rewrite
 from ternc.config import Config, checked_config
 from ternc.errors import UnsupportedModelError
+from ternc.instances import instances_of, kept, replaced, still_read
 from ternc.modules.conversion import packed_row
 from ternc.modules.linear import TernaryLinear
 from ternc.passes.context import skipped_row
@@ -24,8 +25,8 @@ from ternc.policy import refuse_live, unmatched
 from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
 from ternc.runtime.dynamo import Part, options_of, part_of, split_notes, uncompiled
-from ternc.runtime.lower import CACHE, GRAPHS, CompiledGraph
-from ternc.site import TrainedWeight, WeightSite
+from ternc.runtime.lower import CACHE
+from ternc.site import TrainedWeight
 
 _NOT_COMPILED = (
     "not compiled yet: call the compiled model once, or ask ternc.explain(model, inputs); after a "
@@ -66,8 +67,8 @@ def explain(
     rows: list[Row] = []
     nodes: list[GraphNode] = []
     nodes_before: list[GraphNode] = []
-    replaced: list[torch.Tensor] = []
-    kept: set[str] = set()
+    taken: list[torch.Tensor] = []
+    doubled: set[str] = set()
     found: list[str] = []
     read: set[int] = set()
     parts: list[Part] = []
@@ -79,9 +80,9 @@ def explain(
         rows.extend(context.rows)
         nodes.extend(describe_graph(rewritten.graph, prefix))
         nodes_before.extend(prefixed(context.nodes_before, prefix))
-        still_read = _still_read(rewritten)
-        replaced.extend(_replaced(still_read, context.sites, dict(enumerate(inputs))))
-        kept.update(_kept(still_read, context.sites))
+        reads = still_read(rewritten)
+        taken.extend(replaced(reads, context.sites, dict(enumerate(inputs))))
+        doubled.update(kept(reads, context.sites))
         read.update(map(id, inputs))
         found.extend(note for note in context.notes if note not in found)
         parts.append(part_of(gm))
@@ -90,10 +91,10 @@ def explain(
     torch.compile(model, backend=record)(*args, **kwargs)
     rows = list(_as_held(rows, model))
     rows.extend(_unreached(model, read, rows))
-    replaced.extend(_packed_buffers(model, rows))
+    taken.extend(_packed_buffers(model, rows))
     return Report(
         rows=rows,
-        totals=Totals.of(model, _packed(rows), replaced, kept),
+        totals=Totals.of(model, _packed(rows), taken, doubled),
         notes=_notes(rows) + split_notes(parts) + found + unmatched(config, _names(model, rows)),
         nodes=nodes,
         nodes_before=nodes_before,
@@ -111,24 +112,24 @@ def report(model: torch.nn.Module) -> Report:
     model = uncompiled(model)
     _check_module(model)
     packed = getattr(model, "_ternc_rows", None)
-    graphs = sorted(_graphs_of(model), key=lambda found: found[0].order)
+    instances = instances_of(model)
     if options is not None:  # one model may be compiled in several ways
-        graphs = [found for found in graphs if found[0].options == options]
-    if packed is None and not graphs:
+        instances = [found for found in instances if found.graph.options == options]
+    if packed is None and not instances:
         return Report(status=_NOT_COMPILED)
     rows: dict[str, Row] = {}
-    replaced: list[torch.Tensor] = []
-    kept: set[str] = set()
+    taken: list[torch.Tensor] = []
+    doubled: set[str] = set()
     notes: list[str] = []
     nodes: list[GraphNode] = []
     nodes_before: list[GraphNode] = []
-    for index, (graph, instance) in enumerate(graphs):
-        for row in _as_held(_rows_of(graph, instance), model):
+    for instance in instances:
+        for row in _as_held(instance.rows(), model):
             if not (_trains(row) and row.name in rows):  # what is packed for inference stays so
                 rows[row.name] = row
-        still_read = _still_read(graph.graph_module)
-        replaced.extend(_replaced(still_read, graph.sites, instance))
-        kept.update(_kept(still_read, graph.sites))
+        taken.extend(instance.replaced())
+        doubled.update(instance.kept())
+    for index, graph in enumerate(dict.fromkeys(instance.graph for instance in instances)):
         notes.extend(note for note in graph.notes if note not in notes)
         nodes.extend(describe_graph(graph.graph_module.graph, _prefix(index)))
         nodes_before.extend(prefixed(graph.nodes_before, _prefix(index)))
@@ -138,17 +139,17 @@ def report(model: torch.nn.Module) -> Report:
             if row.action == "rewritten" or compiled is None or compiled.action == "skipped":
                 rows[row.name] = _as_run(row, compiled, model)
     found = list(rows.values())
-    replaced.extend(_packed_buffers(model, found))
+    taken.extend(_packed_buffers(model, found))
     if packed is None:
-        read = {id(tensor) for _, instance in graphs for tensor in instance.values()}
+        read = {id(tensor) for instance in instances for tensor in instance.tensors.values()}
         found.extend(_unreached(model, read, found))
     held_packed = {row.name for row in packed or () if row.action == "rewritten"}
     return Report(
         rows=found,
-        totals=Totals.of(model, _packed(found), replaced, kept),
+        totals=Totals.of(model, _packed(found), taken, doubled),
         notes=[
             *_notes([row for row in found if row.name not in held_packed]),
-            *split_notes(graph.part for graph, _ in graphs),
+            *split_notes(instance.graph.part for instance in instances),
             *notes,
             *_unmatched(model, found, options),
         ],
@@ -163,11 +164,13 @@ def trained_weights(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, Tr
     """
     found: dict[tuple[int, str], tuple[torch.nn.Parameter, TrainedWeight]] = {}
     parameters = {id(parameter): parameter for parameter in model.parameters()}
-    for graph, instance in sorted(_graphs_of(model), key=lambda pair: pair[0].order):
-        for trained in graph.trained:
-            parameter = parameters.get(id(instance.get(trained.position)))
-            if parameter is not None:
-                found.setdefault((id(parameter), trained.key), (parameter, trained))
+    for instance in instances_of(model):
+        for trained in instance.graph.trained:
+            parameter = parameters.get(id(instance.tensors.get(trained.position)))
+            name = instance.name(trained.name)
+            if parameter is not None and name is not None:
+                named = dataclasses.replace(trained, name=name)
+                found.setdefault((id(parameter), trained.key), (parameter, named))
     order = {identity: index for index, identity in enumerate(parameters)}
     return [found[key] for key in sorted(found, key=lambda key: order[key[0]])]
 
@@ -253,71 +256,6 @@ def _packed(rows: Sequence[Row]) -> list[Row]:
 def _prefix(index: int) -> str:
     """Keeps the node names of several graphs apart; none for the first."""
     return f"{index}:" if index else ""
-
-
-def _graphs_of(
-    model: torch.nn.Module,
-) -> Iterator[tuple[CompiledGraph, dict[int, torch.Tensor]]]:
-    """Compiled graphs that have run with tensors of this model, and those tensors by position."""
-    own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for graph in GRAPHS:
-        for instance in graph.instances_of(own):
-            yield graph, instance
-
-
-def _rows_of(graph: CompiledGraph, instance: dict[int, torch.Tensor]) -> Iterator[Row]:
-    """Rows of one graph for one instance, with what its weights are and run as now."""
-    sites = {id(site.row): site for site in graph.sites}
-    packed_before = {id(row): position for row, position in graph.row_positions}
-    for row in graph.rows:
-        current = copy.copy(row)
-        if packed_before.get(id(row)) in instance:
-            current.kernel = dispatch.last_kernel(instance[packed_before[id(row)]])
-        elif id(row) in sites:
-            _update(current, sites[id(row)], instance)
-        yield current
-
-
-def _update(row: Row, site: WeightSite, instance: dict[int, torch.Tensor]) -> None:
-    if not instance.keys() >= set(site.inputs):
-        return  # a weight of another model that the same code runs
-    entry = CACHE.peek(site, [instance[position] for position in site.inputs])
-    if entry is None:
-        return
-    if entry.packed is None:
-        row.action, row.reason, row.format = "skipped", entry.reason, "float"
-        row.bytes_after = row.bytes_at_rest = row.bytes_before
-        row.bits_per_weight = 8.0 * row.bytes_before / max(1, row.shape[0] * row.shape[1])
-        row.weight_error = None
-        return
-    row.bytes_after, row.bytes_at_rest = entry.packed.nbytes, entry.packed.nbytes_at_rest
-    row.bits_per_weight = 8.0 * row.bytes_after / max(1, row.shape[0] * row.shape[1])
-    row.weight_error = entry.error
-    if entry.variant != site.variant:
-        row.reason = f"{entry.reason}; runs op by op: compiled as {site.row.format}"
-    row.kernel = dispatch.last_kernel(entry.packed.weight)
-
-
-def _still_read(gm: fx.GraphModule) -> set[int]:
-    """Positions of the original inputs that the rewritten graph still reads."""
-    return {
-        node.meta["ternc_position"]
-        for node in gm.graph.find_nodes(op="placeholder")
-        if node.users and "ternc_position" in node.meta
-    }
-
-
-def _replaced(
-    still_read: set[int], sites: Sequence[WeightSite], inputs: Mapping[int, Any]
-) -> Iterator[torch.Tensor]:
-    """Float weights that nothing but packed sites reads: what the packed bytes stand for."""
-    for site in sites:
-        yield from (inputs[p] for p in site.inputs if p in inputs and p not in still_read)
-
-
-def _kept(still_read: set[int], sites: Sequence[WeightSite]) -> set[str]:
-    """Sites whose float weight something else reads too."""
-    return {site.name for site in sites if still_read.issuperset(site.inputs)}
 
 
 def _as_run(row: Row, compiled: Row | None, model: torch.nn.Module) -> Row:

@@ -90,6 +90,45 @@ def test_graph_breaks_are_told_with_their_reason():
         assert not any("Dynamo" in note for note in ternc.report(whole).notes)
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.up(x))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_blocks_compiled_one_by_one_are_told_apart(trained):
+    """One graph runs for all of them, and names what it reads from the block on."""
+    model, x = nn.Sequential(*(Block() for _ in range(3))).eval(), torch.randn(3, 128)
+    model.requires_grad_(trained)
+    for block in model:
+        block.compile(backend="ternc", options={"inner": "eager", "planes": 1})
+    model(x)
+    report = ternc.report(model)
+    assert [row.name for row in report.rows] == ["0.up", "1.up", "2.up"]
+    if trained:
+        assert [site.name for site in ternc.sites(model)] == ["0.up", "1.up", "2.up"]
+        return
+    assert [row.kernel is not None for row in report.rows] == [True] * 3
+    assert len({row.weight_error for row in report.rows}) == 3
+    assert report.totals.bytes_before == 3 * 4 * (128 * 128 + 128)
+    assert report.totals.bytes_after < report.totals.bytes_before / 4
+
+
+def test_a_part_of_what_was_compiled_is_told_by_its_own_names():
+    model = nn.Sequential(OrderedDict(a=Block(), b=nn.Sequential(Block(), Block()))).eval()
+    fast = torch.compile(model, backend="ternc", options={"inner": "eager"})
+    with torch.no_grad():
+        fast(torch.randn(3, 128))
+    part = ternc.report(model.b)
+    assert [row.name for row in part.rows] == ["0.up", "1.up"]
+    assert part.totals.bytes_before == 2 * 4 * (128 * 128 + 128)
+    assert [row.name for row in ternc.report(fast).rows] == ["a.up", "b.0.up", "b.1.up"]
+
+
 def test_globs_without_a_match_are_told():
     """By quantize, by the backend and by explain; default globs without a match are not."""
     globs = {"exclude": (*DEFAULT_EXCLUDE, "a", "inside"), "include": ("c",), "int8": ("*.head",)}
