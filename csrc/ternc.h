@@ -225,6 +225,22 @@ struct HadamardArgs {
   void* y;  // [M, K] in the dtype of x
 };
 
+// Attention: queries of a block at most (two vectors), and keys whose scores are held at once.
+constexpr int64_t ATTENTION_ROWS = 32, ATTENTION_SPAN = 256;
+constexpr int64_t attention_floats(int64_t columns, int64_t value_columns) {
+  return (columns + ATTENTION_SPAN + value_columns) * ATTENTION_ROWS;
+}
+
+struct AttentionArgs {
+  const float *q, *k, *v;    // [B, H, L, D], [B, G, S, D], [B, G, S, Dv]
+  float* y;                  // [B, L, H, Dv]
+  int64_t heads, key_heads;  // H, G; G divides H
+  int64_t queries, keys;     // L, S
+  int64_t columns, value_columns;
+  float scale;
+  bool causal;  // query i sees the keys up to i
+};
+
 // Half-open ranges of weight blocks and of tokens: one call computes their product.
 struct Range {
   int64_t block_begin, block_end, token_begin, token_end;
@@ -278,6 +294,10 @@ struct Kernels {
   void (*norm)(const NormArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*activate)(const ActivateArgs&, int64_t token_begin, int64_t token_end, float* scratch);
   void (*hadamard)(const HadamardArgs&, int64_t token_begin, int64_t token_end, float* scratch);
+  // Blocks [begin, end) of query_rows queries, ceil(L / query_rows) of each of B * H heads.
+  // scratch: attention_floats.
+  void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, float* scratch);
+  int query_rows;  // of a block
   void (*linear_i8[WEIGHT_KINDS])(const LinearI8Args&, const Range&);
   void (*linear_f32[WEIGHT_KINDS])(const LinearF32Args&, const Range&);
   // Whether a token of K floating-point values may go through split(), linear_i8 and join(), which

@@ -63,13 +63,17 @@ def is_random(node: fx.Node) -> bool:
     return any(word in name_of(node) for word in _RANDOM)
 
 
+_KEYWORDS = frozenset((operator.and_, operator.or_, operator.not_, operator.is_))
+"""Functions whose names end in an underscore because Python has the word itself."""
+
+
 def writes_in_place(node: fx.Node) -> bool:
     """Whether a call writes to its first argument, or to what is given as `out`."""
     if node.op not in ("call_function", "call_method"):
         return False
     name = name_of(node)
     return (
-        (name.endswith("_") and not name.endswith("__"))
+        (name.endswith("_") and not name.endswith("__") and node.target not in _KEYWORDS)
         or node.target in _OUT_OF_PLACE
         or node.target is operator.setitem
         or _inplace_argument(node) is True

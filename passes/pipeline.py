@@ -34,6 +34,7 @@ from ternc.passes.mutation import drop_unused, name_of, tainted, without_needles
 from ternc.passes.rotated_input import read_rotation
 from ternc.passes.rule import Rule, Skip
 from ternc.passes.rules.activation import ActivationRule
+from ternc.passes.rules.attention import AttentionRule
 from ternc.passes.rules.embedding import EmbeddingRule
 from ternc.passes.rules.experts import ExpertsRule
 from ternc.passes.rules.gather import GatherRule
@@ -67,8 +68,8 @@ RULES: tuple[Rule, ...] = (
     ResidualRule(),
 )
 
-TOKEN_RULES: tuple[Rule, ...] = (TokenNormRule(), TokenActivationRule())
-"""Behind the report: they join launches and change nothing that it says."""
+LATE_RULES: tuple[Rule, ...] = (TokenNormRule(), TokenActivationRule(), AttentionRule())
+"""Behind the report: they change nothing that it says."""
 
 FOLDS: tuple[FoldFinder, ...] = (
     ValueHeadsFold(),
@@ -109,7 +110,7 @@ def _rewrite(gm: fx.GraphModule, context: Context) -> None:
     _apply_all(RULES, gm, context)
     _trace_unfused(gm)
     report_regions(gm, context, unfused)
-    _apply_all(TOKEN_RULES, gm, context)
+    _apply_all(LATE_RULES, gm, context)
 
 
 def _apply_all(rules: tuple[Rule, ...], gm: fx.GraphModule, context: Context) -> None:

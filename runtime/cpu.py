@@ -119,6 +119,7 @@ ENTRIES = (
     "norm_quantize",
     "activate_quantize",
     "hadamard",
+    "attention",
     "quantize_act",
     "embedding",
 )

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activation.h"
+#include "attention.h"
 #include "dequantize.h"
 #include "digits.h"
 #include "fit.h"
@@ -20,6 +21,8 @@ constexpr Kernels ALL_KERNELS = {
     norm,
     activate,
     hadamard,
+    attention,
+    ROWS,
     {linear_i8<1>, linear_i8<2>, linear_i8<3>, linear_i8<EXPANDED>, linear_i8<INT8>},
     {linear_f32<1>, linear_f32<2>, linear_f32<3>, linear_f32<EXPANDED>, linear_f32<INT8>},
     nullptr,

@@ -10,6 +10,7 @@ import torch
 
 from ternc.runtime import dispatch
 from ternc.runtime.ops.activate_quantize import ACTIVATE_QUANTIZE
+from ternc.runtime.ops.attention import ATTENTION
 from ternc.runtime.ops.blend_quantize import BLEND_QUANTIZE, BLEND_QUANTIZE_ACT
 from ternc.runtime.ops.definition import OpDefinition
 from ternc.runtime.ops.dequantize import DEQUANTIZE
@@ -35,6 +36,7 @@ ALL = (
     NORM_QUANTIZE,
     ACTIVATE_QUANTIZE,
     HADAMARD,
+    ATTENTION,
     DEQUANTIZE,
     EMBEDDING,
     FIT,

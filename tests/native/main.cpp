@@ -18,10 +18,9 @@ struct Test {
 };
 
 constexpr Test TESTS[] = {
-    {"quantize", test_quantize},     {"linear_i8", test_linear_i8},
-    {"linear_f32", test_linear_f32}, {"dequantize", test_dequantize},
-    {"hadamard", test_hadamard},     {"norm", test_norm},
-    {"activate", test_activate},     {"fit", test_fit},
+    {"quantize", test_quantize},     {"linear_i8", test_linear_i8}, {"linear_f32", test_linear_f32},
+    {"dequantize", test_dequantize}, {"hadamard", test_hadamard},   {"norm", test_norm},
+    {"activate", test_activate},     {"attention", test_attention}, {"fit", test_fit},
 };
 
 void report(const char* isa, const char* test, int64_t checks_before) {

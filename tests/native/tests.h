@@ -12,6 +12,7 @@ void test_dequantize(const Kernels& kernels);
 void test_hadamard(const Kernels& kernels);
 void test_norm(const Kernels& kernels);
 void test_activate(const Kernels& kernels);
+void test_attention(const Kernels& kernels);
 void test_fit(const Kernels& kernels);
 
 void test_dispatch();  // of the table of instruction sets itself

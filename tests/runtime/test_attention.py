@@ -1,0 +1,117 @@
+"""ternc::attention: every instruction set against attention in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ternc.errors import KernelError
+from ternc.runtime.ops import attention
+
+pytestmark = pytest.mark.usefixtures("every_isa")
+
+SHAPES = [
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 4, 2, 70, 70, 24, 40),
+    (1, 3, 3, 65, 130, 16, 16),
+    (2, 2, 1, 33, 300, 8, 5),
+    (1, 2, 2, 100, 40, 64, 64),
+    (1, 2, 2, 0, 40, 4, 4),
+]
+"""B, H, G, L, S, D, Dv."""
+CAUSAL = pytest.mark.parametrize("causal", [False, True])
+
+
+def heads(shape):
+    batch, query_heads, key_heads, queries, keys, columns, value_columns = shape
+    q = torch.randn(batch, query_heads, queries, columns)
+    k = torch.randn(batch, key_heads, keys, columns)
+    return q, k, torch.randn(batch, key_heads, keys, value_columns)
+
+
+def exact(q, k, v, scale, causal):
+    q, k, v = (t.double() for t in (q, k, v))
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+@CAUSAL
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64(shape, causal):
+    q, k, v = heads(shape)
+    y = torch.ops.ternc.attention(q, k, v, 0.3, causal)
+    torch.testing.assert_close(
+        y.double(), exact(q, k, v, 0.3, causal), rtol=1e-5, atol=1e-5, check_stride=False
+    )
+    assert y.dtype == torch.float32
+    assert y.transpose(1, 2).is_contiguous()
+
+
+def test_reads_tensors_of_any_strides():
+    q, k, v = (torch.randn(2, 40, 3, 8).transpose(1, 2) for _ in range(3))
+    y = torch.ops.ternc.attention(q, k, v, 0.3, True)
+    assert torch.equal(
+        y, torch.ops.ternc.attention(*(t.contiguous() for t in (q, k, v)), 0.3, True)
+    )
+
+
+def test_large_scores_neither_overflow_nor_reach_hidden_keys():
+    q, k, v = heads((1, 1, 1, 80, 80, 16, 4))
+    k[:, :, 40:] *= 1e4
+    y = torch.ops.ternc.attention(q, k, v, 1.0, True)
+    torch.testing.assert_close(y.double(), exact(q, k, v, 1.0, True), rtol=1e-3, atol=1e-3)
+    v[:, :, 70:] = 1e30
+    assert torch.equal(torch.ops.ternc.attention(q, k, v, 1.0, True)[:, :, :70], y[:, :, :70])
+
+
+def test_a_query_that_is_nan_spoils_its_own_row_alone():
+    q, k, v = heads((1, 2, 2, 50, 50, 8, 8))
+    clean = torch.ops.ternc.attention(q, k, v, 0.3, True)
+    q[0, 1, 7, 3] = float("nan")
+    seen = torch.ops.ternc.attention(q, k, v, 0.3, True)
+    assert seen[0, 1, 7].isnan().all()
+    seen[0, 1, 7] = clean[0, 1, 7]
+    assert torch.equal(seen, clean)
+
+
+def test_threads_change_nothing():
+    q, k, v = heads((1, 3, 3, 200, 200, 16, 16))
+    one = torch.ops.ternc.attention(q, k, v, 0.3, True)
+    torch.set_num_threads(3)
+    assert torch.equal(torch.ops.ternc.attention(q, k, v, 0.3, True), one)
+    torch.set_num_threads(1)
+
+
+@CAUSAL
+def test_gradients_are_those_of_the_definition(causal):
+    tensors = [t.requires_grad_() for t in heads((2, 4, 2, 9, 12, 8, 6))]
+    along = torch.randn(2, 4, 9, 6)
+    seen = torch.autograd.grad(torch.ops.ternc.attention(*tensors, 0.3, causal), tensors, along)
+    wanted = torch.autograd.grad(exact(*tensors, 0.3, causal), tensors, along.double())
+    torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fake_has_the_shape_and_the_strides():
+    tensors = heads((2, 4, 2, 9, 12, 8, 6))
+    torch.library.opcheck(
+        torch.ops.ternc.attention.default, (*tensors, 0.3, True), test_utils=["test_faketensor"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "message"),
+    [
+        ((1, 2, 4, 8), (1, 2, 4, 7), "do not fit"),
+        ((1, 3, 4, 8), (1, 2, 4, 8), "do not fit"),
+        ((1, 2, 4, 8), (1, 2, 0, 8), "do not fit"),
+        ((2, 4, 8), (2, 4, 8), "not float32"),
+    ],
+)
+def test_refuses_what_does_not_fit(q, k, message):
+    q, k = torch.randn(q), torch.randn(k)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ternc.attention(q, k, k, 0.3, True)
+    with pytest.raises(KernelError, match=message):
+        attention.reference(q, k, k, 0.3, True)
