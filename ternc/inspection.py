@@ -17,6 +17,7 @@ from ternc.backend import parse_options, rewrite
 from ternc.config import Config, checked_config
 from ternc.errors import UnsupportedModelError
 from ternc.instances import instances_of, kept, replaced, still_read
+from ternc.module_sites import glob_names
 from ternc.modules.conversion import packed_row
 from ternc.modules.linear import TernaryLinear
 from ternc.passes.context import skipped_row
@@ -95,7 +96,12 @@ def explain(
     return Report(
         rows=rows,
         totals=Totals.of(model, _packed(rows), taken, doubled),
-        notes=_notes(rows) + split_notes(parts) + found + unmatched(config, _names(model, rows)),
+        notes=[
+            *_notes(rows),
+            *split_notes(parts),
+            *found,
+            *unmatched(config, glob_names(model, rows)),
+        ],
         nodes=nodes,
         nodes_before=nodes_before,
     )
@@ -215,19 +221,13 @@ def _unreached(model: torch.nn.Module, read: set[int], rows: Sequence[Row]) -> I
             yield skipped_row(name, "linear", _UNREACHED, weight)
 
 
-def _names(model: torch.nn.Module, rows: Sequence[Row]) -> set[str]:
-    """What globs may name: rows, and modules that hold tensors."""
-    holders = (name for name, m in model.named_modules() if m._parameters or m._buffers)
-    return {row.name for row in rows} | set(holders)
-
-
 def _unmatched(
     model: torch.nn.Module, rows: Sequence[Row], options: Mapping[str, Any] | None
 ) -> list[str]:
     """Notes on globs without a match: of `quantize`'s configuration, of the backend's options."""
     offline = getattr(model, "_ternc_config", None)
     configs = ([offline] if offline else []) + ([parse_options(options)[0]] if options else [])
-    names = _names(model, rows)
+    names = glob_names(model, rows)
     return list(dict.fromkeys(note for config in configs for note in unmatched(config, names)))
 
 

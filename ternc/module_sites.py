@@ -107,6 +107,12 @@ def _int8_weights(model: nn.Module, config: Config) -> set[Any]:
     } - {None}
 
 
+def glob_names(model: nn.Module, rows: Sequence[Row]) -> set[str]:
+    """What name globs may be meant for: rows, and modules that hold tensors."""
+    holders = (name for name, m in model.named_modules() if m._parameters or m._buffers)
+    return {row.name for row in rows} | set(holders)
+
+
 class Ties:
     """Which linears share their weight, with whom, and the packed layer of each such weight."""
 

@@ -20,7 +20,7 @@ from ternc.decision import decide
 from ternc.errors import TrainingError
 from ternc.formats.blend import FLOAT, TERNARY
 from ternc.formats.rotation import Rotation
-from ternc.module_sites import ModuleSite, Ties, survey
+from ternc.module_sites import ModuleSite, Ties, glob_names, survey
 from ternc.modules.attention import (
     TernaryMultiheadAttention,
     separate_float_projections,
@@ -38,7 +38,7 @@ from ternc.modules.conversion import (
     why_not,
 )
 from ternc.modules.ties import memory_key
-from ternc.policy import excluded, refuse_live
+from ternc.policy import excluded, refuse_live, unmatched
 from ternc.quantization import copy_model
 from ternc.reporting import Report, Row, Totals
 from ternc.runtime import ops
@@ -152,7 +152,9 @@ def training_report(model: nn.Module) -> Report:
     rows = getattr(model, "_ternc_train_rows", None)
     if rows is None:
         return Report(status="not prepared: ternc.train.prepare(model) makes its layers trainable")
-    return Report(rows=rows, totals=Totals.of(model, rows, [], set()))
+    config: Any = model._ternc_train_config
+    notes = unmatched(config.weights, glob_names(model, rows))
+    return Report(rows=rows, totals=Totals.of(model, rows, [], set()), notes=notes)
 
 
 def _prepare_site(

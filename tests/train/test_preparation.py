@@ -100,6 +100,10 @@ def test_the_same_layers_as_quantize():
     assert "lm_head" not in trained
     report = training_report(student)
     assert {row.name: row.action for row in report.rows}["lm_head"] == "skipped"
+    assert report.notes == []
+    mistaken = prepare(model, Config(exclude=("blocks.0", "lm_head")))
+    (note,) = training_report(mistaken).notes
+    assert "exclude='blocks.0' matches no layer" in note and "'blocks.0.*' would" in note
     assert type(student) is type(model) and isinstance(student.blocks[0].attention.q, QATLinear)
     assert isinstance(model.blocks[0].attention.q, nn.Linear)
     assert not isinstance(model.blocks[0].attention.q, QATLinear)
