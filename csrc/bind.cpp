@@ -37,7 +37,7 @@ Tensor dequantize(const Tensor& weight, const Tensor& scale,
   const WeightTensors held = read_weight("dequantize", weight, scale, multiplier, out_features,
                                          in_features, group_size, layout);
   const Dtype type = dtype_of(dtype, "dequantize", "dtype");
-  const Tensor w = torch::stable::new_empty(weight, {out_features, in_features}, dtype);
+  const Tensor w = torch::stable::new_empty(weight.stable(), {out_features, in_features}, dtype);
   const Isa& used = isa();
   const DequantizeArgs args{held.weight, held.planes, layout < 10, w.mutable_data_ptr(), type};
   torch::stable::parallel_for(
@@ -57,8 +57,9 @@ Tensor embedding(const Tensor& indices, const Tensor& weight, const Tensor& scal
   STD_TORCH_CHECK(given == ScalarType::Long || given == ScalarType::Int,
                   "ternc::embedding: indices are ", torch::headeronly::toString(given),
                   ", not int64 or int32");
-  const Tensor wide =
-      dense(given == ScalarType::Long ? indices : torch::stable::to(indices, ScalarType::Long));
+  const Tensor wide = dense(given == ScalarType::Long
+                                ? indices
+                                : Tensor(torch::stable::to(indices.stable(), ScalarType::Long)));
   const int64_t count = wide.numel(), dims = indices.dim();
   const int64_t* index = static_cast<const int64_t*>(wide.const_data_ptr());
   for (int64_t i = 0; i < count; ++i)
@@ -91,12 +92,14 @@ std::tuple<Tensor, Tensor, Tensor> fit_weight(const Tensor& w, int64_t planes, i
                   " (columns, 0 = row, -1 = tensor), refine=", refine, " (0 or more)");
   const int64_t rows = w.size(0), columns = w.size(1);
   const int64_t groups = group_size > 0 ? ceil_div(columns, group_size) : 0;
-  const Tensor input =
-      dense(w.scalar_type() == ScalarType::Double ? torch::stable::to(w, ScalarType::Float) : w);
-  const Tensor codes = torch::stable::new_empty(w, {rows, columns}, ScalarType::Char);
+  const torch::stable::Tensor given = w.stable();
+  const Tensor input = dense(w.scalar_type() == ScalarType::Double
+                                 ? Tensor(torch::stable::to(given, ScalarType::Float))
+                                 : w);
+  const Tensor codes = torch::stable::new_empty(given, {rows, columns}, ScalarType::Char);
   const Tensor scale =
-      torch::stable::new_empty(w, {group_size == -1 ? 1 : rows}, ScalarType::Float);
-  const Tensor multiplier = torch::stable::new_empty(w, {rows, groups}, ScalarType::Byte);
+      torch::stable::new_empty(given, {group_size == -1 ? 1 : rows}, ScalarType::Float);
+  const Tensor multiplier = torch::stable::new_empty(given, {rows, groups}, ScalarType::Byte);
   const FitArgs args{
       input.const_data_ptr(),
       dtype_of(input.scalar_type(), "fit", "weight"),

@@ -2,22 +2,16 @@
 // Through LibTorch's stable ABI: one binary for every torch from TORCH_TARGET_VERSION on.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <memory>
 #include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "tensor.h"
 #include "ternc.h"
 
 namespace ternc {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Values that are worth waking a second thread for.
 constexpr int64_t VALUES_PER_THREAD = 1 << 15;
@@ -91,7 +85,7 @@ inline int64_t tokens_of(const Tensor& x) {
 }
 
 inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return t.is_contiguous() ? t : Tensor(torch::stable::contiguous(t.stable()));
 }
 
 // A new tensor on the CPU, straight from the allocator: new_empty() of the stable ABI looks its

@@ -76,7 +76,7 @@ struct ColumnsOf {
     STD_TORCH_CHECK(t->dim() == 1 && t->numel() == columns, "ternc::", op, ": ", name, " has ",
                     t->numel(), " elements, wanted [", columns, "]");
     const bool wide = t->scalar_type() == ScalarType::Double;
-    held = dense(wide ? torch::stable::to(*t, ScalarType::Float) : *t);
+    held = dense(wide ? Tensor(torch::stable::to(t->stable(), ScalarType::Float)) : *t);
     vector = {held->const_data_ptr(), dtype_of(held->scalar_type(), op, name), offset};
   }
 };

@@ -26,27 +26,23 @@ template <>
 inline const char* read<const char*>(Slots& next) {
   return static_cast<const char*>(*next++);
 }
-inline Tensor shared(AtenTensorHandle borrowed) {
-  AtenTensorHandle owned = nullptr;
-  STD_TORCH_CHECK(aoti_torch_new_tensor_handle(borrowed, &owned) == 0, "ternc: no tensor");
-  return Tensor(owned);
-}
 template <>
 inline Tensor read<Tensor>(Slots& next) {
-  return shared(static_cast<AtenTensorHandle>(const_cast<void*>(*next++)));
+  return Tensor::borrowed(static_cast<AtenTensorHandle>(const_cast<void*>(*next++)));
 }
 template <>
 inline std::optional<Tensor> read<std::optional<Tensor>>(Slots& next) {
   const void* place = *next++;
   if (place == nullptr) return std::nullopt;
-  return shared(*static_cast<const AtenTensorHandle*>(place));
+  return Tensor::borrowed(*static_cast<const AtenTensorHandle*>(place));
 }
 template <>
 inline std::vector<Tensor> read<std::vector<Tensor>>(Slots& next) {
   const auto* handles = static_cast<const AtenTensorHandle*>(*next++);
   const int64_t count = read<int64_t>(next);
   std::vector<Tensor> list;
-  for (int64_t i = 0; i < count; ++i) list.push_back(shared(handles[i]));
+  list.reserve(size_t(count));
+  for (int64_t i = 0; i < count; ++i) list.push_back(Tensor::borrowed(handles[i]));
   return list;
 }
 template <>
@@ -55,20 +51,19 @@ inline std::vector<int64_t> read<std::vector<int64_t>>(Slots& next) {
   return std::vector<int64_t>(values, values + read<int64_t>(next));
 }
 
-inline void give(const Tensor& result, Slots& next) {
-  auto* place = static_cast<AtenTensorHandle*>(const_cast<void*>(*next++));
-  STD_TORCH_CHECK(aoti_torch_new_tensor_handle(result.get(), place) == 0, "ternc: no tensor");
+inline void give(Tensor& result, Slots& next) {
+  *static_cast<AtenTensorHandle*>(const_cast<void*>(*next++)) = result.give();
 }
 
 // Calls an operator with what the slots hold, and leaves its results in the places that follow.
 template <class R, class... A>
 void call(R (*op)(A...), Slots next) {
   std::tuple<std::decay_t<A>...> arguments{read<std::decay_t<A>>(next)...};
-  const auto results = std::apply(op, arguments);
+  auto results = std::apply(op, arguments);
   if constexpr (std::is_same_v<std::decay_t<R>, Tensor>)
     give(results, next);
   else
-    std::apply([&](const auto&... result) { (give(result, next), ...); }, results);
+    std::apply([&](auto&... result) { (give(result, next), ...); }, results);
 }
 
 }  // namespace ternc
