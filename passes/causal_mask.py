@@ -35,8 +35,11 @@ def is_causal_mask(mask: Any, tainted: Collection[fx.Node]) -> bool:
         return False
     if sizes.numel() > _MAX_ELEMENTS:
         return False
-    with unset_fake_temporarily(), torch.no_grad():
-        return _shows_the_past(_evaluate(steps))
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            return _shows_the_past(_evaluate(steps))
+    except Exception:  # of many kinds: a step may need what stands around it, as under vmap
+        return False
 
 
 def _steps_of(mask: fx.Node) -> list[fx.Node] | None:

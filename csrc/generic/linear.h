@@ -80,20 +80,22 @@ TERNC_NOINLINE void store_outputs(const float* total, float sx, const RowFactors
                                   const Weight& weight, const Output& out, int64_t token) {
   float values[MAX_BLOCK_ROWS];
   const int64_t count = factors.count, begin = token * weight.rows + factors.first;
-  const bool plain = out.dtype == Dtype::f32 && out.residual == nullptr;
-  float* y = plain && count % LANES == 0 ? static_cast<float*>(out.values) + begin : values;
+  const bool direct = out.dtype == Dtype::f32 && count % LANES == 0;
+  const auto* residual = static_cast<const float*>(direct ? out.residual : nullptr);
+  float* y = direct ? static_cast<float*>(out.values) + begin : values;
   const f32 step = splat_f32(sx);
   for (int64_t r = 0; r < count; r += LANES) {
     f32 value = mul_f32(mul_f32(load_f32(total + r), step), load_f32(factors.scale + r));
     if (factors.bias != nullptr) value = add_f32(value, load_f32(factors.bias + r));
+    if (residual != nullptr) value = add_f32(value, load_f32(residual + begin + r));
     store_f32(y + r, value);
   }
-  if (y != values) return;
+  if (direct) return;
   if (out.residual != nullptr) {
-    float residual[MAX_BLOCK_ROWS];
-    widen_values(out.residual, out.dtype, begin, count, residual);
+    float addend[MAX_BLOCK_ROWS];
+    widen_values(out.residual, out.dtype, begin, count, addend);
     round_values(y, count, out.dtype);
-    for (int64_t r = 0; r < count; ++r) y[r] += residual[r];
+    for (int64_t r = 0; r < count; ++r) y[r] += addend[r];
   }
   store_values(y, count, out.dtype, out.values, begin);
 }
