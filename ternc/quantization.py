@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ternc.calibration.batches import check_call
 from ternc.calibration.calibrator import Calibrator, Layer
 from ternc.calibration.distance import Loss
 from ternc.calibration.reconstruct import Reconstruction
@@ -99,7 +100,8 @@ def quantize(
 
     Raises:
         ConfigError: a setting that cannot be obeyed like this; the message names another.
-        InputError: the calibration data are empty or hold no tensors.
+        InputError: the calibration data are empty or hold no tensors; a batch or the example inputs
+            are not what the model's forward takes.
         CheckpointError: the `resume` folder is damaged or of another run.
         UnsupportedModelError: `model` is not a module, or cannot be copied.
     """
@@ -114,6 +116,10 @@ def quantize(
         raise ConfigError(
             f"{session.needs_teacher} needs the float model beside the quantised one: inplace=False"
         )
+    if session is not None:
+        check_call(model, session.batches[0], "calibration batch 0")
+    if example_inputs is not None:
+        check_call(model, example_inputs, "example_inputs")
     teacher = model
     # Tensors made in inference mode could never be differentiated through.
     with torch.inference_mode(False), torch.no_grad():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,24 @@ def call(model: nn.Module, batch: Any) -> Any:
     """The model's output for a batch."""
     args, kwargs = arguments(batch)
     return model(*args, **kwargs)
+
+
+def check_call(model: nn.Module, batch: Any, what: str) -> None:
+    """Raises InputError where the model's forward does not take the arguments of a batch.
+
+    Args:
+        what: the name of the batch in the message.
+    """
+    args, kwargs = arguments(batch)
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except ValueError:
+        return  # a forward without a signature
+    except TypeError as error:
+        raise InputError(
+            f"{what} does not fit {type(model).__name__}.forward: {error}; a tuple or list holds "
+            "positional arguments, a mapping keyword arguments; leave out labels that it does not take"
+        ) from error
 
 
 def materialised(batches: Iterable[Any]) -> list[Any]:

@@ -128,6 +128,14 @@ def test_one_batch_is_not_taken_for_many(batch):
         quantize(Net(), calibration=batch)
 
 
+def test_batches_with_labels_are_named():
+    pairs = list(zip(data(2), torch.zeros(2), strict=True))
+    with pytest.raises(InputError, match=r"batch 0 does not fit Net.forward: .*labels"):
+        quantize(Net(), calibration=pairs)
+    with pytest.raises(InputError, match=r"example_inputs does not fit .* argument: 'x'"):
+        quantize(Net(), example_inputs={"ids": data(1)[0]})
+
+
 def test_calibration_inputs_that_are_no_numbers_are_named():
     """Some of them are left out; where nothing is left, that is the reason, not "not called"."""
     batches = data(9)
