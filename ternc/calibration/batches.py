@@ -50,7 +50,7 @@ def check_call(model: nn.Module, batch: Any, what: str) -> None:
     except TypeError as error:
         raise InputError(
             f"{what} does not fit {type(model).__name__}.forward: {error}; a tuple or list holds "
-            "positional arguments, a mapping keyword arguments; leave out labels that it does not take"
+            "positional arguments, a mapping keyword arguments; leave out labels it does not take"
         ) from error
 
 
