@@ -260,6 +260,7 @@ def test_grouped_linear(planes, group_size, ends, register_ops):
 OTHER_STACKS = [
     # planes, group_size, scales, activation_bits
     (1, 0, "row", 0),
+    (1, 24, "row", 0),
     (2, 128, "row", 0),
     (3, 24, "free", 0),
     (INT8, 0, "row", 0),

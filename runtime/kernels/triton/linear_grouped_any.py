@@ -29,7 +29,7 @@ BYTES: tl.constexpr = tl.constexpr(INT8)
 @triton.jit
 def sums_between(
     x_row, weight_row, multiplier_row, first, last, group_size, INTEGERS: tl.constexpr,
-    PLANES: tl.constexpr, MULTIPLIER: tl.constexpr, BLOCK_K: tl.constexpr,
+    PLANES: tl.constexpr, MULTIPLIER: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(sums over columns from `first` to `last`, largest |x| in bits where x is no integer)."""
     BLOCK_M: tl.constexpr = x_row.shape[0]
@@ -44,7 +44,10 @@ def sums_between(
         else:
             codes = load_codes(weight_row, k, k < last, PLANES)
         if MULTIPLIER:  # at most 127 with it
-            m = tl.load(multiplier_row + k // group_size, mask=k < last, other=0)
+            if ALIGNED:  # one for all of these columns
+                m = tl.load(multiplier_row + start // group_size)
+            else:
+                m = tl.load(multiplier_row + k // group_size, mask=k < last, other=0)
             codes *= m.to(tl.int8)
         if INTEGERS:
             sums = tl.dot(x, tl.trans(codes), acc=sums, out_dtype=tl.int32)
@@ -78,6 +81,7 @@ def gemm_grouped_any(
     INTEGERS: tl.constexpr,
     PLANES: tl.constexpr,
     MULTIPLIER: tl.constexpr,
+    ALIGNED: tl.constexpr,
     FREE: tl.constexpr,
     ROW_SCALES: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,7 +108,7 @@ def gemm_grouped_any(
             last = tl.minimum((group + 1) * group_size, K)
             sums, seen = sums_between(
                 x_row, weight_row, multiplier_ptr, group * group_size, last, group_size, INTEGERS,
-                PLANES, MULTIPLIER, BLOCK_K,
+                PLANES, MULTIPLIER, ALIGNED, BLOCK_K,
             )  # fmt: skip
             total += sums.to(tl.float32) * tl.load(scale_ptr + row * groups + group)[None, :]
             largest = tl.maximum(largest, seen)
@@ -112,7 +116,7 @@ def gemm_grouped_any(
         multiplier_row = multiplier_ptr + (row * groups)[:, None]
         sums, largest = sums_between(
             x_row, weight_row, multiplier_row, 0, tl.where(begin < end, K, 0), group_size, INTEGERS,
-            PLANES, MULTIPLIER, BLOCK_K,
+            PLANES, MULTIPLIER, ALIGNED, BLOCK_K,
         )  # fmt: skip
         total = sums.to(tl.float32)
     if INTEGERS:
@@ -170,6 +174,7 @@ def gemm_any(
         INTEGERS=sx is not None,
         PLANES=weight.planes,
         MULTIPLIER=weight.multiplier is not None,
+        ALIGNED=weight.group_size % BLOCK_K == 0,
         FREE=weight.free_scales,
         ROW_SCALES=weight.row_scales,
         BLOCK_N=block_n,
