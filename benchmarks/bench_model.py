@@ -297,7 +297,8 @@ nothing set; head and embedding stay fp32, and so do layers that three planes do
 not in ternc's kernels, attention or Inductor's loops; cycles spent waiting for other threads are
 left out (the goal is at most {100 * OUTSIDE:.0f} %). The JSON has the classes.
 `no module guards`:
-`torch.compiler.skip_guard_on_all_nn_modules_unsafe`, which is the user's to choose. `bits/weight`:
+`torch.compiler.skip_guard_on_all_nn_modules_unsafe`, which is the user's to choose. `ahead of
+time`: decode and prefill by `ternc.export.compile_step` (docs/step.md). `bits/weight`:
 the whole model for packed rows. Limits: best samples of all rounds. `cosine`: of the logits after
 the prompt, to the first row of the same weights (the fp32 rows and the default have Gaussian ones,
 the others ternary ones); of llama.cpp, after 16 tokens, to those of the model that its file was

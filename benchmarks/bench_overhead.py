@@ -179,8 +179,9 @@ COLUMNS = ("form", "way", "outside %", "least", "guards and Python", "calls", "k
            "attention", "waiting %", "us a token", "best us", "compile s")  # fmt: skip
 NOTES = f"""
 Shares of the main thread's cycles by hardware counters (`cycles.py`), {SAMPLED} tokens a sample
-or {LONGEST:.0f} s, medians of the rounds; of what is not waiting for threads. `least`: the round with the least
-outside. `waiting`: cycles in OpenMP's library, of all. Time: median of {STEPS} tokens.
+or {LONGEST:.0f} s, medians of the rounds; of what is not waiting for threads. `least`: the round
+with the least outside. `waiting`: cycles in OpenMP's library, of all. Time: median of {STEPS}
+tokens.
 """
 
 
