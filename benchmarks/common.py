@@ -65,7 +65,7 @@ def interleave(
     """Time every contender once a round, after one untimed rotation of each.
 
     With `limits`, they are sampled in every round (a read of `nbytes`), and the tile unit, if it is
-    in use, is probed before and after every sample.
+    in use, is probed before and after every contender's turn.
     """
     for contender in contenders:
         for i in range(contender.copies):
@@ -76,9 +76,10 @@ def interleave(
         for contender in contenders:
             if limits:
                 limits.settle()
-            # The first call of a turn finds the caches full of another contender's data.
-            contender.run((2 * turn) % contender.copies)
+            # The first call of a turn finds the caches full of another contender's data. No probe
+            # between the two: it is another thread's, and the core sleeps meanwhile (8 to 50 us).
             fast = limits is None or limits.tiles_are_fast()
+            contender.run((2 * turn) % contender.copies)
             start = time.perf_counter()
             contender.run((2 * turn + 1) % contender.copies)
             seconds = (time.perf_counter() - start) / contender.products

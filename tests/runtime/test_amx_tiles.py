@@ -31,7 +31,7 @@ WEIGHTS = [
     (65, 330, 96),
     (129, 64, 16),
 ]
-TOKENS = (5, 16, 17, 32, 33, 50, 71)
+TOKENS = (4, 16, 17, 32, 33, 50, 71)
 
 
 @pytest.fixture(scope="session")
