@@ -27,7 +27,7 @@ inline int64_t in_phase(const void* storage, const void* bytes) {
 //
 // Where a block is one pass, up to 16 tokens, memory is the limit: it is asked for a quarter of the
 // next block each in four places, since prefetchers of the core follow a page each, and for this
-// block on into L1 (16 tokens, 4096 and 2048 columns: 14 and 15 % less; 64 tokens: 9 % more).
+// block on into L1 (16 tokens, 4096 and 2048 columns: 14 and 9 % less; 64 tokens: 9 % more).
 template <bool ONCE>
 class NextBytes {
  public:
