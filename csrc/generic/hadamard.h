@@ -51,10 +51,12 @@ struct HadamardRow {
   float* out;
 };
 
-// The values that the first pass starts from: as they lie, or computed on the way.
+// The values that the first pass starts from, as they lie or computed on the way: of a call with
+// column k and the vector's number in its pass, which is known to the compiler.
 struct PlainValues {
   const float* in;  // may be the row's `out`
-  TERNC_INLINE f32 operator()(int64_t k) const { return load_f32(in + k); }
+  TERNC_INLINE f32 operator()(int64_t k, int) const { return load_f32(in + k); }
+  TERNC_INLINE void finish() const {}
 };
 
 // The largest of R vectors and of `largest`, by pairs: a chain of maxima would wait for each.
@@ -87,12 +89,12 @@ TERNC_INLINE void store_pass(const HadamardRow& row, f32 (&v)[R], float* out, in
 // Sub-blocks of WIDTH * R columns (WIDTH < LANES: of WIDTH, several in a vector). Reads and writes
 // whole vectors: past a row of odd length, up to padded(columns).
 template <int WIDTH, int R, class Values>
-TERNC_NOINLINE uint32_t first_pass(const HadamardRow row, const Values values) {
+TERNC_NOINLINE uint32_t first_pass(const HadamardRow row, Values values) {
   i32 largest = splat_i32(0);
   for (int64_t k = row.begin; k < row.end; k += R * LANES) {
     f32 v[R];
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) v[i] = values(k + i * LANES);
+    for (int i = 0; i < R; ++i) v[i] = values(k + i * LANES, i);
     if (row.signs != nullptr) {
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) v[i] = with_sign(v[i], row.signs + k + i * LANES);
@@ -101,6 +103,7 @@ TERNC_NOINLINE uint32_t first_pass(const HadamardRow row, const Values values) {
     vector_stages<R>(v);
     store_pass<R>(row, v, row.out + k, LANES, largest);
   }
+  values.finish();
   return uint32_t(max_lanes(largest));
 }
 

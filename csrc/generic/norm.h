@@ -85,7 +85,7 @@ struct AffineValues {
         mean(splat_f32(moments.mean)),
         factor(splat_f32(moments.factor)) {}
 
-  TERNC_INLINE f32 operator()(int64_t k) const {
+  TERNC_INLINE f32 operator()(int64_t k, int) const {
     f32 n = load_f32(row + k);
     if constexpr (CENTER) n = sub_f32(n, mean);
     n = mul_f32(n, factor);
@@ -93,6 +93,7 @@ struct AffineValues {
     if constexpr (BIAS) n = add_f32(n, load_f32(affine.bias + k));
     return n;
   }
+  TERNC_INLINE void finish() const {}
 };
 
 template <bool CENTER, bool GAIN, bool BIAS>
@@ -101,7 +102,7 @@ TERNC_NOINLINE void affine_as(const float* row, int64_t columns, const Affine& a
   const AffineValues<CENTER, GAIN, BIAS> values(row, affine, moments);
   for (int64_t k = 0; k < columns; k += LANES) {
     next.prefetch(k);
-    store_f32(out + k, values(k));
+    store_f32(out + k, values(k, 0));
   }
 }
 
@@ -186,11 +187,63 @@ struct ThenNext {
   Values values;
   const float* next;
 
-  TERNC_INLINE f32 operator()(int64_t k) const {
+  TERNC_INLINE f32 operator()(int64_t k, int i) {
     __builtin_prefetch(next + k, 0, 2);
-    return values(k);
+    return values(k, i);
+  }
+  TERNC_INLINE void finish() { values.finish(); }
+};
+
+// row * gain; the squares of the row are added up on the way, in 64 to 256 values a lane.
+struct SquaredValues {
+  const float *row, *gain;
+  double* square;
+  f32 sum[4];
+
+  SquaredValues(const float* x, const float* factors, double* total)
+      : row(x), gain(factors), square(total) {
+    for (f32& part : sum) part = splat_f32(0.0f);
+  }
+  TERNC_INLINE f32 operator()(int64_t k, int i) {
+    const f32 x = load_f32(row + k);
+    sum[i % 4] = fma_f32(x, x, sum[i % 4]);
+    return mul_f32(x, load_f32(gain + k));
+  }
+  TERNC_INLINE void finish() {
+    *square += double(sum_lanes(add_f32(add_f32(sum[0], sum[1]), add_f32(sum[2], sum[3]))));
   }
 };
+
+// A token on its way through norm and rotation at once.
+struct AtOnce {
+  uint32_t top;  // the largest |value| as bits
+  float factor;  // what the rotated values still lack
+};
+
+template <bool LAYER>
+inline AtOnce rotate_normed(const NormArgs& args, const Affine& affine, const Rotation& rotation,
+                            const float* x, const float* next, const Moments& moments, float* row) {
+  using Values = AffineValues<LAYER, true, LAYER>;
+  const ThenNext<Values> values = {{x, affine, moments}, next};
+  return {rotate_row(values, rotation, args.columns, row), 1.0f};
+}
+
+// RMS alone: its factor scales the step and leaves the integers, so it may come last. Not where
+// values are so large or small without it that sums of them might not be finite, or exact.
+inline AtOnce rotate_squared(const NormArgs& args, const Affine& affine, const Rotation& rotation,
+                             const float* x, const float* next, float* row) {
+  constexpr float LARGE = 0x1p60f, SMALL = 0x1p-60f;
+  double square = 0.0;
+  const ThenNext<SquaredValues> values = {{x, affine.gain, &square}, next};
+  const uint32_t top = rotate_row(values, rotation, args.columns, row);
+  const float mean = float(square / double(args.columns)), size = float_of(top);
+  if (!(mean < LARGE && size < LARGE && size > SMALL))
+    return rotate_normed<false>(args, affine, rotation, x, next, moments_of(args, x, nullptr), row);
+  return {top, 1.0f / __builtin_sqrtf(mean + args.eps)};
+}
+
+// Columns from which on it is faster to add up squares in the rotation than before it.
+constexpr int64_t MIN_SQUARED_COLUMNS = 2048;
 
 // x -> norm -> rotation -> q, sx of some tokens, y never stored. They take every step together: no
 // row waits for its sums, roots and divisions.
@@ -199,17 +252,21 @@ inline void norm_at_once(const NormArgs& args, const Affine& affine, const Rotat
                          int64_t token, int64_t count, float* scratch) {
   const int64_t columns = args.columns, stride = args.x.stride;
   const float* x = static_cast<const float*>(args.x.values) + token * stride;
+  const bool squares = !LAYER && columns >= MIN_SQUARED_COLUMNS;
   Moments moments[GROUP_TOKENS];
-  uint32_t top[GROUP_TOKENS];
-  for (int64_t i = 0; i < count; ++i) moments[i] = moments_of(args, x + i * stride, nullptr);
+  AtOnce rows[GROUP_TOKENS];
+  for (int64_t i = 0; i < count && !squares; ++i)
+    moments[i] = moments_of(args, x + i * stride, nullptr);
   for (int64_t i = 0; i < count; ++i) {
-    const float* row = x + i * stride;
-    const AffineValues<LAYER, true, LAYER> values(row, affine, moments[i]);
-    const ThenNext<AffineValues<LAYER, true, LAYER>> reader = {values, row + count * stride};
-    top[i] = rotate_row(reader, rotation, columns, scratch + i * columns);
+    const float *at = x + i * stride, *next = at + count * stride;
+    float* row = scratch + i * columns;
+    rows[i] = squares ? rotate_squared(args, affine, rotation, at, next, row)
+                      : rotate_normed<LAYER>(args, affine, rotation, at, next, moments[i], row);
   }
-  for (int64_t i = 0; i < count; ++i)
-    quantize_known(scratch + i * columns, columns, top[i], args.out, token + i);
+  for (int64_t i = 0; i < count; ++i) {
+    quantize_known(scratch + i * columns, columns, rows[i].top, args.out, token + i);
+    args.out.scale[token + i] *= rows[i].factor;
+  }
 }
 
 inline void norm(const NormArgs& args, int64_t token_begin, int64_t token_end, float* scratch) {

@@ -126,6 +126,24 @@ double norm_error(const NormArgs& args, const Affine& affine, const std::vector<
   return worst;
 }
 
+// A norm that keeps no y may apply its factor behind the rotation: q is the same, but for the few
+// that lie on the border of two integers.
+void expect_alike(const Quantized& alone, const Quantized& kept) {
+  int64_t other = 0, far = 0;
+  for (int64_t i = 0; i < kept.q.size(); ++i) {
+    other += alone.q[i] != kept.q[i];
+    far += std::abs(alone.q[i] - kept.q[i]) > 1;
+  }
+  expect(far == 0 && other <= 1 + kept.q.size() / 1000,
+         "q of a norm without y: %lld of %lld differ", (long long)other, (long long)kept.q.size());
+  for (int64_t t = 0; t < kept.scale.size(); ++t) {
+    const float seen = alone.scale[t], wanted = kept.scale[t];
+    const bool close = std::fabs(seen - wanted) <= 4e-6f * std::fabs(wanted);
+    expect(close || (std::isnan(seen) && std::isnan(wanted)), "scale of a norm without y: %g, %g",
+           double(seen), double(wanted));
+  }
+}
+
 void check_norm(const Kernels& kernels, const Shape& shape, Dtype dtype, int64_t count,
                 int64_t variant, Random& random) {
   const StridedRows x(random, dtype, count, shape.columns, variant % 3 == 2 ? 5 : 0);
@@ -155,8 +173,7 @@ void check_norm(const Kernels& kernels, const Shape& shape, Dtype dtype, int64_t
   args.y = nullptr;
   args.out = alone.out;
   kernels.norm(args, 0, count, Buffer<float>(scratch_floats(shape.columns)).data());
-  expect_same(alone.q.data(), kept.q.data(), kept.q.size(), "q of a norm that keeps no y");
-  expect_same(alone.scale.data(), kept.scale.data(), count, "scale of a norm that keeps no y");
+  expect_alike(alone, kept);
 }
 
 // act(gate) * up, rounded where the kernel rounds: exactly what it computes where act() is exact.
