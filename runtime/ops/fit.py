@@ -71,8 +71,8 @@ def reference(
         )
     cmax, (rows, columns) = CODE_MAX[planes], w.shape
     if group_size == -1:
-        units = w.reshape(1, -1).float()
-        scale = refine_step(units, optimal_step(units, planes), cmax, refine)
+        units, unit = _in_units(w.reshape(1, -1).float())
+        scale = refine_step(units, optimal_step(units, planes), cmax, refine) * unit
         multiplier = None
     else:
         scale, multiplier = fit_rows(w, planes, group_size, refine)
@@ -94,9 +94,23 @@ def fit_rows(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """w [N, K] -> scale fp32 [N] and multiplier fp32 [N, G], None for group_size 0; in chunks."""
     chunks = w.split(max(1, CHUNK // w.shape[1]))
-    fitted = [_fit_rows(chunk.float(), planes, group_size, refine) for chunk in chunks]
-    scale = torch.cat([scale for scale, _ in fitted])
-    return scale, torch.cat([multiplier for _, multiplier in fitted]) if group_size else None
+    scales, multipliers = [], []
+    for chunk in chunks:
+        rows, unit = _in_units(chunk.float())
+        scale, multiplier = _fit_rows(rows, planes, group_size, refine)
+        scales.append(scale * unit)
+        multipliers.append(multiplier)
+    return torch.cat(scales), torch.cat(multipliers) if group_size else None
+
+
+def _in_units(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """w fp32 [U, L] -> w / unit with largest magnitudes near 1, and the unit [U], a power of two.
+
+    Exact, and squares of very small or large weights stay within fp32.
+    """
+    exponent = torch.frexp(w.abs().amax(1)).exponent.clamp_(-120, 120)
+    one = torch.ones_like(w[:, 0])
+    return w * torch.ldexp(one, -exponent)[:, None], torch.ldexp(one, exponent)
 
 
 def _fit_rows(
