@@ -38,6 +38,7 @@ _TERNARY_KINDS = (
     ("quantize", "quantise"),
     ("linear", "product"),
     ("embedding", "lookup"),
+    ("attention", "attention"),
 )
 """Part of the name of a `ternc::` op -> kind; the first that fits."""
 
