@@ -49,8 +49,9 @@ class Moments:
         rows = rows.float()
         kept = _usable(rows)
         if wanted is not None:
+            wanted = wanted.float()
             kept &= _usable(wanted)
-            wanted = wanted[kept].float()
+            wanted = wanted[kept]
         self.left_out += len(rows)
         rows = rows[kept]
         self.left_out -= len(rows)

@@ -122,12 +122,13 @@ def expand_groups(values: torch.Tensor, group_size: int, columns: int) -> torch.
 
 def frobenius(w: torch.Tensor) -> float:
     """sqrt(sum of w^2) of finite w, of any float dtype and size; waits for the device."""
-    norm = float(torch.linalg.vector_norm(w, dtype=torch.float32))
+    wide = torch.promote_types(w.dtype, torch.float32)
+    norm = float(torch.linalg.vector_norm(w, dtype=wide))
     if not w.numel() or 1e-8 < norm < 1e15:
         return norm
     # Squares leave fp32: of numbers of at most one they do not.
     largest = float(w.abs().max())
-    scaled = w.double().div_(largest) if largest else w
+    scaled = w.double() / largest if largest else w
     return largest * float(torch.linalg.vector_norm(scaled))
 
 

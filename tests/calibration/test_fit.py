@@ -211,3 +211,13 @@ def test_scales_of_planes_and_codes_end_at_a_local_optimum():
         trial = codes.clone()
         trial[:, j] = value
         assert (errors(trial) >= best * (1 - 1e-5)).all()
+
+
+def test_rows_that_are_infinite_in_the_float_model_alone_are_left_out():
+    """Of half precision too, in which the bound itself is infinite."""
+    wanted = torch.randn(4, 8).half()
+    wanted[1, 2] = float("inf")
+    moments = Moments.empty(8, wanted.device)
+    moments.add(torch.randn(4, 8), wanted)
+    assert (moments.count, moments.left_out) == (3, 1)
+    assert moments.lag is not None and bool(moments.lag.isfinite().all())

@@ -134,6 +134,9 @@ def test_batches_with_labels_are_named():
         quantize(Net(), calibration=pairs)
     with pytest.raises(InputError, match=r"example_inputs does not fit .* argument: 'x'"):
         quantize(Net(), example_inputs={"ids": data(1)[0]})
+    model = Net()
+    model.register_forward_pre_hook(lambda module, args: args[:1])  # takes the labels away
+    quantize(model, calibration=pairs)
 
 
 def test_calibration_inputs_that_are_no_numbers_are_named():

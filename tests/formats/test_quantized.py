@@ -45,7 +45,10 @@ def test_relative_error_where_squares_leave_fp32(size):
     codes = w.round().clamp(-1, 1).to(torch.int8)
     expected = float((w - codes).norm() / w.norm())
     quantized = Quantized(codes, torch.full((8,), size), None, 0, 1)
-    assert quantized.relative_error(w * size) == pytest.approx(expected, rel=1e-3)
+    for scaled in (w * size, w.double() * size):
+        given = scaled.clone()
+        assert quantized.relative_error(scaled) == pytest.approx(expected, rel=1e-3)
+        assert torch.equal(scaled, given)
 
 
 @pytest.mark.parametrize(
