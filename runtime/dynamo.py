@@ -1,11 +1,12 @@
 """What Dynamo tells of its graphs: the model and the options behind a compiled one, and where it
-was split.
+was split; and how often it traces.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import fx
 from torch._guards import CompileContext
 
 _MORE = "TORCH_LOGS=graph_breaks says more"
+_MANY = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,16 @@ def split_notes(parts: Iterable[Part]) -> list[str]:
         ]
     split = f"split the model into {count} graphs" if count > 1 else "left the rest to Python"
     return [f"Dynamo {split}: {'; '.join(reasons)}. {_MORE}"]
+
+
+def without_limits() -> AbstractContextManager[None]:
+    """For graphs that are looked at once: Dynamo traces however often it has traced the same code,
+    for other models or other settings. Past its limits it would run the code as it is.
+    """
+    patched: Any = torch._dynamo.config.patch(
+        recompile_limit=_MANY, accumulated_recompile_limit=_MANY
+    )
+    return patched
 
 
 def uncompiled(model: torch.nn.Module) -> torch.nn.Module:

@@ -25,8 +25,7 @@ from ternc.passes.graph import is_static_input
 from ternc.passes.pipeline import find_folds
 from ternc.reporting import Row
 from ternc.runtime import ops
-
-_MANY = 1 << 30
+from ternc.runtime.dynamo import without_limits
 
 
 @dataclasses.dataclass
@@ -73,10 +72,8 @@ def fold(model: nn.Module, example_inputs: Any, config: Config) -> Folding:
         seen.append((find_folds(copied, context), inputs))
         return gm.forward
 
-    # Frames that many models share may have been compiled often: this graph is needed once.
-    unlimited = torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY)
     try:
-        with evaluating(model), unlimited:
+        with evaluating(model), without_limits():
             static: Any = torch.compile(model, backend=record, dynamic=False)
             call(static, example_inputs)
     except Exception as error:

@@ -25,7 +25,14 @@ from ternc.passes.describe import describe_graph, prefixed
 from ternc.policy import refuse_live, unmatched
 from ternc.reporting import GraphNode, Report, Row, Totals
 from ternc.runtime import dispatch, ops
-from ternc.runtime.dynamo import Part, options_of, part_of, split_notes, uncompiled
+from ternc.runtime.dynamo import (
+    Part,
+    options_of,
+    part_of,
+    split_notes,
+    uncompiled,
+    without_limits,
+)
 from ternc.runtime.lower import CACHE
 from ternc.site import TrainedWeight
 
@@ -64,6 +71,7 @@ def explain(
     """
     config = checked_config(config)
     refuse_live(config)
+    model = uncompiled(model)
     ops.register()
     rows: list[Row] = []
     nodes: list[GraphNode] = []
@@ -89,13 +97,16 @@ def explain(
         parts.append(part_of(gm))
         return gm.forward
 
-    torch.compile(model, backend=record)(*args, **kwargs)
+    with without_limits():
+        torch.compile(model, backend=record)(*args, **kwargs)
     rows = list(_as_held(rows, model))
     rows.extend(_unreached(model, read, rows))
     taken.extend(_packed_buffers(model, rows))
+    totals = Totals.of(model, _packed(rows), taken, doubled)
+    taken.clear()  # Dynamo keeps `record`, which must not keep the weights alive
     return Report(
         rows=rows,
-        totals=Totals.of(model, _packed(rows), taken, doubled),
+        totals=totals,
         notes=[
             *_notes(rows),
             *split_notes(parts),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import ternc
 from ternc.config import DEFAULT_EXCLUDE
@@ -192,6 +194,19 @@ def test_a_packed_model_is_explained_as_it_is_reported():
     (row,) = (r for r in ternc.explain(q, torch.randn(3, 128), False).rows if r.name == "b")
     assert row.format == held.rows[1].format == "ternary x2 g64 a8"
     assert 0 < row.bytes_at_rest < row.bytes_after == held.rows[1].bytes_after
+
+
+def test_explain_may_be_asked_any_number_of_times_and_holds_no_weight():
+    x, dead = torch.randn(3, 128), []
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        model = Branches().eval()
+        with torch.no_grad():
+            explained = ternc.explain(torch.compile(model), x)  # is that of the model inside
+        assert actions(explained) == {"a": "rewritten", "b": "skipped"}
+        dead.append(StorageWeakRef(model.a.weight.untyped_storage()))
+        del model
+    gc.collect()
+    assert all(storage.expired() for storage in dead)
 
 
 @pytest.mark.parametrize("free", [False, True])
