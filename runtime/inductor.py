@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,7 +71,11 @@ def compile_package(
 ) -> None:
     """A rewritten graph on the CPU -> a .pt2 file of AOTInductor: machine code and `facts`.
 
-    Every tensor is an input of the program, weights too: none is in the file.
+    Every tensor is an input of the program, weights too: none is in the file, which is there whole
+    or not at all.
+
+    Raises:
+        KernelError: AOTInductor does not compile the graph.
     """
     _forget_dynamo(gm)
     told = {**facts, "torch": torch.__version__, "library": cpu.library_name()}
@@ -80,10 +86,16 @@ def compile_package(
     }
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, of what torch itself pickles
-        exported = torch.export.export(gm, tuple(inputs), strict=False)
-        torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(path), inductor_configs=settings
-        )
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+            staged = Path(folder) / path.name
+            try:
+                exported = torch.export.export(gm, tuple(inputs), strict=False)
+                torch._inductor.aoti_compile_and_package(
+                    exported, package_path=str(staged), inductor_configs=settings
+                )
+            except Exception as error:  # of many kinds: torch's, the C++ compiler's
+                raise KernelError(f"{path}: AOTInductor cannot compile it: {error}") from error
+            os.replace(staged, path)
 
 
 Program = Callable[[list[torch.Tensor]], list[torch.Tensor]]
@@ -93,7 +105,8 @@ def load_package(path: Path) -> tuple[Program, dict[str, Any]]:
     """What `compile_package` wrote -> inputs -> outputs, and its facts.
 
     Raises:
-        KernelError: no such file, or one for another machine, torch or library of kernels.
+        KernelError: no such file, a damaged one, or one for another machine, torch or library of
+        kernels.
     """
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
@@ -101,19 +114,22 @@ def load_package(path: Path) -> tuple[Program, dict[str, Any]]:
     try:
         metadata = loader.load_metadata_from_package(str(path), "model")
         facts = json.loads(metadata[_FACTS])
-    except (RuntimeError, KeyError, ValueError) as error:
+        here = {
+            "torch": (facts["torch"], torch.__version__),
+            "kernels": (facts["library"], cpu.library_name()),
+            "instruction sets": (metadata.get("AOTI_CPU_ISA"), str(pick_vec_isa()).upper()),
+        }
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise KernelError(f"{path} is no step that ternc has compiled: {error}") from error
-    here = {
-        "torch": (facts["torch"], torch.__version__),
-        "kernels": (facts["library"], cpu.library_name()),
-        "instruction sets": (metadata.get("AOTI_CPU_ISA"), str(pick_vec_isa()).upper()),
-    }
     for what, (seen, wanted) in here.items():
         if seen != wanted:
             raise KernelError(
                 f"{path} was compiled for other {what} ({seen}, here {wanted}); compile it anew"
             )
-    return torch._inductor.aoti_load_package(str(path)).loader.boxed_run, facts
+    try:
+        return torch._inductor.aoti_load_package(str(path)).loader.boxed_run, facts
+    except RuntimeError as error:
+        raise KernelError(f"{path} is damaged; compile it anew: {error}") from error
 
 
 def _on_cpu(inputs: list[Any]) -> bool:

@@ -1,14 +1,16 @@
 """`compile_step`: compiled code without Dynamo gives what the module gives, and holds no weight."""
 
 import copy
+import gc
 import json
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import ternc
-from ternc.errors import InputError, KernelError, UnsupportedModelError
+from ternc.errors import DifferentiationError, InputError, KernelError, UnsupportedModelError
 from ternc.export import TokenStep, compile_step, load_step, step
 from ternc.runtime import cpu
 
@@ -97,7 +99,7 @@ def test_another_instance_is_bound_and_a_replaced_tensor_is_seen_then(compiled):
     second.blend = nn.Parameter(torch.full((1,), 3.0), requires_grad=False)
     step = load_step(path, first)
     steps(copy.deepcopy(first), step)
-    step.bind(second)
+    step.bind(torch.compile(second))  # of a compiled module the one inside is taken
     steps(copy.deepcopy(second), step)
     assert second.count == first.count
 
@@ -113,6 +115,10 @@ def test_inputs_that_the_code_was_not_compiled_for(compiled):
         step(x, position.int())
     with pytest.raises(InputError, match=r"input 1 is no tensor"):
         step(x, 0)
+    with pytest.raises(DifferentiationError, match="input 0 requires gradients"):
+        step(x.requires_grad_(), position)
+    with torch.no_grad():
+        step(x, position)
 
 
 def test_modules_that_the_code_does_not_fit(compiled):
@@ -142,6 +148,11 @@ def test_files_that_are_no_step_of_here(compiled, tmp_path, monkeypatch):
     (tmp_path / "text.pt2").write_text("no archive")
     with pytest.raises(KernelError, match="is no step"):
         load_step(tmp_path / "text.pt2", module)
+    whole = path.read_bytes()
+    for size in (len(whole) // 2, len(whole) - 100):
+        (tmp_path / "half.pt2").write_bytes(whole[:size])
+        with pytest.raises(KernelError, match="compile"):
+            load_step(tmp_path / "half.pt2", module)
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "library_name", lambda: "_C.other.so")
         with pytest.raises(KernelError, match="compiled for other kernels"):
@@ -151,16 +162,47 @@ def test_files_that_are_no_step_of_here(compiled, tmp_path, monkeypatch):
         load_step(path, module)
 
 
-@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
-def test_token_of_a_language_model(kind, monkeypatch, tmp_path):
-    transformers = pytest.importorskip("transformers")
+def test_compilation_that_fails_leaves_the_former_file(tmp_path, monkeypatch):
+    def half(exported, package_path, inductor_configs):
+        with open(package_path, "wb") as file:
+            file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", half)
+    path = tmp_path / "step.pt2"
+    path.write_bytes(b"former")
+    with pytest.raises(KernelError, match="cannot compile it: disk full"):
+        compile_step(cell().layer, (torch.randn(1, WIDTH),), path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"former"
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Steps run as graphs, without machine code and without files."""
     written = {}
 
     def compile_package(gm, inputs, path, facts):
         written[path] = (lambda arguments: gm(*arguments)), json.loads(json.dumps(facts))
 
     monkeypatch.setattr(step, "compile_package", compile_package)
-    monkeypatch.setattr(step, "load_package", written.__getitem__)
+    monkeypatch.setattr(step, "load_package", written.pop)
+
+
+def test_a_class_has_any_number_of_steps_and_they_hold_no_module(interpreted, tmp_path):
+    model, dead = cell().layer, []
+    for rows in range(1, torch._dynamo.config.recompile_limit + 3):
+        module = copy.deepcopy(model)
+        x = torch.randn(rows, WIDTH)
+        torch.testing.assert_close(compile_step(module, (x,), tmp_path / "a.pt2")(x), module(x))
+        dead.append(StorageWeakRef(module.packed_weight.untyped_storage()))
+        del module
+    gc.collect()
+    assert all(storage.expired() for storage in dead)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_token_of_a_language_model(kind, interpreted, tmp_path):
+    transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=64, intermediate_size=48, bos_token_id=0, eos_token_id=1, **sizes
@@ -190,6 +232,7 @@ class Broken(nn.Module):
     def __init__(self, forward):
         super().__init__()
         self.layer, self.calls = nn.Linear(WIDTH, WIDTH), 0
+        self.table = {(0, 1): torch.ones(WIDTH)}
         self._forward = forward
 
     def forward(self, x):
@@ -206,6 +249,7 @@ def counting(module, x):
 
 REFUSED = {
     "changes the module in Python": counting,
+    "is not found again": lambda module, x: module.layer(x) * module.table[0, 1],
     "is no attribute of the module": lambda module, x: module.layer(x) * TABLE,
     "computes nothing": lambda module, x: 3,
     "returns dict": lambda module, x: {"y": module.layer(x)},
@@ -214,6 +258,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # nor does a user who hides them get a step without these
 @pytest.mark.parametrize("reason", REFUSED)
 def test_steps_that_are_refused(reason, tmp_path):
     module = ternc.quantize(Broken(REFUSED[reason]), ternc.Config(planes=1))
@@ -232,3 +277,9 @@ def test_arguments_that_are_refused(tmp_path):
         compile_step(module, (x, x), path)
     with pytest.raises(InputError, match=r"does not end in \.pt2"):
         compile_step(module, (x,), tmp_path / "step.so")
+    with pytest.raises(InputError, match="none is no folder"):
+        compile_step(module, (x,), tmp_path / "none" / "step.pt2")
+    with pytest.raises(InputError, match="input 1 is a tensor of the module"):
+        compile_step(module, (x, module.count), path)
+    with pytest.raises(InputError, match="not a sequence"):
+        compile_step(module, x, path)

@@ -10,6 +10,7 @@ stored twice, and what the module writes in place is written there.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,11 @@ from torch import fx, nn
 
 from ternc.backend import rewrite
 from ternc.config import Config
-from ternc.errors import InputError, UnsupportedModelError
+from ternc.errors import DifferentiationError, InputError, UnsupportedModelError
 from ternc.modules.linear import TernaryLinear
 from ternc.passes.graph import source_of
 from ternc.runtime import ops
+from ternc.runtime.dynamo import uncompiled, without_limits
 from ternc.runtime.inductor import Program, compile_package, load_package
 
 _ROOT = r"L\['(?:self|fn)'\]"
@@ -55,6 +57,7 @@ class Step:
             InputError: a tensor that the code reads is missing or of another shape, dtype or
             stride, a packed layer has another format, or tensors that were one (tied) are not.
         """
+        module = uncompiled(module)
         layers = _layers(module)
         for name, layer in self._facts["layers"].items():
             if layers.get(name) != layer:
@@ -73,12 +76,18 @@ class Step:
 
         Raises:
             InputError: not the shapes and dtypes that the step was compiled for, or not contiguous.
+            DifferentiationError: an input requires gradients, and they are enabled.
         """
         if len(inputs) != len(self._inputs):
             raise InputError(f"the step takes {len(self._inputs)} tensors, not {len(inputs)}")
         arguments = self._places.copy()
         for index, (tensor, (position, shape)) in enumerate(zip(inputs, self._inputs, strict=True)):
             shape.check(f"input {index}", tensor)
+            if tensor.requires_grad and torch.is_grad_enabled():
+                raise DifferentiationError(
+                    f"input {index} requires gradients, and a step has none: call the module, or "
+                    "the step under torch.no_grad()"
+                )
             if position is not None:
                 arguments[position] = tensor
         outputs = self._program(arguments)
@@ -88,7 +97,9 @@ class Step:
         return tuple(outputs[index] for index in returned)
 
 
-def compile_step(module: nn.Module, inputs: Sequence[torch.Tensor], path: Path) -> Step:
+def compile_step(
+    module: nn.Module, inputs: Sequence[torch.Tensor], path: str | os.PathLike[str]
+) -> Step:
     """Compiles `module(*inputs)` on the CPU for these shapes, once, and writes it to `path`.
 
     The module is traced, not run: its state stays as it is. The file has machine code and names
@@ -98,13 +109,15 @@ def compile_step(module: nn.Module, inputs: Sequence[torch.Tensor], path: Path) 
         module: with packed layers; all tensors it reads are its own (also in lists, dicts and
             objects that it holds), its state is changed in place only, and it returns a tensor or
             a tuple of them.
-        inputs: contiguous examples, each another tensor.
-        path: a file that ends in .pt2.
+        inputs: contiguous examples, each another tensor, none of them the module's own.
+        path: a file that ends in .pt2, in a folder that is there.
 
     Raises:
         InputError: no packed layer, or inputs or a path as above are not given.
         UnsupportedModelError: the module cannot be traced as one graph, or does what is not above.
+        KernelError: AOTInductor cannot compile the graph, without a C++ compiler for example.
     """
+    module, path = uncompiled(module), Path(path)
     _check(module, inputs, path)
     ops.register()
     graph, held, facts = _traced(module, list(inputs))
@@ -112,17 +125,18 @@ def compile_step(module: nn.Module, inputs: Sequence[torch.Tensor], path: Path) 
     return load_step(path, module)
 
 
-def load_step(path: Path, module: nn.Module) -> Step:
+def load_step(path: str | os.PathLike[str], module: nn.Module) -> Step:
     """The step that `compile_step` wrote to `path`, with the tensors of `module`.
 
     The file is machine code, which runs with all your rights: load your own.
 
     Raises:
-        KernelError: no such file, or one for another machine, torch or version of ternc.
+        KernelError: no such file, a damaged one, or one for another machine, torch or version of
+        ternc.
         InputError: `module` has not the tensors that the step reads.
     """
     ops.register()
-    return Step(*load_package(path), module)
+    return Step(*load_package(Path(path)), module)
 
 
 class _Shape:
@@ -167,13 +181,20 @@ def _check(module: nn.Module, inputs: Sequence[Any], path: Path) -> None:
         raise InputError(
             f"{type(module).__name__} has no packed layer; pack it with ternc.quantize first"
         )
+    if not isinstance(inputs, list | tuple):
+        raise InputError(f"inputs is a {type(inputs).__name__}, not a sequence; give (x,)")
+    own = set(map(id, (*module.parameters(), *module.buffers())))
     for index, value in enumerate(inputs):
+        if id(value) in own:
+            raise InputError(f"input {index} is a tensor of the module; give an example, a clone")
         if not isinstance(value, torch.Tensor) or not value.is_contiguous():
             raise InputError(f"input {index} is no contiguous tensor")
     if len({id(value) for value in inputs}) < len(inputs):
         raise InputError("one tensor is given as two inputs: the step would take them for one")
-    if Path(path).suffix != ".pt2":
+    if path.suffix != ".pt2":
         raise InputError(f"{path} does not end in .pt2")
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no folder to write {path.name} to; make it first")
     tensors = [*inputs, *module.parameters(), *module.buffers()]
     if not all(tensor.is_cpu for tensor in tensors):
         raise UnsupportedModelError(
@@ -197,7 +218,7 @@ def _traced(
 
     traced: Any = torch.compile(module, backend=record, fullgraph=True, dynamic=False)
     try:
-        with torch.no_grad(), _no_writes_to_attributes(module):
+        with torch.no_grad(), without_limits(), _no_writes_to_attributes(module):
             returned = traced(*inputs)
     except UnsupportedModelError:
         raise
@@ -207,7 +228,7 @@ def _traced(
         ) from error
     if not graphs:
         raise UnsupportedModelError(f"{type(module).__name__} computes nothing from these inputs")
-    gm, given = graphs[0]
+    gm, given = graphs.pop()  # Dynamo keeps `record`, which is to keep no tensor of the module
     places, facts = _places(module, gm, given, inputs)
     return gm, places, facts | {"returned": _returned(module, returned, outputs)}
 
@@ -219,6 +240,7 @@ def _no_writes_to_attributes(module: nn.Module) -> Iterator[None]:
     """
     policy: Any = torch._dynamo.config.patch(side_effect_replay_policy="warn")
     with warnings.catch_warnings(record=True) as caught, policy:
+        warnings.simplefilter("always")  # also where the user's filters hide it
         yield
     for warning in caught:
         if _SIDE_EFFECTS not in str(warning.message):
@@ -273,8 +295,11 @@ def _places(
         if id(value) in index_of:
             position_of[index_of[id(value)]] = len(values)
         else:
-            paths = {_path(source_of(node)): None} | dict.fromkeys(names.get(id(value), []))
-            held.append({"position": len(values), "paths": list(paths), **_facts_of(value)})
+            path = _path(source_of(node))
+            if _tensor_at(module, path) is not value:
+                raise UnsupportedModelError(f"{path} is not found again; hold it in an attribute")
+            paths = list(dict.fromkeys([path, *names.get(id(value), [])]))
+            held.append({"position": len(values), "paths": paths, **_facts_of(value)})
         values.append(value)
     gm.recompile()
     taken = [{"position": position_of.get(i), **_facts_of(v)} for i, v in enumerate(inputs)]
@@ -286,6 +311,7 @@ def _layers(module: nn.Module) -> dict[str, str]:
     """What a graph has as constants of every packed layer."""
     return {
         name: f"{layer.extra_repr()}, layout {layer.layout}, {layer.rotation or 'not rotated'}"
+        + ("" if layer.multiplies else f", rows of {layer.weight_dtype}")
         for name, layer in module.named_modules()
         if isinstance(layer, TernaryLinear)
     }
