@@ -16,13 +16,14 @@ _MAX_ELEMENTS = 1 << 26
 """Of a mask that is computed to look at it."""
 
 
-def is_causal_mask(mask: Any, tainted: Collection[fx.Node]) -> bool:
+def is_causal_mask(mask: Any, size: tuple[int, int], tainted: Collection[fx.Node]) -> bool:
     """Whether a mask [..., L, S] is constant and shows query i exactly the keys 0 to i.
 
     Boolean: True shows a key. Floating point: 0 shows it; minus infinity, or the least number of
     the dtype, hides it.
 
     Args:
+        size: (L, S); a mask that is broadcast to it says the same of every query, or every key.
         tainted: nodes that the graph writes in place; a mask made from one is not constant.
     """
     if not isinstance(mask, fx.Node):
@@ -31,7 +32,7 @@ def is_causal_mask(mask: Any, tainted: Collection[fx.Node]) -> bool:
     sizes = example_value(mask).shape
     if steps is None or any(step in tainted for step in steps):
         return False
-    if len(sizes) < 2 or not all(isinstance(size, int) for size in sizes):
+    if not all(isinstance(n, int) for n in sizes) or tuple(sizes[-2:]) != size:
         return False
     if sizes.numel() > _MAX_ELEMENTS:
         return False
@@ -43,18 +44,30 @@ def is_causal_mask(mask: Any, tainted: Collection[fx.Node]) -> bool:
 
 
 def _steps_of(mask: fx.Node) -> list[fx.Node] | None:
-    """The calls that make a node, in order; None where they read an input or are random."""
+    """The calls that make a node, in order; None where they read an input, are random, or are not
+    torch's own: those may read what no node tells of.
+    """
     found: set[fx.Node] = set()
     pending = [mask]
     while pending:
         node = pending.pop()
         if node in found:
             continue
-        if node.op not in ("call_function", "call_method") or is_random(node):
+        if not _is_torch(node) or is_random(node):
             return None
         found.add(node)
         pending.extend(node.all_input_nodes)
     return sorted(found)
+
+
+def _is_torch(node: fx.Node) -> bool:
+    """Whether a node calls a function or a method of torch, or an operator of Python."""
+    if node.op == "call_method":
+        return True
+    if node.op != "call_function" or getattr(node.target, "namespace", "aten") != "aten":
+        return False
+    module = getattr(node.target, "__module__", None) or "torch"
+    return module.partition(".")[0] in ("torch", "_operator", "builtins")
 
 
 def _evaluate(steps: list[fx.Node]) -> Any:

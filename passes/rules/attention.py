@@ -47,7 +47,8 @@ class AttentionRule:
         q, k, v = (example_value(match.parts[name]) for name in ("q", "k", "v"))
         if not _takes(q, k, v, example_value(node)):
             return Skip("attention is not of many fp32 tokens on the CPU, [B, heads, L, D]", node)
-        if mask is not None and not is_causal_mask(mask, context.tainted):
+        size = (q.shape[2], k.shape[2])
+        if mask is not None and not is_causal_mask(mask, size, context.tainted):
             return Skip("attention has a mask that is not the causal one, or not constant", node)
         return None
 
@@ -63,14 +64,14 @@ class AttentionRule:
         node.graph.erase_node(node)
 
 
-def _takes(*tensors: Any) -> bool:
+def _takes(q: Any, k: Any, v: Any, y: Any) -> bool:
     """Whether q, k, v and the result are what the kernel takes."""
-    q, k, _, _ = tensors
-    for t in tensors:
+    for t in (q, k, v, y):
         if t.device.type != "cpu" or t.dtype != torch.float32 or t.dim() != 4:
             return False
         if not all(isinstance(size, int) for size in t.shape):
             return False
-        if t.shape[0] == 0 or t.shape[1] == 0 or t.shape[2] < MIN_TOKENS:
+        if t.numel() == 0 or t.shape[2] < MIN_TOKENS:
             return False
-    return bool(q.shape[0] == k.shape[0] and q.shape[1] % k.shape[1] == 0)
+    alike = q.shape[0] == k.shape[0] and k.shape[:2] == v.shape[:2]  # none is broadcast
+    return bool(alike and q.shape[1] % k.shape[1] == 0 and y.shape[:2] == q.shape[:2])

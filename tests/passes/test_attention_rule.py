@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ternc import Config
 from ternc.passes.context import Context
+from ternc.passes.mutation import tainted
 from ternc.passes.pipeline import apply
 from ternc.passes.rules.attention import AttentionRule
 from ternc.runtime import ops
@@ -26,7 +27,8 @@ def rewrite(function, *args, grad_enabled=False):
     """Output of the rewritten function, and whether attention is the op."""
 
     def edit(gm, inputs):
-        apply(AttentionRule(), gm, Context(Config(), list(inputs), grad_enabled, False))
+        context = Context(Config(), list(inputs), grad_enabled, False, tainted=tainted(gm))
+        apply(AttentionRule(), gm, context)
 
     output, (gm,) = run_with(function, edit, *args)
     return output, "attention.default" in targets(gm)
@@ -45,6 +47,17 @@ def attend(mask=None, **options):
 def past(tokens):
     rows, columns = torch.arange(tokens)[:, None], torch.arange(tokens)
     return (columns <= rows) & rows.new_ones((), dtype=torch.bool)
+
+
+def past_and_more(tokens):
+    mask = past(tokens)
+    mask[0] = True
+    return mask
+
+
+@torch.compiler.allow_in_graph
+def past_today(tokens):
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril()
 
 
 def hides_with(value):
@@ -77,12 +90,24 @@ def test_replaces_attention_with_no_mask_or_the_causal_one(function):
         attend(lambda tokens: past(tokens) & (torch.arange(tokens) > 0)),
         attend(hides_with(-1e4)),
         attend(lambda tokens: torch.rand(tokens, tokens)),
-        attend(lambda tokens: torch.zeros(tokens, tokens).triu_(1)),
+        attend(past_and_more),
+        attend(past_today),
+        attend(lambda tokens: torch.zeros(1, 1, 1, 1)),
+        attend(lambda tokens: torch.ones(tokens, 1, dtype=torch.bool)),
+        attend(lambda tokens: torch.arange(tokens)[None] == 0),
         attend(dropout_p=0.5),
     ],
 )
 def test_leaves_other_masks_and_dropout(function):
     assert not rewrite(function, *heads())[1]
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, TOKENS, 16), (2, 1, TOKENS, 16), (2, 4, TOKENS, 0)])
+def test_leaves_values_that_are_broadcast_and_empty_ones(sizes):
+    q, k, v = torch.randn(2, 4, TOKENS, 16), torch.randn(2, 4, TOKENS, 16), torch.randn(sizes)
+    seen, replaced = rewrite(F.scaled_dot_product_attention, q, k, v)
+    assert not replaced
+    assert seen.shape == (2, 4, TOKENS, sizes[3])
 
 
 def test_leaves_a_mask_that_is_an_input():
