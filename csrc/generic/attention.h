@@ -13,7 +13,8 @@ constexpr int QUERY_VECTORS = 2, ROWS = QUERY_VECTORS * LANES;
 constexpr int TILE = ACCUMULATORS / QUERY_VECTORS;  // keys, or columns of values, in registers
 static_assert(ROWS <= ATTENTION_ROWS && ATTENTION_SPAN % ROWS == 0);
 
-// What a block of queries knows of its scores: the largest, and the sum of their exponentials.
+// What a block of queries knows of its scores: the largest (finite before the first, so that those
+// of minus infinity count as nothing), and the sum of their exponentials.
 struct Softmax {
   f32 largest[QUERY_VECTORS], sum[QUERY_VECTORS];
 };
@@ -118,7 +119,7 @@ inline Softmax attend(const QueryBlock& block) {
       args.causal && block.first + ROWS < args.keys ? block.first + ROWS : args.keys;
   Softmax softmax;
   for (int p = 0; p < QUERY_VECTORS; ++p) {
-    softmax.largest[p] = splat_f32(-__builtin_inff());
+    softmax.largest[p] = splat_f32(-0x1.fffffep127f);
     softmax.sum[p] = splat_f32(0.0f);
   }
   for (int64_t key = 0; key < seen; key += ATTENTION_SPAN) {
@@ -160,9 +161,11 @@ inline void attention(const AttentionArgs& args, int64_t begin, int64_t end, flo
         block.queries[c * ROWS + i] = i < count ? q[i * args.columns + c] * args.scale : 0.0f;
     for (int64_t i = 0; i < args.value_columns * ROWS; ++i) block.sums[i] = 0.0f;
     const Softmax softmax = attend(block);
-    float share[ROWS];
-    for (int p = 0; p < QUERY_VECTORS; ++p)
-      store_f32(share + p * LANES, div_f32(splat_f32(1.0f), softmax.sum[p]));
+    float share[ROWS];  // 0 where every score is minus infinity
+    for (int p = 0; p < QUERY_VECTORS; ++p) {
+      const f32 sum = softmax.sum[p], part = div_f32(splat_f32(1.0f), sum);
+      store_f32(share + p * LANES, select_less(splat_f32(0.0f), sum, part, sum));
+    }
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = (batch * args.queries + first + i) * args.heads + within;
       float* y = args.y + row * args.value_columns;

@@ -194,7 +194,7 @@ struct ThenNext {
   TERNC_INLINE void finish() { values.finish(); }
 };
 
-// row * gain; the squares of the row are added up on the way, in 64 to 256 values a lane.
+// row * gain; the squares of the row are added up on the way, at most MAX_HADAMARD / LANES in fp32.
 struct SquaredValues {
   const float *row, *gain;
   double* square;

@@ -66,6 +66,19 @@ def test_large_scores_neither_overflow_nor_reach_hidden_keys():
     assert torch.equal(torch.ops.ternc.attention(q, k, v, 1.0, True)[:, :, :70], y[:, :, :70])
 
 
+@pytest.mark.parametrize("count", [300, 600], ids=["a span", "all"])
+def test_scores_of_minus_infinity_count_as_nothing(count):
+    q, k, v = heads((1, 1, 1, 40, 600, 4, 3))
+    q[..., 0], k[..., 0] = 1e20, 1e-20
+    k[:, :, :count, 0] = -1e20
+    y = torch.ops.ternc.attention(q, k, v, 1.0, False)
+    wanted = torch.zeros_like(y)
+    if count < 600:
+        wanted = exact(q, k[:, :, count:], v[:, :, count:], 1.0, False).float()
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attention.reference(q, k, v, 1.0, False), y, rtol=1e-5, atol=1e-5)
+
+
 def test_a_query_that_is_nan_spoils_its_own_row_alone():
     q, k, v = heads((1, 2, 2, 50, 50, 8, 8))
     clean = torch.ops.ternc.attention(q, k, v, 0.3, True)
