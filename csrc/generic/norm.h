@@ -53,18 +53,29 @@ struct Moments {
   float mean, factor;
 };
 
+// 1 / sqrt(mean of squares + eps). Squares of very large or small values leave the range of fp32:
+// their sum is made anew in fp64.
+inline float factor_of(const NormArgs& args, const float* x, float mean, double sum) {
+  constexpr float LARGE = 0x1p100f, SMALL = 0x1p-100f;
+  const double count = double(args.columns);
+  const float square = float(sum / count) + args.eps;
+  if (square < LARGE && square > SMALL) return 1.0f / __builtin_sqrtf(square);
+  double exact = 0.0;
+  for (int64_t k = 0; k < args.columns; ++k) {
+    const double distance = double(x[k] - mean);
+    exact += distance * distance;
+  }
+  return float(1.0 / __builtin_sqrt(exact / count + double(args.eps)));
+}
+
 // Of x as float_row() gives it. What is behind its columns, in scratch, gets the mean too.
 inline Moments moments_of(const NormArgs& args, const float* x, float* scratch) {
   const int64_t columns = args.columns;
-  const double count = double(columns);
-  if (args.kind == Norm::rms) {
-    const float square = float(row_sum<true, false>(x, columns, 0.0f) / count);
-    return {0.0f, 1.0f / __builtin_sqrtf(square + args.eps)};
-  }
-  const float mean = float(row_sum<false, false>(x, columns, 0.0f) / count);
+  if (args.kind == Norm::rms)
+    return {0.0f, factor_of(args, x, 0.0f, row_sum<true, false>(x, columns, 0.0f))};
+  const float mean = float(row_sum<false, false>(x, columns, 0.0f) / double(columns));
   for (int64_t k = columns; k < padded(columns); ++k) scratch[k] = mean;
-  const float variance = float(row_sum<true, true>(x, columns, mean) / count);
-  return {mean, 1.0f / __builtin_sqrtf(variance + args.eps)};
+  return {mean, factor_of(args, x, mean, row_sum<true, true>(x, columns, mean))};
 }
 
 // Gain and bias as the vector loops read them: [padded(K)] or null.
@@ -236,10 +247,10 @@ inline AtOnce rotate_squared(const NormArgs& args, const Affine& affine, const R
   double square = 0.0;
   const ThenNext<SquaredValues> values = {{x, affine.gain, &square}, next};
   const uint32_t top = rotate_row(values, rotation, args.columns, row);
-  const float mean = float(square / double(args.columns)), size = float_of(top);
-  if (!(mean < LARGE && size < LARGE && size > SMALL))
+  const float mean = float(square / double(args.columns)) + args.eps, size = float_of(top);
+  if (!(mean < LARGE && mean > SMALL && size < LARGE && size > SMALL))
     return rotate_normed<false>(args, affine, rotation, x, next, moments_of(args, x, nullptr), row);
-  return {top, 1.0f / __builtin_sqrtf(mean + args.eps)};
+  return {top, 1.0f / __builtin_sqrtf(mean)};
 }
 
 // Columns from which on it is faster to add up squares in the rotation than before it.

@@ -153,6 +153,21 @@ def test_norm_rows_that_are_not_finite(kind, block):
     assert torch.equal(sx[[0, 2, 5]], sx_before[[0, 2, 5]])
 
 
+@pytest.mark.parametrize("kind", norm_quantize.KINDS)
+@pytest.mark.parametrize(("width", "block"), [(129, 0), (192, 64), (2048, 64)])
+def test_norm_of_very_large_and_very_small_rows(kind, width, block):
+    x = torch.randn(6, width) * torch.tensor([1.0, 1e18, 1e25, 1e30, 1e-18, 1e-25])[:, None]
+    bias = torch.randn(width) if kind == "layer" else None
+    rest = (torch.randn(width), bias, kind, 0.0, 0.0, False, None, block, 8, False)
+    differences = Differences()
+    seen, expected = (
+        f(x, *rest)[1:] for f in (torch.ops.ternc.norm_quantize, norm_quantize.reference)
+    )
+    differences.compare(seen, expected)
+    differences.check()
+    torch.testing.assert_close(seen[1], expected[1], rtol=1e-5, atol=0.0)
+
+
 # Activation
 
 
