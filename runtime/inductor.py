@@ -79,9 +79,10 @@ def compile_package(
     """
     _forget_dynamo(gm)
     told = {**facts, "torch": torch.__version__, "library": cpu.library_name()}
+    # Threads as they are now: cpp.dynamic_threads puts small loops into OpenMP regions too, and in
+    # one an index out of range ends the process.
     settings = {
         **_cpu_settings(None),
-        "cpp.dynamic_threads": True,  # the process that loads it may have other threads
         "aot_inductor.metadata": {_FACTS: json.dumps(told)},
     }
     with torch.no_grad(), warnings.catch_warnings():

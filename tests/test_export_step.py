@@ -121,6 +121,14 @@ def test_inputs_that_the_code_was_not_compiled_for(compiled):
         step(x, position)
 
 
+def test_an_index_out_of_range_is_an_error(compiled):
+    path, _, module = compiled
+    step = load_step(path, copy.deepcopy(module))
+    for position in (PLACES, -PLACES - 1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            step(torch.randn(1, WIDTH), torch.tensor([position]))
+
+
 def test_modules_that_the_code_does_not_fit(compiled):
     _, step, module = compiled
     with pytest.raises(InputError, match=r"layer is .*g4.*compiled for .* row"):
@@ -235,8 +243,8 @@ class Broken(nn.Module):
         self.table = {(0, 1): torch.ones(WIDTH)}
         self._forward = forward
 
-    def forward(self, x):
-        return self._forward(self, x)
+    def forward(this, x):  # any name will do
+        return this._forward(this, x)
 
 
 TABLE = torch.ones(WIDTH)

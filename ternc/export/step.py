@@ -29,8 +29,10 @@ from ternc.runtime import ops
 from ternc.runtime.dynamo import uncompiled, without_limits
 from ternc.runtime.inductor import Program, compile_package, load_package
 
-_ROOT = r"L\['(?:self|fn)'\]"
-"""Dynamo's name for the module; `fn` where its class is one of torch.nn."""
+_ROOT = r"L\['\w+'\]"
+"""Dynamo's name for the module: `self`, as its forward calls it; `fn` where its class is one of
+torch.nn.
+"""
 _SIDE_EFFECTS = "certain side effects"
 """Of Dynamo's warning."""
 _MEMBER = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
@@ -237,6 +239,7 @@ def _traced(
 def _no_writes_to_attributes(module: nn.Module) -> Iterator[None]:
     """Raises where Dynamo finds that the module sets an attribute or grows a list: it leaves such
     writes to Python, and a step has none. Tensors that are written in place are in the graph.
+    Writes to globals are let pass: language models of transformers make some.
     """
     policy: Any = torch._dynamo.config.patch(side_effect_replay_policy="warn")
     with warnings.catch_warnings(record=True) as caught, policy:
