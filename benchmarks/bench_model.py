@@ -135,9 +135,14 @@ def launch(shape: str, name: str, options: argparse.Namespace) -> Way:
     command += ["--threads", str(options.threads), "--prompt", str(options.prompt)]
     if folder := options.gguf if llama else options.packed:
         command += ["--folder" if llama else "--packed", str(folder)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    errors = None if options.verbose else subprocess.DEVNULL
-    return Way(name, subprocess.Popen(command, text=True, stderr=errors, **pipes))  # type: ignore
+    return started(name, command, options.verbose)
+
+
+def started(name: str, command: list[str], verbose: bool) -> Way:
+    """Starts a child that answers on its standard output."""
+    errors = None if verbose else subprocess.DEVNULL
+    pipe = subprocess.PIPE
+    return Way(name, subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True))
 
 
 def start(shape: str, names: list[str], options: argparse.Namespace) -> list[Way]:
@@ -346,8 +351,7 @@ def main() -> None:
         rows += measure(shape, options, limits)
         text = markdown(rows, facts, options.prompt)
         if options.output:
-            found = {"machine": facts, "rows": rows}
-            Path(f"{options.output}.json").write_text(json.dumps(found, indent=1) + "\n")
+            common.write(rows, facts, f"{options.output}.json")
             Path(f"{options.output}.md").write_text(text)
     print(text)
 

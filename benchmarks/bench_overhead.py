@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +29,7 @@ sys.path[:0] = [str(ROOT)]
 import common  # noqa: E402
 import cycles  # noqa: E402
 import decoders  # noqa: E402
-from bench_model import Way, alone  # noqa: E402
+from bench_model import Way, alone, started  # noqa: E402
 from model_child import CACHE, INT8, SAMPLED, answers, serve  # noqa: E402
 from plain_decoder import PlainDecoder  # noqa: E402
 
@@ -146,10 +144,7 @@ def child(options: argparse.Namespace) -> None:
 def launch(form: str, way: str, options: argparse.Namespace) -> Way:
     command = [sys.executable, __file__, "--form", form, "--way", way]
     command += ["--threads", str(options.threads), "--packed", str(options.packed)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    errors = None if options.verbose else subprocess.DEVNULL
-    name = f"{form}, {way}"
-    return Way(name, subprocess.Popen(command, text=True, stderr=errors, **pipes))  # type: ignore
+    return started(f"{form}, {way}", command, options.verbose)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -238,8 +233,7 @@ def main() -> None:
     listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     text = f"# A decode step of GPT-2's shape\n\n{listed}\n\n{table}\n{NOTES}"
     if options.output:
-        found = {"machine": facts, "rows": rows}
-        Path(f"{options.output}.json").write_text(json.dumps(found, indent=1) + "\n")
+        common.write(rows, facts, f"{options.output}.json")
         Path(f"{options.output}.md").write_text(text)
     print(text)
 

@@ -82,7 +82,7 @@ def scales(
         if length <= WIDEST:
             return scales_of_groups(w, planes, group_size)
         scale, multiplier = fit_op.fit_rows(w, planes, group_size)  # of groups of over 16,384
-        return scale, multiplier.to(torch.uint8)  # type: ignore[union-attr]
+        return scale, None if multiplier is None else multiplier.to(torch.uint8)
     scale = torch.empty((rows,), dtype=torch.float32, device=w.device)
     multiplier = None
     if group_size:
