@@ -36,7 +36,7 @@ import cycles  # noqa: E402
 import decoders  # noqa: E402
 import gguf_models  # noqa: E402
 import llama_child  # noqa: E402
-from limits import Limits  # noqa: E402
+from limits import Limits, place  # noqa: E402
 from model_child import COSINE, PACKED, STEPS, WAYS  # noqa: E402
 
 from ternc.runtime import cpu, ops  # noqa: E402
@@ -157,11 +157,11 @@ def start(shape: str, names: list[str], options: argparse.Namespace) -> list[Way
 
     while names:
         name = names[0]
+        while len(starting) == options.starts:
+            finish_one()
         if why := missing(shape, name, options):
             ways.append(Way(names.pop(0), None, why))
             continue
-        while len(starting) == options.starts:
-            finish_one()
         need = needed(shape, name, options)
         claimed = sum(needed(shape, way.name, options) for way in starting)
         while starting and need > available_memory() - claimed:
@@ -193,8 +193,7 @@ def measure(shape: str, options: argparse.Namespace, limits: Limits) -> list[dic
         group = start(shape, names, options)
         for way in group:
             way.group = len({w.group for w in ways if w.process}) + 1
-        with alone(options.lock):
-            take_turns(group, options.rounds, limits)
+        take_turns(group, limits, options)
         for way in group:
             if way.process is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -204,19 +203,32 @@ def measure(shape: str, options: argparse.Namespace, limits: Limits) -> list[dic
     return [*limit_rows(shape, ways, limits, options), *(row(shape, w, options) for w in ways)]
 
 
-def take_turns(ways: list[Way], rounds: int, limits: Limits) -> None:
-    for _ in range(rounds):
-        limits.sample(READ_BYTES)
-        for way in ways:
-            for work, found in way.seconds.items():
-                if way.missing or max(way.samples(work), default=0.0) >= LONG:
-                    continue
-                fast = limits.tiles_are_fast()
-                seconds = way.ask(work).get("seconds", [])
-                (found if fast and limits.tiles_are_fast() else way.slow[work]).extend(seconds)
+def take_turns(ways: list[Way], limits: Limits, options: argparse.Namespace) -> None:
+    """Samples of every way in every round, on the cores that the tile unit's state asks for."""
+    for _ in range(options.rounds):
+        with alone(options.lock):
+            if time.perf_counter() > options.last:
+                break
+            limits.settle()
+            limits.sample(READ_BYTES)
+            for way in ways:
+                for work in way.seconds:
+                    if not way.missing and max(way.samples(work), default=0.0) < LONG:
+                        sample(way, work, limits)
+    limits.release()
     for way in ways:
         if "ternc" in way.name and not way.missing:
-            way.cycles = way.ask("outside").get("cycles")
+            with alone(options.lock):
+                way.cycles = way.ask("outside").get("cycles")
+
+
+def sample(way: Way, work: str, limits: Limits) -> None:
+    assert way.process is not None
+    place(way.process.pid, limits.settle())
+    fast = limits.tiles_are_fast()
+    seconds = way.ask(work).get("seconds", [])
+    fast = fast and limits.tiles_are_fast()
+    (way.seconds if fast else way.slow)[work].extend(seconds)
 
 
 def compare(ways: list[Way]) -> None:
@@ -310,7 +322,8 @@ the others ternary ones); of llama.cpp, after 16 tokens, to those of the model t
 made from. llama.cpp: llama-cpp-python's, linear weights in TQ2_0 or Q4_0, embedding and head in
 Q8_0, a cache in fp16. `group`: rows of one group were alive together and took turns. `slow tiles`:
 samples of prefill before or after which a machine with AMX was in its slow state (limits.py); they
-count only where there are no others.
+count only where there are no others. There every sample runs on cores that were fast when they were
+probed together just before it.
 """
 
 
@@ -335,11 +348,15 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=1e6, help="for all starts; what is later is not run"
     )
+    parser.add_argument(
+        "--round-minutes", type=float, default=1e6, help="for all rounds; no round begins later"
+    )
     parser.add_argument("--starts", type=int, default=1, help="children that compile at once")
-    parser.add_argument("--lock", type=Path, help="file to lock while sampling")
+    parser.add_argument("--lock", type=Path, help="file to lock during a round")
     parser.add_argument("--verbose", action="store_true", help="show what the children print")
     options = parser.parse_args()
     options.end = time.perf_counter() + 60 * options.minutes
+    options.last = time.perf_counter() + 60 * options.round_minutes
     torch.set_num_threads(options.threads)
     ops.register()
     limits = Limits(options.threads, cpu.isa() or "")

@@ -133,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shapes", nargs="+", choices=decoders.SHAPES, default=["gpt2-small"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     for shape in options.shapes:
@@ -142,7 +143,7 @@ def main() -> None:
                 if ARCHITECTURES[shape] == "bitnet" and hasattr(module, "act_fn"):
                     module.act_fn = torch.nn.SiLU()
             ids = torch.tensor([decoders.prompt(PROBE)])
-            for kind in KINDS:  # TQ2_0 first: it holds ternary weights as they are
+            for kind in sorted(options.kinds, key=KINDS.index):  # TQ2_0 holds ternary weights whole
                 path = path_of(options.folder, shape, kind)
                 write(model, shape, kind, path)
                 round_weights(model, kind)

@@ -10,11 +10,12 @@ import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +37,17 @@ FAST_TILE_SECONDS = 10e-9
 """Machines with AMX have a state in which four tile loads and products take 25 to 30 ns each
 instead of 7: rows with AMX compare only where the probe is below this."""
 TILE_OPERATIONS = 2 * 16 * 16 * 64
+CANDIDATES = 6
+"""Cores, the fastest one by one, of which those that are fastest together are taken."""
+PROBES = 5
+"""Probes of a core, or of several cores together, of which the median counts."""
+
+
+def place(process: int, cores: Collection[int]) -> None:
+    """Every thread of a process onto `cores`."""
+    for task in os.listdir(f"/proc/{process}/task"):
+        with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
+            os.sched_setaffinity(int(task), cores)
 
 
 class _Times(ctypes.Structure):
@@ -96,26 +108,40 @@ class Limits:
             self.tiles.samples.append(self.threads * TILE_OPERATIONS / seconds)
         return seconds < FAST_TILE_SECONDS
 
-    def settle(self) -> None:
-        """Move the process to cores in the fast AMX state, which comes and goes by core.
+    def settle(self) -> Collection[int]:
+        """Move the process to cores in the fast AMX state, which comes and goes by core; which.
 
-        What the caches of a core hold stays behind.
+        Probed together: two of them may be one core of the machine. What the caches of a core hold
+        stays behind. Without AMX: all cores.
         """
+        if not self._rounds[TILE_PROBE]:
+            return self._cores
+        settled = os.sched_getaffinity(0)
+        if len(settled) == self.threads and self._tile_seconds() < FAST_TILE_SECONDS:
+            return settled
+        ranked = sorted(self._cores, key=lambda core: self._seconds_on((core,)))
+        candidates = ranked[: max(CANDIDATES, self.threads)]
+        groups = itertools.combinations(candidates, self.threads)
+        fastest = min(groups, key=self._seconds_on)
+        place(os.getpid(), fastest)
+        return fastest
+
+    def release(self) -> None:
+        """Undo `settle`: the process may run on every core again."""
+        place(os.getpid(), self._cores)
+
+    def _seconds_on(self, cores: Sequence[int]) -> float:
+        """Of one tile product with its loads, where each of `cores` does the same."""
         rounds = self._rounds[TILE_PROBE]
-        settled = len(os.sched_getaffinity(0)) == self.threads
-        if not rounds or (settled and self._tile_seconds() < FAST_TILE_SECONDS):
-            return
-        seconds = {}
-        for core in self._cores:
-            os.sched_setaffinity(0, {core})
-            times = _Times()
-            self._native.close_gate(1)
-            self._native.multiply(TILE_PROBE.encode(), rounds, ctypes.byref(times))
-            seconds[core] = times.end - times.begin
-        fastest = sorted(seconds, key=seconds.__getitem__)[: self.threads]
-        for task in os.listdir("/proc/self/task"):
-            with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
-                os.sched_setaffinity(int(task), fastest)
+
+        def probe(i: int, times: ctypes.c_void_p) -> int:
+            os.sched_setaffinity(0, {cores[i]})  # of this thread alone
+            return self._native.multiply(TILE_PROBE.encode(), rounds, times)
+
+        found = (self._together(probe, len(cores)) for _ in range(PROBES))
+        return statistics.median(
+            seconds * len(cores) * TILE_OPERATIONS / sum(done) for seconds, done in found
+        )
 
     def _tile_seconds(self) -> float:
         """Of one tile product with its loads, on the threads of this process."""
@@ -129,7 +155,7 @@ class Limits:
         first = -(-self._bytes.data_ptr() // 4096) * 4096 + self._offset
         self._offset += part * self.threads
         read = self._native.read_all
-        seconds = self._together(lambda i, times: read(first + i * part, part, times))[0]
+        seconds = self._together(lambda i, t: read(first + i * part, part, t), self.threads)[0]
         return part * self.threads / seconds
 
     def _multiply(self, unit: str) -> float | None:
@@ -140,14 +166,18 @@ class Limits:
 
     def _run(self, unit: str) -> tuple[float, int]:
         rounds, multiply = self._rounds[unit], self._native.multiply
-        seconds, done = self._together(lambda _, t: multiply(unit.encode(), rounds, t))
+        seconds, done = self._together(
+            lambda _, t: multiply(unit.encode(), rounds, t), self.threads
+        )
         return seconds, sum(done)
 
-    def _together(self, call: Callable[[int, ctypes.c_void_p], int]) -> tuple[float, list[int]]:
-        """call(thread, times) on every thread at once -> seconds from first to last, results."""
-        times = (_Times * self.threads)()
-        self._native.close_gate(self.threads)
-        jobs = [self._pool.submit(call, i, ctypes.byref(times[i])) for i in range(self.threads)]
+    def _together(
+        self, call: Callable[[int, ctypes.c_void_p], int], count: int
+    ) -> tuple[float, list[int]]:
+        """call(thread, times) on `count` threads at once -> seconds from first to last, results."""
+        times = (_Times * count)()
+        self._native.close_gate(count)
+        jobs = [self._pool.submit(call, i, ctypes.byref(times[i])) for i in range(count)]
         done = [job.result() for job in jobs]
         return max(t.end for t in times) - min(t.begin for t in times), done
 
