@@ -46,7 +46,7 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
         if settings or mode:
             raise ConfigError(f"inner={name!r} takes no mode and no Inductor settings")
         return _compile_eager if name == "eager" else _compile_aot_eager
-    patches = {**_mode_patches(mode), **_checked(settings)}
+    of_mode, of_user = _mode_patches(mode), _checked(settings)
 
     def compile_inductor(gm: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
@@ -55,7 +55,8 @@ def inner_compiler(name: str, mode: str | None, settings: dict[str, Any]) -> Inn
             _mark_packed(gm)
         else:
             _forget_dynamo(gm)
-        used = {**_cpu_settings(mode), **patches} if _on_cpu(inputs) else patches
+        of_device = _cpu_settings(mode) if _on_cpu(inputs) else {}
+        used = {**of_mode, **of_device, **of_user}
         own = _decompositions(inputs) if torch.is_grad_enabled() else None
         compiled: Any = compile_fx(gm, inputs, config_patches=used, decompositions=own)
         return compiled
@@ -141,9 +142,14 @@ def _cpu_settings(mode: str | None) -> dict[str, Any]:
     """Settings for a graph on the CPU, where calls of ops are counted in microseconds.
 
     Dynamo guards the shapes of all inputs, and tests hold ops to the shapes they promise: asserting
-    both at every call takes 0.3 us a tensor, of which a decoder has 30 a layer.
+    both at every call takes 0.3 us a tensor, of which a decoder has 30 a layer. Modes ask for CUDA
+    graphs: Inductor would warn that it makes none.
     """
-    found: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+    found: dict[str, Any] = {
+        "size_asserts": False,
+        "alignment_asserts": False,
+        "triton.cudagraphs": False,
+    }
     if mode in PATIENT_MODES and not torch.is_grad_enabled():
         found["cpp_wrapper"] = True
     return found | entries.inductor_settings()

@@ -68,12 +68,22 @@ inline float factor_of(const NormArgs& args, const float* x, float mean, double 
   return float(1.0 / __builtin_sqrt(exact / count + double(args.eps)));
 }
 
+// Sums of very large values leave the range of fp32 too.
+inline float mean_of(const float* x, int64_t columns) {
+  double sum = row_sum<false, false>(x, columns, 0.0f);
+  if (!__builtin_isfinite(sum)) {
+    sum = 0.0;
+    for (int64_t k = 0; k < columns; ++k) sum += double(x[k]);
+  }
+  return float(sum / double(columns));
+}
+
 // Of x as float_row() gives it. What is behind its columns, in scratch, gets the mean too.
 inline Moments moments_of(const NormArgs& args, const float* x, float* scratch) {
   const int64_t columns = args.columns;
   if (args.kind == Norm::rms)
     return {0.0f, factor_of(args, x, 0.0f, row_sum<true, false>(x, columns, 0.0f))};
-  const float mean = float(row_sum<false, false>(x, columns, 0.0f) / double(columns));
+  const float mean = mean_of(x, columns);
   for (int64_t k = columns; k < padded(columns); ++k) scratch[k] = mean;
   return {mean, factor_of(args, x, mean, row_sum<true, true>(x, columns, mean))};
 }

@@ -50,6 +50,15 @@ def test_settings_of_the_user_win(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
+def test_no_cuda_graph_is_tried_on_the_cpu(monkeypatch, mode):
+    """Inductor warns of each one that it then cannot make."""
+    assert asked(monkeypatch, mode)["triton.cudagraphs"] is False
+    elsewhere = [torch.ones(2, device="meta")]
+    assert asked(monkeypatch, mode, inputs=elsewhere)["triton.cudagraphs"] is True
+
+
+@torch.no_grad()
 def test_the_processors_settings_stay_there(monkeypatch):
     elsewhere = [torch.ones(2), torch.ones(2, device="meta")]
     assert (
