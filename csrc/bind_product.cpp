@@ -179,9 +179,9 @@ constexpr int64_t MIN_SPLIT_CODES = 1 << 17;  // digits' own steps take about 0.
 // Their parts stay in L2 until they are joined.
 constexpr int64_t SPLIT_TOKENS = 16;
 
-// Even tokens, as integers.
-void multiply_digits(const Kernels& kernels, const Input& x, const Few<Product>& products) {
-  const int digits = digits_of(x.dtype);
+// Tokens as integers of `digits` digits.
+void multiply_digits(const Kernels& kernels, const Input& x, int digits,
+                     const Few<Product>& products) {
   const int64_t count = x.tokens * digits;
   const Scratch<int8_t, 32768> q(count * x.columns);
   float scale[SPLIT_TOKENS * MAX_DIGITS];
@@ -189,7 +189,7 @@ void multiply_digits(const Kernels& kernels, const Input& x, const Few<Product>&
     torch::stable::parallel_for(0, x.tokens, token_grain(values), body);
   };
   over_tokens(digits * x.columns, [&](int64_t begin, int64_t end) {
-    kernels.split({x.values, x.dtype, x.columns, q.get(), scale}, begin, end);
+    kernels.split({x.values, x.dtype, x.columns, digits, q.get(), scale}, begin, end);
   });
   int64_t rows = 0;
   for (const Product& product : products) rows += product.held->weight.rows;
@@ -203,8 +203,8 @@ void multiply_digits(const Kernels& kernels, const Input& x, const Few<Product>&
   multiply_integers(kernels, {q.get(), Dtype::f32, scale, count, x.columns}, 8, parts);
   over_tokens(digits * rows, [&](int64_t begin, int64_t end) {
     for (size_t i = 0; i < products.size(); ++i)
-      kernels.join({static_cast<const float*>(parts[i].out.values), products[i].held->weight.rows,
-                    products[i].out},
+      kernels.join({static_cast<const float*>(parts[i].out.values), digits,
+                    products[i].held->weight.rows, products[i].out},
                    begin, end);
   });
 }
@@ -228,21 +228,24 @@ Few<Product> products_from(const Few<Product>& products, int64_t begin) {
   return parts;
 }
 
-// Floating-point x: as integers where the kernels have that and the tokens are even.
+// Floating-point x: as integers where the kernels have that and the tokens allow it.
 void multiply_real(const Kernels& kernels, const Input& x, const Few<Product>& products) {
   int64_t rows = 0;
   for (const Product& product : products) rows += product.held->weight.rows;
   if (kernels.split == nullptr || rows * x.columns < MIN_SPLIT_CODES)
     return multiply_floats(kernels, x, products);
-  const auto even = [&](int64_t token) {
-    return kernels.is_even(x.values, x.dtype, token * x.columns, x.columns);
+  const auto digits_of = [&](int64_t token) {
+    return kernels.digits(x.values, x.dtype, token * x.columns, x.columns);
   };
   for (int64_t begin = 0, end; begin < x.tokens; begin = end) {
-    const bool integers = even(begin);
-    for (end = begin + 1; end < x.tokens && end < begin + SPLIT_TOKENS && even(end) == integers;)
+    const int digits = digits_of(begin);
+    for (end = begin + 1; end < x.tokens && end < begin + SPLIT_TOKENS && digits_of(end) == digits;)
       ++end;
-    (integers ? multiply_digits : multiply_floats)(kernels, tokens_from(x, begin, end),
-                                                   products_from(products, begin));
+    const Input part = tokens_from(x, begin, end);
+    if (digits > 0)
+      multiply_digits(kernels, part, digits, products_from(products, begin));
+    else
+      multiply_floats(kernels, part, products_from(products, begin));
   }
 }
 

@@ -148,21 +148,22 @@ struct LinearF32Args {
   Prefetch prefetch = Prefetch::l1;
 };
 
-// Integers of a token in base 256: fp32 holds 24 bits, halves 11 at most.
 constexpr int MAX_DIGITS = 4;
-constexpr int digits_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 3; }
 
+// Tokens as integers in base 256.
 struct SplitArgs {
   const void* x;  // [M, K], contiguous
   Dtype dtype;
   int64_t columns;
+  int digits;    // 3, or 4 of fp32
   int8_t* q;     // [M, digits, K]
   float* scale;  // [M, digits]
 };
 
 // The products of digits, to be summed.
 struct JoinArgs {
-  const float* parts;  // [M, digits, N], digits those of out.dtype
+  const float* parts;  // [M, digits, N]
+  int digits;
   int64_t rows;
   Output out;
 };
@@ -300,9 +301,9 @@ struct Kernels {
   int query_rows;  // of a block
   void (*linear_i8[WEIGHT_KINDS])(const LinearI8Args&, const Range&);
   void (*linear_f32[WEIGHT_KINDS])(const LinearF32Args&, const Range&);
-  // Whether a token of K floating-point values may go through split(), linear_i8 and join(), which
-  // are null where linear_f32 is as fast.
-  bool (*is_even)(const void* x, Dtype, int64_t begin, int64_t columns);
+  // Into how many digits a token of K floating-point values may be split() to go through linear_i8
+  // and join(); 0: into none, it goes through linear_f32. Null where that is as fast.
+  int (*digits)(const void* x, Dtype, int64_t begin, int64_t columns);
   void (*split)(const SplitArgs&, int64_t token_begin, int64_t token_end);
   void (*join)(const JoinArgs&, int64_t token_begin, int64_t token_end);
   void (*dequantize)(const DequantizeArgs&, int64_t row_begin, int64_t row_end);

@@ -38,7 +38,7 @@ constexpr Kernels ALL_KERNELS = {
 
 // For instruction sets whose dot() is one instruction, of any signed bytes.
 constexpr Kernels with_digits(Kernels kernels) {
-  kernels.is_even = is_even;
+  kernels.digits = digits;
   kernels.split = split;
   kernels.join = join;
   return kernels;

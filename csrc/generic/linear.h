@@ -11,6 +11,7 @@
 #include "values.h"
 
 constexpr int TOKENS = 4;
+constexpr int MAX_TILE_BLOCKS = 2;
 // Where registers allow, eight tokens share the decoding of a field: with two and three planes up
 // to a quarter faster than four.
 constexpr int WIDE_TOKENS = ACCUMULATORS >= 16 ? 8 : TOKENS;
@@ -26,8 +27,8 @@ constexpr int tile_fields(int planes, int tokens) {
   const int room = ACCUMULATORS / (shared * tile_parts(tokens));
   return room >= fields(planes) ? fields(planes) : room >= 4 ? 4 : room >= 2 ? 2 : 1;
 }
-constexpr int tile_sets(int planes, int tokens) {
-  const int sums = tokens * tile_parts(tokens) * tile_fields(planes, tokens);
+constexpr int tile_sets(int planes, int tokens, int blocks = 1) {
+  const int sums = blocks * tokens * tile_parts(tokens) * tile_fields(planes, tokens);
   return sums >= 8 || 2 * sums > ACCUMULATORS ? 1 : 4 * sums > 8 ? 2 : 4;
 }
 // Fields of the tile that starts at field `first`.
@@ -38,6 +39,13 @@ constexpr int fields_from(int planes, int tokens, int first) {
 // One tile covers all rows of a block: no byte is read twice.
 constexpr bool single_pass(int planes, int tokens) {
   return tile_parts(tokens) == PARTS && tile_fields(planes, tokens) == fields(planes);
+}
+// Blocks that one tile walks together, each from its own place of the range: their steps share the
+// loads of q, and the prefetchers of the core, which follow a page each, have several to follow.
+constexpr int tile_blocks(int planes, int tokens) {
+  if (planes == EXPANDED || !single_pass(planes, tokens)) return 1;
+  const int room = ACCUMULATORS / (tokens * tile_parts(tokens) * tile_fields(planes, tokens));
+  return room < 1 ? 1 : room < MAX_TILE_BLOCKS ? room : MAX_TILE_BLOCKS;
 }
 constexpr int64_t PIECE_COLUMNS = 512;  // a tile's span where a block takes several passes
 constexpr int64_t EXPANDED_BYTES = PIECE_COLUMNS / STEP_COLUMNS * step_bytes(EXPANDED);
