@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ternc.errors import KernelError
-from ternc.formats import layouts
+from ternc.formats import dense, layouts
 from ternc.runtime import dispatch
 from ternc.runtime.ops import dequantize, linears
 from ternc.runtime.ops.definition import (
@@ -44,6 +44,11 @@ def check_grouped_linear(
         raise KernelError(
             f"ternc::grouped_linear: offsets are {offsets.dtype} {list(offsets.shape)}, not int32 "
             f"[{experts}]"
+        )
+    if layout == dense.NUMBER:
+        raise KernelError(
+            f"ternc::grouped_linear: layout {layout} (dense) has blocks of 80 rows, which hold parts "
+            "of two experts; pack the stack as layout 11"
         )
     dequantize.check_packed(
         "grouped_linear",
