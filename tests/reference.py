@@ -21,15 +21,6 @@ def assert_as_good_as(
     assert error <= 2 * own + atol, f"error {error:.3g}, torch's own {own:.3g}"
 
 
-def rows_of_any_size(rows: int, columns: int) -> torch.Tensor:
-    """fp32 [rows, columns] around 0.5, 5e17, .., 5e36, 5e-19 and 5e-26 in turn: squares of most
-    are out of the range of fp32, and so are sums of some.
-    """
-    sizes = torch.tensor([1.0, 1e18, 1e25, 1e30, 1e36, 1e37, 1e-18, 1e-25])
-    size = sizes.repeat(-(-rows // len(sizes)))[:rows, None]
-    return (torch.randn(rows, columns) + 0.5) * size
-
-
 def random_codes(rows: int, columns: int, planes: int) -> torch.Tensor:
     """int8 [rows, columns], uniform over every code of `planes` planes, or of INT8."""
     most = LARGEST_CODE[planes]
