@@ -47,8 +47,8 @@ def check_grouped_linear(
         )
     if layout == dense.NUMBER:
         raise KernelError(
-            f"ternc::grouped_linear: layout {layout} (dense) has blocks of 80 rows, which hold parts "
-            "of two experts; pack the stack as layout 11"
+            f"ternc::grouped_linear: layout {layout} (dense) has blocks of 80 rows, which hold "
+            "parts of two experts; pack the stack as layout 11"
         )
     dequantize.check_packed(
         "grouped_linear",
