@@ -5,6 +5,9 @@
 namespace ternc {
 namespace {
 
+// Queries up to which two at a time are faster than a block of them in lanes.
+constexpr int64_t MAX_ROW_QUERIES = 4;
+
 // A dense [B, heads, L, D] of fp32 that a kernel reads.
 Tensor heads_of(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, "ternc::attention: ", name,
@@ -19,7 +22,44 @@ Tensor side_by_side(int64_t batch, int64_t heads, int64_t queries, int64_t colum
   return allocate(4, sizes, strides, ScalarType::Float);
 }
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal) {
+// The mask and its strides, as if it had the sizes [B, H, L, S].
+void read_mask(const Tensor& mask, AttentionArgs& args, int64_t batch) {
+  const int64_t sizes[] = {batch, args.heads, args.queries, args.keys};
+  int64_t* strides[] = {&args.mask_batch, &args.mask_head, &args.mask_query, &args.mask_key};
+  const int64_t missing = 4 - mask.dim();
+  STD_TORCH_CHECK(missing >= 0 && missing <= 2 && mask.scalar_type() == ScalarType::Bool,
+                  "ternc::attention: mask is not bool of 2 to 4 dimensions");
+  for (int64_t i = missing; i < 4; ++i) {
+    const int64_t size = mask.size(i - missing);
+    STD_TORCH_CHECK(size == sizes[i] || size == 1, "ternc::attention: mask does not fit q and k");
+    *strides[i] = size == 1 ? 0 : mask.stride(i - missing);
+  }
+  args.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
+}
+
+// Many queries without a mask in blocks, else in pairs that share keys.
+void run_attention(const AttentionArgs& args, int64_t batch) {
+  const Kernels& kernels = *isa().kernels;
+  if (args.mask == nullptr && args.queries > MAX_ROW_QUERIES) {
+    const int64_t blocks = ceil_div(args.queries, kernels.query_rows);
+    torch::stable::parallel_for(0, batch * args.heads * blocks, 1, [&](int64_t i, int64_t end) {
+      const Scratch<float> scratch(attention_floats(args.columns, args.value_columns));
+      kernels.attention(args, i, end, scratch.get());
+    });
+    return;
+  }
+  const int64_t pairs = ceil_div(args.heads / args.key_heads * args.queries, QUERY_PAIR);
+  const int64_t values = args.keys * (args.columns + args.value_columns);
+  const int64_t grain = ceil_div(VALUES_PER_THREAD, values + 1);
+  torch::stable::parallel_for(0, batch * args.key_heads * pairs, grain,
+                              [&](int64_t i, int64_t end) {
+                                const Scratch<float> scratch(attention_row_floats(args.keys));
+                                kernels.attention_rows(args, i, end, scratch.get());
+                              });
+}
+
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal,
+                 const std::optional<Tensor>& mask) {
   const Tensor queries = heads_of("q", q), keys = heads_of("k", k), values = heads_of("v", v);
   const int64_t batch = q.size(0), heads = q.size(1), groups = k.size(1);
   STD_TORCH_CHECK(k.size(0) == batch && v.size(0) == batch && k.size(3) == q.size(3) &&
@@ -27,24 +67,20 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale
                       groups > 0 && heads % groups == 0,
                   "ternc::attention: q, k and v do not fit together");
   const Tensor y = side_by_side(batch, heads, q.size(2), v.size(3));
-  const AttentionArgs args{static_cast<const float*>(queries.const_data_ptr()),
-                           static_cast<const float*>(keys.const_data_ptr()),
-                           static_cast<const float*>(values.const_data_ptr()),
-                           static_cast<float*>(y.mutable_data_ptr()),
-                           heads,
-                           groups,
-                           q.size(2),
-                           k.size(2),
-                           q.size(3),
-                           v.size(3),
-                           float(scale),
-                           causal};
-  const Kernels& kernels = *isa().kernels;
-  const int64_t blocks = ceil_div(args.queries, kernels.query_rows);
-  torch::stable::parallel_for(0, batch * heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<float> scratch(attention_floats(args.columns, args.value_columns));
-    kernels.attention(args, begin, end, scratch.get());
-  });
+  AttentionArgs args{static_cast<const float*>(queries.const_data_ptr()),
+                     static_cast<const float*>(keys.const_data_ptr()),
+                     static_cast<const float*>(values.const_data_ptr()),
+                     static_cast<float*>(y.mutable_data_ptr()),
+                     heads,
+                     groups,
+                     q.size(2),
+                     k.size(2),
+                     q.size(3),
+                     v.size(3),
+                     float(scale),
+                     causal};
+  if (mask) read_mask(*mask, args, batch);
+  run_attention(args, batch);
   return y;
 }
 

@@ -232,6 +232,10 @@ constexpr int64_t attention_floats(int64_t columns, int64_t value_columns) {
   return (columns + ATTENTION_SPAN + value_columns) * ATTENTION_ROWS;
 }
 
+// Few queries: pairs of those that share keys, and the scores of a pair with room for a vector.
+constexpr int64_t QUERY_PAIR = 2;
+constexpr int64_t attention_row_floats(int64_t keys) { return (keys + 16) * QUERY_PAIR; }
+
 struct AttentionArgs {
   const float *q, *k, *v;    // [B, H, L, D], [B, G, S, D], [B, G, S, Dv]
   float* y;                  // [B, L, H, Dv]
@@ -240,6 +244,9 @@ struct AttentionArgs {
   int64_t columns, value_columns;
   float scale;
   bool causal;  // query i sees the keys up to i
+  // Few queries alone: 0 hides a key; strides over B, H, L, S. Null: none is hidden.
+  const uint8_t* mask = nullptr;
+  int64_t mask_batch = 0, mask_head = 0, mask_query = 0, mask_key = 0;
 };
 
 // Half-open ranges of weight blocks and of tokens: one call computes their product.
@@ -299,6 +306,9 @@ struct Kernels {
   // scratch: attention_floats.
   void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, float* scratch);
   int query_rows;  // of a block
+  // The same for few queries, or with a mask: pairs [begin, end), ceil(H / G * L / 2) of each of
+  // B * G key heads. scratch: attention_row_floats.
+  void (*attention_rows)(const AttentionArgs&, int64_t begin, int64_t end, float* scratch);
   void (*linear_i8[WEIGHT_KINDS])(const LinearI8Args&, const Range&);
   void (*linear_f32[WEIGHT_KINDS])(const LinearF32Args&, const Range&);
   // Into how many digits a token of K floating-point values may be split() to go through linear_i8

@@ -157,6 +157,17 @@ def tainted(gm: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
+def written_between(source: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+    """Whether a call between two nodes may write to the storage of `source`."""
+    base, node = _base(source), first
+    while node is not last:
+        written = written_by(node) if writes_in_place(node) else None
+        if isinstance(written, fx.Node) and _base(written) is base:
+            return True
+        node = node.next
+    return False
+
+
 def _base(node: fx.Node) -> fx.Node:
     while shares_storage(node) and node.op != "placeholder" and isinstance(node.args[0], fx.Node):
         node = node.args[0]

@@ -4,6 +4,7 @@
 
 #include "activation.h"
 #include "attention.h"
+#include "attention_rows.h"
 #include "dequantize.h"
 #include "digits.h"
 #include "fit.h"
@@ -23,6 +24,7 @@ constexpr Kernels ALL_KERNELS = {
     hadamard,
     attention,
     ROWS,
+    attention_rows,
     {linear_i8<1>, linear_i8<2>, linear_i8<3>, linear_i8<EXPANDED>, linear_i8<INT8>},
     {linear_f32<1>, linear_f32<2>, linear_f32<3>, linear_f32<EXPANDED>, linear_f32<INT8>},
     nullptr,

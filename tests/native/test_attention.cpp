@@ -1,4 +1,5 @@
-// attention: blocks of queries, spans of keys, causal or not, against float64.
+// attention: blocks of queries, spans of keys, causal or not, and pairs of queries, masked or not,
+// against float64.
 #include <algorithm>
 #include <cmath>
 
@@ -32,12 +33,15 @@ double query_error(const AttentionArgs& args, int64_t batch, int64_t head, int64
   const float* y =
       args.y + ((batch * args.queries + query) * args.heads + head) * args.value_columns;
   const int64_t seen = args.causal ? std::min(query + 1, args.keys) : args.keys;
+  const uint8_t* mask =
+      args.mask + batch * args.mask_batch + head * args.mask_head + query * args.mask_query;
   std::vector<double> shares(static_cast<size_t>(seen));
   double total = 0.0, worst = 0.0;
   for (int64_t j = 0; j < seen; ++j) {
     double score = 0.0;
     for (int64_t c = 0; c < args.columns; ++c) score += double(q[c]) * k[j * args.columns + c];
-    shares[size_t(j)] = score * double(args.scale);
+    const bool hidden = args.mask != nullptr && mask[j * args.mask_key] == 0;
+    shares[size_t(j)] = hidden ? -INFINITY : score * double(args.scale);
   }
   const double top = *std::max_element(shares.begin(), shares.end());
   for (double& share : shares) total += share = std::exp(share - top);
@@ -50,29 +54,60 @@ double query_error(const AttentionArgs& args, int64_t batch, int64_t head, int64
   return std::isnan(double(y[0])) ? INFINITY : worst;
 }
 
+// All queries by `run`, in `count` pieces of work with `floats` of scratch each.
+template <class Run>
+void run_on_threads(const AttentionArgs& args, int64_t count, int64_t floats, const Run& run) {
+  on_threads([&](int i) {
+    const Buffer<float> scratch(floats);
+    run(args, piece_begin(count, i), piece_begin(count, i + 1), scratch.data());
+  });
+}
+
+void expect_close(const AttentionArgs& args, int64_t batch) {
+  double worst = 0.0;
+  for (int64_t head = 0; head < batch * args.heads; ++head)
+    for (int64_t query = 0; query < args.queries; ++query)
+      worst = std::max(worst, query_error(args, head / args.heads, head % args.heads, query));
+  expect(worst < 2e-5, "attention: off by %.3g (%lld queries, %lld keys, %lld columns, causal %d)",
+         worst, (long long)args.queries, (long long)args.keys, (long long)args.columns,
+         args.causal);
+}
+
+// Masks that show key 0 to every query, so that there is a softmax to compare with.
+Buffer<uint8_t> random_mask(Random& random, int64_t rows, int64_t keys) {
+  Buffer<uint8_t> mask(rows * keys);
+  for (int64_t i = 0; i < rows * keys; ++i) mask[i] = i % keys == 0 || random.normal() > 0.5f;
+  return mask;
+}
+
 void check_attention(const Kernels& kernels, const Shape& shape, bool causal, Random& random) {
   const int64_t heads = shape.batch * shape.heads, key_heads = shape.batch * shape.key_heads;
   const Buffer<float> q = random_floats(random, heads * shape.queries * shape.columns);
   const Buffer<float> k = random_floats(random, key_heads * shape.keys * shape.columns);
   const Buffer<float> v = random_floats(random, key_heads * shape.keys * shape.value_columns);
   const Buffer<float> y(heads * shape.queries * shape.value_columns);
-  const AttentionArgs args{q.data(),      k.data(),
-                           v.data(),      y.data(),
-                           shape.heads,   shape.key_heads,
-                           shape.queries, shape.keys,
-                           shape.columns, shape.value_columns,
-                           0.4f,          causal};
-  const int64_t count = heads * ceil_div(shape.queries, kernels.query_rows);
-  on_threads([&](int i) {
-    const Buffer<float> scratch(attention_floats(shape.columns, shape.value_columns));
-    kernels.attention(args, piece_begin(count, i), piece_begin(count, i + 1), scratch.data());
-  });
-  double worst = 0.0;
-  for (int64_t head = 0; head < heads; ++head)
-    for (int64_t query = 0; query < shape.queries; ++query)
-      worst = std::max(worst, query_error(args, head / shape.heads, head % shape.heads, query));
-  expect(worst < 2e-5, "attention: off by %.3g (%lld queries, %lld keys, %lld columns, causal %d)",
-         worst, (long long)shape.queries, (long long)shape.keys, (long long)shape.columns, causal);
+  AttentionArgs args{q.data(),      k.data(),
+                     v.data(),      y.data(),
+                     shape.heads,   shape.key_heads,
+                     shape.queries, shape.keys,
+                     shape.columns, shape.value_columns,
+                     0.4f,          causal};
+  run_on_threads(args, heads * ceil_div(shape.queries, kernels.query_rows),
+                 attention_floats(shape.columns, shape.value_columns), kernels.attention);
+  expect_close(args, shape.batch);
+  const int64_t shared = shape.heads / shape.key_heads * shape.queries;
+  const int64_t pairs = key_heads * ceil_div(shared, QUERY_PAIR);
+  const int64_t floats = attention_row_floats(shape.keys);
+  run_on_threads(args, pairs, floats, kernels.attention_rows);
+  expect_close(args, shape.batch);
+  const Buffer<uint8_t> mask = random_mask(random, heads * shape.queries, shape.keys);
+  args.mask = mask.data();
+  args.mask_key = 1;
+  args.mask_query = shape.keys;
+  args.mask_head = shape.queries * args.mask_query;
+  args.mask_batch = shape.heads * args.mask_head;
+  run_on_threads(args, pairs, floats, kernels.attention_rows);
+  expect_close(args, shape.batch);
 }
 
 }  // namespace

@@ -117,6 +117,86 @@ def test_leaves_a_mask_that_is_an_input():
     assert not rewrite(run, *heads(), past(TOKENS))[1]
 
 
+def few(queries, keys=50):
+    _, k, v = heads(keys)
+    return torch.randn(2, 4, queries, 16), k, v
+
+
+MASKS = [
+    torch.arange(50)[None] < 31,
+    (torch.arange(50) % 3 > 0)[None, None, None],
+    torch.rand(2, 1, 3, 50) < 0.5,
+]
+
+
+@pytest.mark.parametrize("mask", [None, *MASKS])
+def test_replaces_attention_of_few_queries_with_any_mask_that_shows_keys(mask):
+    q, k, v = few(3)
+
+    def run(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    seen, replaced = rewrite(run, q, k, v, mask)
+    assert replaced
+    torch.testing.assert_close(seen, run(q, k, v, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_leaves_masks_that_are_added_and_counts_between():
+    q, k, v = few(1)
+    assert not rewrite(attend(lambda tokens: torch.zeros(tokens, 50)), q, k, v)[1]
+    assert not rewrite(attend(), *few(5))[1]
+
+
+def repeated(x, times=2):
+    batch, groups, keys, columns = x.shape
+    spread = x[:, :, None, :, :].expand(batch, groups, times, keys, columns)
+    return spread.reshape(batch, groups * times, keys, columns)
+
+
+def repeated_attention(q, k, v):
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v))
+
+
+def repeated_before_a_write(q, k, v):
+    keys, values = repeated(k), repeated(v)
+    k.mul_(2.0)
+    return F.scaled_dot_product_attention(q, keys, values)
+
+
+def repeated_behind_a_write(q, k, v):
+    k.mul_(2.0)
+    return F.scaled_dot_product_attention(q, repeated(k), repeated(v))
+
+
+def repeated_out_of_order(q, k, v):
+    return F.scaled_dot_product_attention(q, repeated(k[:, [1, 0]]), repeated(v))
+
+
+@pytest.mark.parametrize(
+    ("function", "bare"),
+    [
+        (repeated_attention, True),
+        (repeated_behind_a_write, True),
+        (repeated_before_a_write, False),
+        (repeated_out_of_order, True),
+    ],
+)
+@pytest.mark.parametrize("queries", [1, TOKENS])
+def test_reads_repeated_keys_where_they_are(function, bare, queries):
+    q, k, v = few(queries, 70)
+    found = []
+
+    def edit(gm, inputs):
+        apply(AttentionRule(), gm, Context(Config(), list(inputs), False, False))
+        (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.ternc.attention.default)
+        found.append(node.args[1].meta["example_value"].shape[1] == 2)
+
+    wanted = function(q, k.clone(), v)
+    seen, _ = run_with(function, edit, q, k.clone(), v)
+    assert found == [bare]
+    torch.testing.assert_close(seen, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "grad_enabled"),
     [(heads(32), False), (heads(dtype=torch.bfloat16), False), (heads(), True)],

@@ -51,7 +51,8 @@ def test_block_of_one_token(norm):
     block = packed(Block(norm), rotation="none")
     x = torch.randn(1, 1, WIDTH)
     y, names = rewritten(block, x)
-    assert names == {"token_linears3": 1, "token_linears1": 1, "linears1": 2}, names
+    wanted = {"token_linears3": 1, "attention": 1, "token_linears1": 1, "linears1": 2}
+    assert names == wanted, names
     assert_close(y, block(x))
 
 

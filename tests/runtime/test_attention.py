@@ -18,6 +18,9 @@ SHAPES = [
     (2, 2, 1, 33, 300, 8, 5),
     (1, 2, 2, 100, 40, 64, 64),
     (1, 2, 2, 0, 40, 4, 4),
+    (1, 12, 12, 1, 256, 64, 64),
+    (2, 6, 2, 1, 37, 80, 72),
+    (2, 6, 3, 3, 5, 17, 131),
 ]
 """B, H, G, L, S, D, Dv."""
 CAUSAL = pytest.mark.parametrize("causal", [False, True])
@@ -30,10 +33,10 @@ def heads(shape):
     return q, k, torch.randn(batch, key_heads, keys, value_columns)
 
 
-def exact(q, k, v, scale, causal):
+def exact(q, k, v, scale, causal, mask=None):
     q, k, v = (t.double() for t in (q, k, v))
     return F.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
@@ -47,6 +50,44 @@ def test_agrees_with_float64(shape, causal):
     )
     assert y.dtype == torch.float32
     assert y.transpose(1, 2).is_contiguous()
+
+
+MASKS = {
+    "a prefix": lambda sizes: torch.arange(sizes[3])[None] < 30,
+    "a window": lambda sizes: (torch.arange(sizes[3])[None] - 17).abs() < 9,
+    "a row a query": lambda sizes: torch.rand(sizes[0], 1, *sizes[2:]) < 0.5,
+    "a row a head": lambda sizes: torch.rand(sizes[1], 1, sizes[3]) < 0.5,
+    "strided": lambda sizes: (torch.rand(sizes[3], *sizes[:3]) < 0.5).movedim(0, 3),
+    "a column": lambda sizes: torch.arange(sizes[2])[:, None] % 2 == 0,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("queries", [1, 3, 70])
+def test_agrees_with_float64_under_a_mask(mask, queries):
+    q, k, v = heads((2, 6, 2, queries, 41, 20, 36))
+    mask = mask((2, 6, queries, 41))
+    y = torch.ops.ternc.attention(q, k, v, 0.3, False, mask)
+    wanted = exact(q, k, v, 0.3, False, mask).nan_to_num(0.0)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5, check_stride=False)
+    torch.testing.assert_close(attention.reference(q, k, v, 0.3, False, mask), y)
+
+
+def test_hidden_keys_are_not_read():
+    q, k, v = heads((1, 4, 2, 1, 100, 16, 16))
+    mask = torch.arange(100) % 3 == 0
+    y = torch.ops.ternc.attention(q, k, v, 0.3, False, mask[None])
+    k[:, :, ~mask], v[:, :, ~mask] = float("nan"), float("inf")
+    assert torch.equal(torch.ops.ternc.attention(q, k, v, 0.3, False, mask[None]), y)
+
+
+def test_causal_and_masked_are_both():
+    q, k, v = heads((1, 2, 2, 3, 8, 4, 4))
+    mask = torch.tensor([[False, True, True, True, True, False, True, True]])
+    both = mask & torch.ones(3, 8, dtype=torch.bool).tril()
+    y = torch.ops.ternc.attention(q, k, v, 0.3, True, mask)
+    assert torch.equal(y, torch.ops.ternc.attention(q, k, v, 0.3, False, both))
+    torch.testing.assert_close(attention.reference(q, k, v, 0.3, True, mask), y)
 
 
 def test_reads_tensors_of_any_strides():
@@ -101,8 +142,10 @@ def test_threads_change_nothing():
 def test_gradients_are_those_of_the_definition(causal):
     tensors = [t.requires_grad_() for t in heads((2, 4, 2, 9, 12, 8, 6))]
     along = torch.randn(2, 4, 9, 6)
-    seen = torch.autograd.grad(torch.ops.ternc.attention(*tensors, 0.3, causal), tensors, along)
-    wanted = torch.autograd.grad(exact(*tensors, 0.3, causal), tensors, along.double())
+    mask = None if causal else torch.rand(2, 4, 9, 12) < 0.7
+    y = torch.ops.ternc.attention(*tensors, 0.3, causal, mask)
+    seen = torch.autograd.grad(y, tensors, along)
+    wanted = torch.autograd.grad(exact(*tensors, 0.3, causal, mask), tensors, along.double())
     torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -128,3 +171,19 @@ def test_refuses_what_does_not_fit(q, k, message):
         torch.ops.ternc.attention(q, k, k, 0.3, True)
     with pytest.raises(KernelError, match=message):
         attention.reference(q, k, k, 0.3, True)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(4, 5), "not bool"),
+        (torch.ones(1, 1, 1, 1, 5, dtype=torch.bool), "not bool"),
+        (torch.ones(4, 4, dtype=torch.bool), "mask does not fit"),
+    ],
+)
+def test_refuses_a_mask_that_does_not_fit(mask, message):
+    q, k, v = heads((1, 2, 2, 4, 5, 8, 8))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.ternc.attention(q, k, v, 0.3, False, mask)
+    with pytest.raises(KernelError, match=message):
+        attention.reference(q, k, v, 0.3, False, mask)

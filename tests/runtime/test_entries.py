@@ -50,7 +50,13 @@ def arguments(name):
         "norm_quantize": [x, torch.randn(64), None, "layer", 1e-5, 0.5, True, signs, 64, 8, True],
         "activate_quantize": [x, torch.randn(3, 2, 64), "gelu_tanh", None, 0, 8],
         "hadamard": [x, signs, 32],
-        "attention": [torch.randn(2, 4, 40, 8), *torch.randn(2, 2, 2, 70, 8), 0.25, True],
+        "attention": [
+            torch.randn(2, 4, 3, 8),
+            *torch.randn(2, 2, 2, 70, 8),
+            0.25,
+            True,
+            torch.arange(70)[None] % 3 < 2,
+        ],
         "quantize_act": [x, 8],
         "embedding": [*table, 96, 64, w.group_size, w.layout, torch.bfloat16],
     }[name]
