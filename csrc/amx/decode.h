@@ -96,51 +96,71 @@ struct Passes {
   int part;              // fields from part * FIELDS on
 };
 
-// The weights of all passes one after the other, a step of 64 columns at a time: begin(), the four
-// quarters, end(). Rows of tiles past the last column keep what they held: the tokens are 0 there.
+// The weights of all passes one after the other, a step of 64 columns at a time. Rows of tiles past
+// the last column keep what they held: the tokens are 0 there.
+//
+// Nearly all steps are whole and lie in one group. Those are decoded between products, with the
+// part of the pass known to the compiler: begin<PART>(), the four quarters, end(). step() decodes
+// any step at once.
 template <int PLANES, int TILES, bool GROUPS>
 class Decoder {
  public:
-  static constexpr int FIELDS = fields_at_once(PLANES, TILES);
+  using Order = Passes<PLANES, TILES>;
+  static constexpr int FIELDS = Order::FIELDS;
   static constexpr int SLOT_BYTES =
       PLANES == INT8 ? TILE_STEPS * step_bytes(INT8) : FIELDS * TILE_SIZE;
 
   Decoder(const LinearI8Args& args, const Range& range)
-      : weight_(args.weight), steps_(args.tokens.stride / STEP_COLUMNS), passes_(range) {
+      : weight_(args.weight),
+        steps_(args.tokens.stride / STEP_COLUMNS),
+        group_steps_(GROUPS ? args.weight.group_size / STEP_COLUMNS : TILE_STEPS),
+        passes_(range) {
     start_pass();
   }
 
   TERNC_INLINE bool done() const { return passes_.done(); }
+  TERNC_INLINE int part() const { return passes_.part; }
 
-  // Decodes into `slot` what the quarters do not: steps of several groups, and less than 64 columns
-  // at the end.
-  TERNC_INLINE void begin(int8_t* slot) {
-    slot_ = slot;
-    count_ = left_ < TILE_STEPS ? left_ : TILE_STEPS;
-    in_quarters_ = PLANES != INT8 && count_ == TILE_STEPS && in_one_group();
-    if (!in_quarters_) return decode_part<-1>();
+  // The next steps of this pass that the quarters can decode.
+  TERNC_INLINE int64_t whole_steps() const {
+    return group_steps_ % TILE_STEPS == 0 ? left_ / TILE_STEPS : 0;
+  }
+
+  template <int PART>
+  TERNC_INLINE void begin() {
     if constexpr (GROUPS) {
-      if (group_left_ == 0) start_group();
+      if (group_left_ == 0) next_group<PART * FIELDS>();
       group_left_ -= TILE_STEPS;
     }
   }
 
-  template <int Q>
-  TERNC_INLINE void quarter() {
-    if (in_quarters_) decode_part<Q>();
-  }
-
-  TERNC_INLINE void end() {
-    left_ -= count_;
-    step_ += count_ * step_bytes(PLANES);
-    if (left_ == 0 && !done()) {
-      passes_.next();
-      start_pass();
+  template <int PART, int Q>
+  TERNC_INLINE void quarter(int8_t* slot) {
+    if constexpr (PLANES != INT8) {
+      constexpr int ROWS = TILE_STEPS / 4;
+#pragma GCC unroll 4
+      for (int s = Q * ROWS; s < (Q + 1) * ROWS; ++s) store_fields<PART * FIELDS>(s, slot);
     }
   }
 
+  TERNC_INLINE void end() { skip(TILE_STEPS); }
+
+  TERNC_INLINE void start_next_pass() {
+    if (left_ > 0 || done()) return;
+    passes_.next();
+    start_pass();
+  }
+
+  TERNC_INLINE void step(int8_t* slot) {
+    if (done()) return;
+    const int64_t count = left_ < TILE_STEPS ? left_ : TILE_STEPS;
+    decode_part(slot, count);
+    skip(count);
+    start_next_pass();
+  }
+
  private:
-  void start_pass() {
+  TERNC_INLINE void start_pass() {
     left_ = done() ? 0 : steps_;
     group_left_ = 0;
     if (done()) return;
@@ -149,60 +169,32 @@ class Decoder {
       multiplier_ = weight_.multiplier + passes_.block * weight_.groups * block_rows(PLANES);
   }
 
-  int64_t group_steps() const { return weight_.group_size / STEP_COLUMNS; }
-  TERNC_INLINE bool in_one_group() const {
-    return !GROUPS || (group_left_ > 0 ? group_left_ : group_steps()) >= TILE_STEPS;
+  TERNC_INLINE void skip(int64_t count) {
+    left_ -= count;
+    step_ += count * step_bytes(PLANES);
   }
 
   template <int PART = 0>
-  TERNC_INLINE void start_group() {
-    if constexpr (PART < Passes<PLANES, TILES>::PARTS_A_BLOCK) {
-      if (passes_.part != PART) return start_group<PART + 1>();
-      next_group<PART * FIELDS>();
-    }
-  }
-
-  // A quarter of a step, or with -1 all of it.
-  template <int Q, int PART = 0>
-  TERNC_INLINE void decode_part() {
+  TERNC_INLINE void decode_part(int8_t* slot, int64_t count) {
     if constexpr (PLANES == INT8) {
-      copy_ragged();
-    } else if constexpr (PART < Passes<PLANES, TILES>::PARTS_A_BLOCK) {
-      constexpr int F0 = PART * FIELDS;
-      if (passes_.part != PART) return decode_part<Q, PART + 1>();
-      if constexpr (Q < 0) {
-        decode_runs<F0>();
-      } else {
-        constexpr int ROWS = TILE_STEPS / 4;
-#pragma GCC unroll 4
-        for (int s = Q * ROWS; s < (Q + 1) * ROWS; ++s) store_fields<F0>(s);
+      copy_ragged(slot, count);
+    } else if constexpr (PART < Order::PARTS_A_BLOCK) {
+      if (passes_.part != PART) return decode_part<PART + 1>(slot, count);
+      for (int64_t s = 0; s < count; ++s) {
+        if constexpr (GROUPS) {
+          if (group_left_ == 0) next_group<PART * FIELDS>();
+          --group_left_;
+        }
+        store_fields<PART * FIELDS>(s, slot);
       }
     }
   }
 
   // Whole steps are read where they lie.
-  TERNC_INLINE void copy_ragged() {
-    if (count_ == TILE_STEPS) return;
-    for (int64_t i = 0; i < count_ * step_bytes(PLANES); i += TILE_BYTES)
-      _mm512_store_si512(slot_ + i, load_bytes(step_ + i));
-  }
-
-  template <int F0>
-  TERNC_INLINE void decode_runs() {
-    for (int64_t s = 0; s < count_;) {
-      int64_t run = count_ - s;
-      if constexpr (GROUPS) {
-        if (group_left_ == 0) next_group<F0>();
-        run = run < group_left_ ? run : group_left_;
-        group_left_ -= run;
-      }
-      if (run == TILE_STEPS) {
-#pragma GCC unroll 16
-        for (int i = 0; i < TILE_STEPS; ++i) store_fields<F0>(i);
-        return;
-      }
-      for (const int64_t end = s + run; s < end; ++s) store_fields<F0>(s);
-    }
+  TERNC_INLINE void copy_ragged(int8_t* slot, int64_t count) {
+    if (count == TILE_STEPS) return;
+    for (int64_t i = 0; i < count * step_bytes(PLANES); i += TILE_BYTES)
+      _mm512_store_si512(slot + i, load_bytes(step_ + i));
   }
 
   template <int F0, int F = 0>
@@ -212,19 +204,19 @@ class Decoder {
       next_group<F0, F + 1>();
     } else {
       multiplier_ += block_rows(PLANES);
-      group_left_ = group_steps();
+      group_left_ = group_steps_;
     }
   }
 
   // Row s of the tiles. All fields are decoded before the first is stored: behind a store the
   // compiler reads the packed bytes again (7 to 12 % of the whole kernel).
   template <int F0>
-  TERNC_INLINE void store_fields(int64_t s) {
+  TERNC_INLINE void store_fields(int64_t s, int8_t* slot) {
     bytes fields[FIELDS];
     decode_fields<F0>(step_ + s * step_bytes(PLANES), fields);
 #pragma GCC unroll 4
     for (int f = 0; f < FIELDS; ++f)
-      _mm512_store_si512(slot_ + f * TILE_SIZE + s * TILE_BYTES, fields[f]);
+      _mm512_store_si512(slot + f * TILE_SIZE + s * TILE_BYTES, fields[f]);
   }
 
   template <int F0, int F = 0>
@@ -239,12 +231,10 @@ class Decoder {
   }
 
   const Weight& weight_;
-  int64_t steps_;
-  Passes<PLANES, TILES> passes_;
+  const int64_t steps_, group_steps_;
+  Order passes_;
   const uint8_t* step_ = nullptr;
-  int8_t* slot_ = nullptr;
-  int64_t left_ = 0, count_ = 0, group_left_ = 0;  // steps of the pass, of this step, of the group
-  bool in_quarters_ = false;
+  int64_t left_ = 0, group_left_ = 0;  // steps of the pass, of the group
   const uint8_t* multiplier_ = nullptr;
   FieldMultiplier multipliers_[FIELDS];
 };

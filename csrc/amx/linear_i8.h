@@ -28,7 +28,7 @@ inline int64_t in_phase(const void* storage, const void* bytes) {
 // Where a block is one pass, up to 16 tokens, memory is the limit: it is asked for a quarter of the
 // next block each in four places, since prefetchers of the core follow a page each, and for this
 // block on into L1 (16 tokens, 4096 and 2048 columns: 14 and 9 % less; 64 tokens: 9 % more).
-template <bool ONCE>
+template <int PLANES, bool ONCE>
 class NextBytes {
  public:
   NextBytes(const uint8_t* first_block, int64_t block_bytes, int64_t steps)
@@ -41,13 +41,17 @@ class NextBytes {
 
   template <int Q>
   TERNC_INLINE void quarter() {
-    const int64_t each = lines_ / 4;
-    for (int64_t i = Q == 0 ? lines_ - 3 * each : each; i > 0; --i, next_ += LINE) {
+    if constexpr (ONCE) {
 #pragma GCC unroll 4
-      for (int stream = 0; stream < STREAMS; ++stream) {
-        __builtin_prefetch(reinterpret_cast<const void*>(next_ + stream * part_), 0, 2);
-        if (ONCE) __builtin_prefetch(reinterpret_cast<const void*>(near_), 0, 3), near_ += LINE;
+      for (int i = 0; i < LINES_A_QUARTER; ++i, next_ += LINE) {
+#pragma GCC unroll 4
+        for (int stream = 0; stream < STREAMS; ++stream, near_ += LINE) {
+          ask<2>(next_ + stream * part_);
+          ask<3>(near_);
+        }
       }
+    } else if constexpr (Q == 0) {
+      for (int64_t i = lines_; i > 0; --i, next_ += LINE) ask<2>(next_);
     }
   }
 
@@ -60,86 +64,138 @@ class NextBytes {
  private:
   static constexpr uintptr_t LINE = 64, NEAR = 4096;
   static constexpr int STREAMS = ONCE ? 4 : 1;
+  static constexpr int LINES_A_QUARTER = TILE_STEPS * step_bytes(PLANES) / int(LINE) / STREAMS / 4;
 
+  template <int LOCALITY>
+  static TERNC_INLINE void ask(uintptr_t line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line), 0, LOCALITY);
+  }
   TERNC_INLINE void start_block() { next_ = block_ + block_bytes_, near_ = block_ + NEAR; }
 
   uintptr_t block_, block_bytes_, part_, next_, near_;
-  int64_t lines_;  // a step, from each place
+  int64_t lines_;  // a step, where a block is several passes
 };
 
-// What is done between the tile instructions.
-template <class Decoding, class Bytes>
-struct Between {
-  Decoding& decoder;
-  Bytes& next_bytes;
+// The products of all passes, a step of 64 columns at a time, AHEAD steps behind the decoder.
+template <int PLANES, int TILES, bool GROUPS>
+class Products {
+ public:
+  using Order = Passes<PLANES, TILES>;
+  using Decoding = Decoder<PLANES, TILES, GROUPS>;
+  static constexpr int FIELDS = Order::FIELDS;
 
-  template <int Q>
-  TERNC_INLINE void run() {
-    next_bytes.template quarter<Q>();
-    decoder.template quarter<Q>();
-    order_memory();
+  Products(const LinearI8Args& args, const Range& range, int8_t* ring)
+      : args_(args),
+        steps_(args.tokens.stride / STEP_COLUMNS),
+        count_(ceil_div(steps_, TILE_STEPS)),
+        ring_(ring),
+        decoder_(args, range),
+        next_bytes_(args.weight.bytes + range.block_begin * block_bytes(), block_bytes(),
+                    ceil_div(range.token_end - range.token_begin, Order::TOKENS_AT_ONCE) *
+                        Order::PARTS_A_BLOCK * count_) {
+    for (; made_ < AHEAD; ++made_) decoder_.step(slot(made_));
   }
-};
 
-// The B tiles of a step of one pass, decoded in `slot`, or those of INT8 as they lie.
-template <int PLANES, int TILES>
-TERNC_INLINE WeightTiles weight_tiles(const uint8_t* step, const int8_t* slot, int part,
-                                      bool whole) {
-  constexpr int FIELDS = fields_at_once(PLANES, TILES);
-  constexpr bool PACKED = PLANES == INT8;
-  WeightTiles tiles = {{}, PACKED ? step_bytes(INT8) : TILE_BYTES};
-  const int8_t* at = slot;
-  if (PACKED)
-    at = (whole ? reinterpret_cast<const int8_t*>(step) : slot) + part * FIELDS * TILE_BYTES;
+  // The tiles of sums of one pass.
+  TERNC_INLINE void multiply(const Order& pass) {
+    tokens_ = args_.tokens.tiles + pass.token / TILE_ROWS * next_tokens();
+    packed_ = args_.weight.bytes + pass.block * block_bytes();
+    zero_sums();
+    for (k_ = 0; k_ < count_;) {
+      const int64_t whole = decoder_.whole_steps(), left = count_ - k_;
+      if (whole > 0)
+        run(pass.part, whole < left ? whole : left);
+      else
+        decode_first(pass.part);
+    }
+    next_bytes_.end_pass();
+  }
+
+ private:
+  // What is done between the tile instructions of a step. PART: that of the decoder, which may be
+  // in the next pass; -1: nothing is decoded.
+  template <int PART>
+  struct Between {
+    Products& products;
+    int8_t* slot;
+
+    template <int Q>
+    TERNC_INLINE void run() {
+      products.next_bytes_.template quarter<Q>();
+      if constexpr (PART >= 0) products.decoder_.template quarter<PART, Q>(slot);
+      order_memory();
+    }
+  };
+
+  int64_t block_bytes() const { return steps_ * step_bytes(PLANES); }
+  int64_t next_tokens() const { return count_ * TILE_SIZE; }  // from 16 tokens to the next 16
+  TERNC_INLINE int8_t* slot(int64_t step) const {
+    return ring_ + uint64_t(step) % SLOTS * Decoding::SLOT_BYTES;
+  }
+
+  // `steps` steps, each with one that is decoded whole on the way.
+  template <int PART = 0>
+  TERNC_INLINE void run(int part, int64_t steps) {
+    if constexpr (PART < Order::PARTS_A_BLOCK) {
+      if (decoder_.part() != PART) return run<PART + 1>(part, steps);
+      for (; steps > 0; --steps, ++made_) {
+        decoder_.template begin<PART>();
+        multiply_step<PART>(part);
+        decoder_.end();
+      }
+      decoder_.start_next_pass();
+    }
+  }
+
+  TERNC_INLINE void decode_first(int part) {
+    decoder_.step(slot(made_++));
+    multiply_step<-1>(part);
+  }
+
+  template <int PART>
+  TERNC_INLINE void multiply_step(int part) {
+    Between<PART> between = {*this, slot(made_)};
+    multiply_tiles<TILES, FIELDS, !GROUPS && PLANES != INT8>(tokens_, next_tokens(),
+                                                             weight_tiles(part), between);
+    ++used_, ++k_;
+    tokens_ += TILE_SIZE;
+    packed_ += TILE_STEPS * step_bytes(PLANES);
+  }
+
+  // Those of INT8 are read as they lie, unless columns are missing.
+  TERNC_INLINE WeightTiles weight_tiles(int part) const {
+    constexpr bool PACKED = PLANES == INT8;
+    WeightTiles tiles = {{}, PACKED ? step_bytes(INT8) : TILE_BYTES};
+    const int8_t* at = slot(used_);
+    if (PACKED) {
+      if ((k_ + 1) * TILE_STEPS <= steps_) at = reinterpret_cast<const int8_t*>(packed_);
+      at += part * FIELDS * TILE_BYTES;
+    }
 #pragma GCC unroll 4
-  for (int f = 0; f < FIELDS; ++f) tiles.at[f] = at + f * (PACKED ? TILE_BYTES : TILE_SIZE);
-  return tiles;
-}
+    for (int f = 0; f < FIELDS; ++f) tiles.at[f] = at + f * (PACKED ? TILE_BYTES : TILE_SIZE);
+    return tiles;
+  }
+
+  const LinearI8Args& args_;
+  const int64_t steps_, count_;  // of a pass: of 4 columns, of 64
+  int8_t* const ring_;
+  Decoding decoder_;
+  NextBytes<PLANES, TILES == 1 && Order::PARTS_A_BLOCK == 1> next_bytes_;
+  int64_t made_ = 0, used_ = 0, k_ = 0;  // steps decoded and multiplied; of this pass
+  const int8_t* tokens_ = nullptr;
+  const uint8_t* packed_ = nullptr;
+};
 
 // All blocks of the range x all its tokens.
 template <int PLANES, int TILES, bool GROUPS>
 TERNC_NOINLINE void multiply_passes(const LinearI8Args& args, const Range& range) {
   using Order = Passes<PLANES, TILES>;
-  using Decoding = Decoder<PLANES, TILES, GROUPS>;
-  alignas(64) int8_t storage[SLOTS * Decoding::SLOT_BYTES + PAGE];
-  int8_t* ring = storage + in_phase(storage, args.weight.bytes);
+  alignas(64) int8_t ring[SLOTS * Decoder<PLANES, TILES, GROUPS>::SLOT_BYTES + PAGE];
   alignas(64) Sums sums;
-  const int64_t steps = args.tokens.stride / STEP_COLUMNS, count = ceil_div(steps, TILE_STEPS);
-  const int64_t next = count * TILE_SIZE;  // from 16 tokens to the next 16
-  const int64_t block_bytes = steps * step_bytes(PLANES);
-  const int64_t tokens = range.token_end - range.token_begin;
-  using Bytes = NextBytes<TILES == 1 && Order::PARTS_A_BLOCK == 1>;
-  Bytes next_bytes(args.weight.bytes + range.block_begin * block_bytes, block_bytes,
-                   ceil_div(tokens, Order::TOKENS_AT_ONCE) * Order::PARTS_A_BLOCK * count);
   Outputs<PLANES, TILES, GROUPS> outputs(args);
-  Decoding decoder(args, range);
-  Between<Decoding, Bytes> between = {decoder, next_bytes};
-  int64_t made = 0, used = 0;  // steps
-  for (; made < AHEAD && !decoder.done(); ++made) {
-    decoder.begin(ring + made % SLOTS * Decoding::SLOT_BYTES);
-    between.template run<0>();
-    between.template run<1>();
-    between.template run<2>();
-    between.template run<3>();
-    decoder.end();
-  }
+  Products<PLANES, TILES, GROUPS> products(args, range, ring + in_phase(ring, args.weight.bytes));
   for (Order pass(range); !pass.done(); pass.next()) {
-    const int8_t* a = args.tokens.tiles + pass.token / TILE_ROWS * next;
-    const uint8_t* step = args.weight.bytes + pass.block * block_bytes;
-    zero_sums();
-    for (int64_t k = 0; k < count; ++k, ++made, ++used) {
-      decoder.begin(ring + made % SLOTS * Decoding::SLOT_BYTES);
-      const bool whole = (k + 1) * TILE_STEPS <= steps;
-      multiply_tiles<TILES, Order::FIELDS, !GROUPS && PLANES != INT8>(
-          a, next,
-          weight_tiles<PLANES, TILES>(step, ring + used % SLOTS * Decoding::SLOT_BYTES, pass.part,
-                                      whole),
-          between);
-      decoder.end();
-      a += TILE_SIZE;
-      step += TILE_STEPS * step_bytes(PLANES);
-    }
-    next_bytes.end_pass();
+    products.multiply(pass);
     store_sums(sums);
     outputs.write(pass, sums, range.token_end);
   }
