@@ -50,11 +50,18 @@ TERNC_INLINE FieldMultiplier field_multiplier(const uint8_t* multiplier) {
   }
 }
 
+// The compiler would load the packed bytes for each field anew, on the way that tiles take as well.
+TERNC_INLINE bytes load_once(const uint8_t* step) {
+  bytes packed = load_bytes(step);
+  __asm__("" : "+v"(packed));
+  return packed;
+}
+
 template <int PLANES, int F>
 TERNC_INLINE bytes decode_multiplied(const uint8_t* step, const FieldMultiplier& multiplier) {
   if constexpr (PLANES == 1) {
     constexpr int PLACE = F < 3 ? F : 2;
-    bytes packed = load_bytes(step);
+    bytes packed = load_once(step);
     if constexpr (F == 3) packed = shift_bytes_right<2>(packed);
     const bytes index = _mm512_ternarylogic_epi32(
         packed, splat_byte(uint8_t(3 << TABLE_BITS[PLACE])), load_bytes(TABLE_ORDER.lane[PLACE]),
@@ -203,9 +210,18 @@ class Decoder {
       multipliers_[F] = field_multiplier<PLANES, F0 + F>(multiplier_);
       next_group<F0, F + 1>();
     } else {
+      fetch_next_block();
       multiplier_ += block_rows(PLANES);
       group_left_ = group_steps_;
     }
+  }
+
+  // The multipliers of this group in the next block: they come too rarely to be foreseen.
+  TERNC_INLINE void fetch_next_block() const {
+    const auto group = reinterpret_cast<uintptr_t>(multiplier_);
+    const auto next = group + uintptr_t(weight_.groups * block_rows(PLANES));
+    for (int line = 0; line < block_rows(PLANES); line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(next + line), 0, 2);
   }
 
   // Row s of the tiles. All fields are decoded before the first is stored: behind a store the
