@@ -35,7 +35,7 @@ class NextBytes {
       : block_(reinterpret_cast<uintptr_t>(first_block)),
         block_bytes_(block_bytes),
         part_(ceil_div(block_bytes, STREAMS * LINE) * LINE),
-        lines_(ceil_div(part_, LINE * steps)) {
+        lines_(steps > 0 ? ceil_div(block_bytes, int64_t(LINE) * steps) : 0) {
     start_block();
   }
 
@@ -50,8 +50,9 @@ class NextBytes {
           ask<3>(near_);
         }
       }
-    } else if constexpr (Q == 0) {
-      for (int64_t i = lines_; i > 0; --i, next_ += LINE) ask<2>(next_);
+    } else {
+      const int64_t each = lines_ / 4;
+      for (int64_t i = Q == 0 ? lines_ - 3 * each : each; i > 0; --i, next_ += LINE) ask<2>(next_);
     }
   }
 

@@ -110,8 +110,7 @@ class Outputs {
       row_scale[f] = load_f32(factors_.scale + (F0 + f) * FIELD_ROWS);
     int64_t i = tokens.begin * rows + factors_.first + F0 * FIELD_ROWS;
     const int32_t* sums = tokens.sums[0][0];
-    for (int64_t token = tokens.begin; token < tokens.end;
-         ++token, i += rows, sums += FIELD_ROWS) {
+    for (int64_t token = tokens.begin; token < tokens.end; ++token, i += rows, sums += FIELD_ROWS) {
       i32 totals[FIELDS];
       totals_of<F0>(sums, BIASED ? sum_of_q[token] : 0, totals);
       const f32 step = splat_f32(scale[token]);
@@ -124,8 +123,7 @@ class Outputs {
 
   // Sums of one token, of 16 rows a field, without bias and carry.
   template <int F0, int F = 0>
-  TERNC_INLINE static void totals_of(const int32_t* sums, int32_t sum_of_q,
-                                     i32 (&totals)[FIELDS]) {
+  TERNC_INLINE static void totals_of(const int32_t* sums, int32_t sum_of_q, i32 (&totals)[FIELDS]) {
     if constexpr (F < FIELDS) {
       totals[F] = load_i32(sums + F * TILES * TILE_ROWS * FIELD_ROWS);
       if constexpr (BIASED)
