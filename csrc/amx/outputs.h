@@ -97,8 +97,7 @@ class Outputs {
       write_fields<D, F0, STREAMED>(tokens.sums, token, token - tokens.begin);
   }
 
-  // All rows of all fields, nothing added. What no token changes is read once: at 2048 columns the
-  // loop below takes a fifth to a tenth of a pass.
+  // All rows of all fields, nothing added: what no token changes is read once.
   template <Dtype D, int F0, bool STREAMED>
   void write_whole(const PassTokens& tokens) {
     const float* const scale = args_.tokens.scale;
