@@ -224,7 +224,8 @@ def take_turns(ways: list[Way], limits: Limits, options: argparse.Namespace) -> 
 
 def sample(way: Way, work: str, limits: Limits) -> None:
     assert way.process is not None
-    place(way.process.pid, limits.settle())
+    if cores := limits.settle():
+        place(way.process.pid, cores)
     fast = limits.tiles_are_fast()
     seconds = way.ask(work).get("seconds", [])
     fast = fast and limits.tiles_are_fast()

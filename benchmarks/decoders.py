@@ -65,7 +65,7 @@ def fill(model: nn.Module, ternary: bool) -> nn.Module:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     for parameter in model.parameters():
         if ternary and id(parameter) in linears and parameter is not head.weight:
-            parameter.copy_(torch.randint(-1, 2, parameter.shape, dtype=torch.int8) * SCALE)
+            parameter.copy_(torch.randint(-1, 2, parameter.shape, dtype=torch.int8)).mul_(SCALE)
         elif parameter.dim() > 1:
             for row in parameter.split(4096):
                 row.copy_(torch.randn(row.shape, dtype=torch.float32) * SCALE)

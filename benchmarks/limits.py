@@ -15,7 +15,7 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,11 +43,17 @@ PROBES = 5
 """Probes of a core, or of several cores together, of which the median counts."""
 
 
-def place(process: int, cores: Collection[int]) -> None:
-    """Every thread of a process onto `cores`."""
+def place(process: int, cores: Sequence[int]) -> None:
+    """The main thread of a process onto the first of `cores`, the others onto the rest: a pool's
+    threads then never share a core.
+    """
     for task in os.listdir(f"/proc/{process}/task"):
-        with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
-            os.sched_setaffinity(int(task), cores)
+        _pin(int(task), cores[:1] if int(task) == process else cores[1:] or cores)
+
+
+def _pin(task: int, cores: Sequence[int]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
+        os.sched_setaffinity(task, cores)
 
 
 class _Times(ctypes.Structure):
@@ -79,6 +85,7 @@ class Limits:
         self._bytes = torch.ones(READ_BYTES + 4096, dtype=torch.uint8)
         self._offset = 0
         self._cores = sorted(os.sched_getaffinity(0))
+        self._settled: Sequence[int] = ()
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "limits.so"
             source = str(Path(__file__).with_name("limits.cpp"))
@@ -108,39 +115,34 @@ class Limits:
             self.tiles.samples.append(self.threads * TILE_OPERATIONS / seconds)
         return seconds < FAST_TILE_SECONDS
 
-    def settle(self) -> Collection[int]:
+    def settle(self) -> Sequence[int]:
         """Move the process to cores in the fast AMX state, which comes and goes by core; which.
 
         Probed together: two of them may be one core of the machine. What the caches of a core hold
-        stays behind. Without AMX: all cores.
+        stays behind. Without AMX: no cores, and nothing is moved.
         """
         if not self._rounds[TILE_PROBE]:
-            return self._cores
-        settled = os.sched_getaffinity(0)
-        if len(settled) == self.threads and self._tile_seconds() < FAST_TILE_SECONDS:
-            return settled
+            return ()
+        if self._settled and self._tile_seconds() < FAST_TILE_SECONDS:
+            return self._settled
         ranked = sorted(self._cores, key=lambda core: self._seconds_on((core,)))
         candidates = ranked[: max(CANDIDATES, self.threads)]
         groups = itertools.combinations(candidates, self.threads)
-        fastest = min(groups, key=self._seconds_on)
-        place(os.getpid(), fastest)
-        return fastest
+        self._settled = min(groups, key=self._seconds_on)
+        place(os.getpid(), self._settled)
+        return self._settled
 
     def release(self) -> None:
         """Undo `settle`: the process may run on every core again."""
-        place(os.getpid(), self._cores)
+        self._settled = ()
+        for task in os.listdir("/proc/self/task"):
+            _pin(int(task), self._cores)
 
     def _seconds_on(self, cores: Sequence[int]) -> float:
         """Of one tile product with its loads, where each of `cores` does the same."""
-        rounds = self._rounds[TILE_PROBE]
-
-        def probe(i: int, times: ctypes.c_void_p) -> int:
-            os.sched_setaffinity(0, {cores[i]})  # of this thread alone
-            return self._native.multiply(TILE_PROBE.encode(), rounds, times)
-
-        found = (self._together(probe, len(cores)) for _ in range(PROBES))
+        found = (self._run(TILE_PROBE, cores) for _ in range(PROBES))
         return statistics.median(
-            seconds * len(cores) * TILE_OPERATIONS / sum(done) for seconds, done in found
+            seconds * len(cores) * TILE_OPERATIONS / operations for seconds, operations in found
         )
 
     def _tile_seconds(self) -> float:
@@ -155,30 +157,36 @@ class Limits:
         first = -(-self._bytes.data_ptr() // 4096) * 4096 + self._offset
         self._offset += part * self.threads
         read = self._native.read_all
-        seconds = self._together(lambda i, t: read(first + i * part, part, t), self.threads)[0]
+        seconds = self._together(lambda i, t: read(first + i * part, part, t), self._settled)[0]
         return part * self.threads / seconds
 
     def _multiply(self, unit: str) -> float | None:
         if not self._rounds[unit]:
             return None
-        seconds, operations = self._run(unit)
+        seconds, operations = self._run(unit, self._settled)
         return operations / seconds
 
-    def _run(self, unit: str) -> tuple[float, int]:
+    def _run(self, unit: str, cores: Sequence[int]) -> tuple[float, int]:
         rounds, multiply = self._rounds[unit], self._native.multiply
-        seconds, done = self._together(
-            lambda _, t: multiply(unit.encode(), rounds, t), self.threads
-        )
+        seconds, done = self._together(lambda _, t: multiply(unit.encode(), rounds, t), cores)
         return seconds, sum(done)
 
     def _together(
-        self, call: Callable[[int, ctypes.c_void_p], int], count: int
+        self, call: Callable[[int, ctypes.c_void_p], int], cores: Sequence[int]
     ) -> tuple[float, list[int]]:
-        """call(thread, times) on `count` threads at once -> seconds from first to last, results."""
+        """call(thread, times) on a thread of each core at once, or on all threads wherever they are
+        -> seconds from first to last, results.
+        """
+        count = len(cores) or self.threads
         times = (_Times * count)()
+
+        def run(i: int) -> int:
+            if cores:
+                _pin(0, cores[i : i + 1])  # this thread: two on one core would take turns
+            return call(i, ctypes.byref(times[i]))
+
         self._native.close_gate(count)
-        jobs = [self._pool.submit(call, i, ctypes.byref(times[i])) for i in range(count)]
-        done = [job.result() for job in jobs]
+        done = list(self._pool.map(run, range(count)))
         return max(t.end for t in times) - min(t.begin for t in times), done
 
     def _calibrate(self, unit: str) -> int:
@@ -188,7 +196,7 @@ class Limits:
         seconds, self._rounds[unit] = 0.0, 64
         while seconds < MULTIPLY_SECONDS:
             self._rounds[unit] *= 2
-            seconds, operations = self._run(unit)
+            seconds, operations = self._run(unit, ())
             if not operations:
                 return 0
         return self._rounds[unit]

@@ -39,9 +39,13 @@ INT8 = ("lm_head", "*.wte", "*.embed_tokens")
 
 
 class Runner:
-    """A model and how it is compiled: `way` is a key of WAYS."""
+    """A model and how it is compiled: `way` is a key of WAYS. `threads`: all but the building's,
+    which are those of the process.
+    """
 
-    def __init__(self, shape: str, way: str, prompt: int, packed: Path | None) -> None:
+    def __init__(
+        self, shape: str, way: str, prompt: int, packed: Path | None, threads: int
+    ) -> None:
         dtype, ternary, backend, options = WAYS[way]
         start = time.perf_counter()
         with torch.device("meta"):
@@ -53,6 +57,7 @@ class Runner:
         else:
             self.model = decoders.build(shape, dtype, ternary)
         self.built = time.perf_counter() - start
+        torch.set_num_threads(threads)
         self.ids = torch.tensor([decoders.prompt(prompt)])
         self.used = CACHE
         start = time.perf_counter()
@@ -182,9 +187,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--packed", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     with torch.inference_mode(), answers() as answer:
-        runner = Runner(options.shape, options.way, options.prompt, options.packed)
+        runner = Runner(options.shape, options.way, options.prompt, options.packed, options.threads)
         first = {"before": runner.compiled}
         for work in ("decode", "prefill"):
             start = time.perf_counter()
