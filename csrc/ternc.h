@@ -130,7 +130,8 @@ struct QuantizeArgs {
   Tokens out;
 };
 
-// Where packed weights are fetched ahead to: a property of the processor, not of the kernels.
+// How packed weights are fetched ahead: a property of the processor, not of the kernels. Into L1
+// alone, from where the walk is; or into L2 first, from several places in front of it.
 enum class Prefetch : int { l1, l2 };
 
 struct LinearI8Args {

@@ -6,9 +6,11 @@
 
 constexpr int PARTS = FIELD_ROWS / LANES;  // vectors that hold the rows of one field
 constexpr int PART_BYTES = STEP_COLUMNS * LANES;
-// Zen 5: 42 GB/s into L1 with 2 to 8 KB ahead, 36 into L2, for any distance and number of planes.
-// Sapphire Rapids: 86 % of the stream into L2 with 16 KB ahead, 79 % into L1.
-constexpr int64_t L1_AHEAD = 4096, L2_AHEAD = 16384;
+constexpr int64_t L1_AHEAD = 4096;
+// The next WINDOW comes from PLACES places of it in turn, since prefetchers of the core follow a
+// page each.
+constexpr uintptr_t WINDOW = 65536, PLACES = 4;
+constexpr int WINDOW_STEPS = 4;  // from one fetch to the next
 
 constexpr int fields(int planes) { return block_rows(planes) / FIELD_ROWS; }
 // Bytes of INT8 are signed codes already.
@@ -65,17 +67,33 @@ TERNC_INLINE bytes decode_signed(const uint8_t* step, int part) {
                    splat_byte(uint8_t(bias(PLANES) << carry(PLANES, F))));
 }
 
+// How a walk over packed bytes fetches them ahead, and where the bytes end.
+struct Ahead {
+  Prefetch to;
+  uintptr_t end;
+};
+
+// An address past the end of the buffer is harmless to a prefetch, but not to pointer rules.
 template <int PLANES>
-TERNC_INLINE void prefetch_step(const uint8_t* step, Prefetch to) {
-  // An address past the end of the buffer is harmless to a prefetch, but not to pointer rules.
-  const uintptr_t at = reinterpret_cast<uintptr_t>(step);
-  if (to == Prefetch::l1) {
-    for (int line = 0; line < step_bytes(PLANES); line += 64)
-      __builtin_prefetch(reinterpret_cast<const void*>(at + L1_AHEAD + line), 0, 3);
-  } else {
-    for (int line = 0; line < step_bytes(PLANES); line += 64)
-      __builtin_prefetch(reinterpret_cast<const void*>(at + L2_AHEAD + line), 0, 2);
-  }
+TERNC_INLINE void prefetch_step(const uint8_t* step) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(step) + uintptr_t(L1_AHEAD);
+  for (int line = 0; line < step_bytes(PLANES); line += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(at + uintptr_t(line)), 0, 3);
+}
+
+// Called at step `s` of a walk, which now is at `step`.
+template <int PLANES>
+TERNC_INLINE void prefetch_window(const uint8_t* step, int64_t s, const Ahead& ahead) {
+  if (ahead.to == Prefetch::l1 || s % WINDOW_STEPS != 0) return;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(step), next = (at / WINDOW + 1) * WINDOW;
+  if (next >= ahead.end) return;
+#pragma GCC unroll 5
+  for (int line = 0; line < WINDOW_STEPS * step_bytes(PLANES) / int(PLACES); line += 64)
+#pragma GCC unroll 4
+    for (uintptr_t place = 0; place < PLACES; ++place) {
+      const uintptr_t first = next + place * (WINDOW / PLACES) + at % WINDOW / PLACES;
+      __builtin_prefetch(reinterpret_cast<const void*>(first + uintptr_t(line)), 0, 2);
+    }
 }
 
 // The multipliers of a group come once in thousands of bytes: too rarely to be foreseen.

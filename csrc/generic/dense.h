@@ -21,10 +21,11 @@ constexpr DenseTable dense_table() {
 }
 constexpr DenseTable DENSE_TABLE = dense_table();
 
-TERNC_NOINLINE void expand(const uint8_t* from, int64_t steps, uint8_t* to, Prefetch prefetch) {
+TERNC_NOINLINE void expand(const uint8_t* from, int64_t steps, uint8_t* to, const Ahead& ahead) {
   constexpr int VECTOR = step_bytes(DENSE);
   for (int64_t s = 0; s < steps; ++s, from += VECTOR, to += 2 * VECTOR) {
-    prefetch_step<DENSE>(from, prefetch);
+    prefetch_window<DENSE>(from, s, ahead);
+    prefetch_step<DENSE>(from);
     for (int i = 0; i < VECTOR; ++i) {
       to[i] = DENSE_TABLE.four[from[i]];
       to[VECTOR + i] = DENSE_TABLE.fifth[from[i]];

@@ -52,6 +52,12 @@ constexpr int64_t EXPANDED_BYTES = PIECE_COLUMNS / STEP_COLUMNS * step_bytes(EXP
 // Bytes of a step in memory.
 constexpr int stored_bytes(int planes) { return step_bytes(planes == EXPANDED ? DENSE : planes); }
 
+inline Ahead ahead_of(const Weight& weight, int stored_bytes, Prefetch to, const Range& range) {
+  const int64_t steps = ceil_div(weight.columns, STEP_COLUMNS);
+  const int64_t bytes = range.block_end * steps * stored_bytes;
+  return {to, reinterpret_cast<uintptr_t>(weight.bytes) + uintptr_t(bytes)};
+}
+
 // Row factors of one block: scale (1 where scales are free) and bias, in whole vectors.
 struct RowFactors {
   const float *scale, *bias;  // bias: null where there is none

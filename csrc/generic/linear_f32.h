@@ -11,6 +11,7 @@ constexpr int64_t SUMMED_COLUMNS = 128;
 
 struct SpanF32 {
   const LinearF32Args* args;
+  const Ahead* ahead;
   const uint8_t* steps;
   const float* x;             // first column of the span, first token
   const uint8_t* multiplier;  // of this block and group, or null
@@ -80,11 +81,14 @@ TERNC_TILE void tile_f32(const SpanF32& span, int part, float (&totals)[TOKENS][
 #pragma GCC unroll 64
   for (int i = 0; i < FN * PN * T * SETS; ++i)
     acc[i / (PN * T * SETS)][i / (T * SETS) % PN][i / SETS % T][i % SETS] = splat_f32(0.0f);
-  [[maybe_unused]] const Prefetch prefetch = span.args->prefetch;
+  [[maybe_unused]] const Ahead ahead = *span.ahead;
   const uint8_t* step = span.steps;
   const float* x = span.x;
   for (int64_t s = 0; s < span.count; ++s) {
-    if constexpr (PLANES != EXPANDED) prefetch_step<PLANES>(step, prefetch);
+    if constexpr (PLANES != EXPANDED) {
+      prefetch_window<PLANES>(step, s, ahead);
+      prefetch_step<PLANES>(step);
+    }
     add_step_f32<PLANES, T, F0, FN, PN, SETS>(acc, step, x, stride, part);
     step += step_bytes(PLANES);
     x += STEP_COLUMNS;
@@ -103,7 +107,7 @@ inline void all_tiles_f32(const SpanF32& span, float (&totals)[TOKENS][MAX_BLOCK
 
 // T tokens from `token` on x one block.
 template <int PLANES, int T>
-inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
+inline void block_f32(const LinearF32Args& args, const Ahead& ahead, int64_t block, int64_t token,
                       const RowFactors& factors) {
   const Weight& weight = args.weight;
   const int64_t steps = args.stride / STEP_COLUMNS;
@@ -113,6 +117,7 @@ inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
   alignas(64) uint8_t expanded[PLANES == EXPANDED ? EXPANDED_BYTES : 1];
   SpanF32 span;
   span.args = &args;
+  span.ahead = &ahead;
   span.block = block;
   for (int64_t group = 0; group < weight.groups; ++group) {
     const int64_t begin = group * weight.group_size;
@@ -126,7 +131,7 @@ inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
       span.count = (end - k < SUMMED_COLUMNS ? end - k : SUMMED_COLUMNS) / STEP_COLUMNS;
       span.steps = weight.bytes + (block * steps + k / STEP_COLUMNS) * stored_bytes(PLANES);
       if constexpr (PLANES == EXPANDED) {
-        expand(span.steps, span.count, expanded, args.prefetch);
+        expand(span.steps, span.count, expanded, ahead);
         span.steps = expanded;
       }
       span.x = args.x + token * args.stride + k;
@@ -138,15 +143,16 @@ inline void block_f32(const LinearF32Args& args, int64_t block, int64_t token,
 
 template <int PLANES>
 inline void linear_f32(const LinearF32Args& args, const Range& range) {
+  const Ahead ahead = ahead_of(args.weight, stored_bytes(PLANES), args.prefetch, range);
   RowFactors factors;
   for (int64_t block = range.block_begin; block < range.block_end; ++block) {
     load_factors(args.weight, args.out, block_rows(PLANES), block, factors);
     int64_t token = range.token_begin;
     for (; token + TOKENS <= range.token_end; token += TOKENS)
-      block_f32<PLANES, TOKENS>(args, block, token, factors);
+      block_f32<PLANES, TOKENS>(args, ahead, block, token, factors);
     const int64_t left = range.token_end - token;
-    if (left == 3) block_f32<PLANES, 3>(args, block, token, factors);
-    if (left == 2) block_f32<PLANES, 2>(args, block, token, factors);
-    if (left == 1) block_f32<PLANES, 1>(args, block, token, factors);
+    if (left == 3) block_f32<PLANES, 3>(args, ahead, block, token, factors);
+    if (left == 2) block_f32<PLANES, 2>(args, ahead, block, token, factors);
+    if (left == 1) block_f32<PLANES, 1>(args, ahead, block, token, factors);
   }
 }

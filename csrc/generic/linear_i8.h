@@ -31,6 +31,7 @@ inline int64_t group_columns(const Weight& weight) {
 // Columns [begin, end) of the blocks of one tile: whole groups, or a piece of one.
 struct SpanI8 {
   const LinearI8Args* args;
+  const Ahead* ahead;
   const uint8_t* steps;  // that of column `begin` in the first block
   int64_t block, apart;  // the first block, and blocks from one to the next
   int64_t token, begin, end;
@@ -113,7 +114,7 @@ TERNC_INLINE void add_steps(i32 (&acc)[B][FN][PN][T], CursorI8& at, int64_t stri
 // most, which a loop over them that is not unrolled would put in memory.
 template <int PLANES, int T, int F0, int FN, int PN, int B>
 TERNC_INLINE void sum_steps(i32 (&sum)[B][FN][PN][T], CursorI8& at, int64_t count, int64_t stride,
-                            int part, Prefetch prefetch) {
+                            int part, const Ahead& ahead) {
   constexpr int SETS = tile_sets(PLANES, T, B), BLOCK = FN * PN * T;
   i32 acc[SETS][B][FN][PN][T];
 #pragma GCC unroll 8
@@ -123,11 +124,12 @@ TERNC_INLINE void sum_steps(i32 (&sum)[B][FN][PN][T], CursorI8& at, int64_t coun
       acc[set][i / BLOCK][i % BLOCK / (PN * T)][i / T % PN][i % T] = splat_i32(0);
   int64_t s = 0;
   for (; s + SETS <= count; s += SETS) {
+    if constexpr (PLANES != EXPANDED) prefetch_window<PLANES>(at.step, s, ahead);
 #pragma GCC unroll 8
     for (int set = 0; set < SETS; ++set) {
       if constexpr (PLANES != EXPANDED)
 #pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) prefetch_step<PLANES>(at.step + b * at.apart, prefetch);
+        for (int b = 0; b < B; ++b) prefetch_step<PLANES>(at.step + b * at.apart);
       add_steps<PLANES, T, F0, FN, PN, B>(acc[set], at, stride, part);
     }
   }
@@ -150,7 +152,6 @@ TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8* totals) {
   constexpr int BIAS = PLANES == INT8 ? INT8_BIAS : bias(PLANES);
   const Weight& weight = span.args->weight;
   const Tokens& tokens = span.args->tokens;
-  const Prefetch prefetch = span.args->prefetch;
   const int64_t size = group_columns(weight), end = span.end;
   const int32_t* sums = tokens.sums + span.token * weight.groups;
   const int64_t steps = ceil_div(weight.columns, STEP_COLUMNS);
@@ -166,7 +167,7 @@ TERNC_TILE void tile_i8(const SpanI8& span, int part, TotalsI8* totals) {
             block_rows(PLANES));
     i32 sum[B][FN][PN][T], biases[T];
     sum_steps<PLANES, T, F0, FN, PN, B>(sum, at, columns / STEP_COLUMNS, tokens.stride, part,
-                                        prefetch);
+                                        *span.ahead);
     // Of several pieces the first corrects for the whole group.
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
@@ -202,8 +203,8 @@ inline int64_t span_columns(const Weight& weight, int64_t begin) {
 
 // T tokens from `token` on x B blocks, `apart` from one to the next.
 template <int PLANES, int T, Groups G, int B = 1>
-inline void blocks_by_tokens(const LinearI8Args& args, int64_t block, int64_t apart, int64_t token,
-                             const RowFactors* factors) {
+inline void blocks_by_tokens(const LinearI8Args& args, const Ahead& ahead, int64_t block,
+                             int64_t apart, int64_t token, const RowFactors* factors) {
   const Weight& weight = args.weight;
   const int64_t steps = ceil_div(weight.columns, STEP_COLUMNS), columns = steps * STEP_COLUMNS;
   TotalsI8 totals[B];
@@ -214,7 +215,7 @@ inline void blocks_by_tokens(const LinearI8Args& args, int64_t block, int64_t ap
           store_f32(totals[b].free[t] + r, splat_f32(0.0f));
         else
           store_i32(totals[b].tied[t] + r, splat_i32(0));
-  SpanI8 span = {&args, nullptr, block, apart, token, 0, 0};
+  SpanI8 span = {&args, &ahead, nullptr, block, apart, token, 0, 0};
   constexpr bool EXPANDS = PLANES == EXPANDED;
   alignas(64) uint8_t expanded[EXPANDS ? EXPANDED_BYTES : 1];
   for (; span.begin < columns; span.begin = span.end) {
@@ -222,7 +223,7 @@ inline void blocks_by_tokens(const LinearI8Args& args, int64_t block, int64_t ap
     span.end = count < columns - span.begin ? span.begin + count : columns;
     span.steps = weight.bytes + (block * steps + span.begin / STEP_COLUMNS) * stored_bytes(PLANES);
     if constexpr (EXPANDS) {
-      expand(span.steps, (span.end - span.begin) / STEP_COLUMNS, expanded, args.prefetch);
+      expand(span.steps, (span.end - span.begin) / STEP_COLUMNS, expanded, ahead);
       span.steps = expanded;
     }
     all_tiles_i8<PLANES, T, G, B>(span, totals);
@@ -238,44 +239,45 @@ inline void blocks_by_tokens(const LinearI8Args& args, int64_t block, int64_t ap
     }
 }
 
-// T tokens, all of the range, x its blocks, several together, a part of the range apart.
+// T tokens, all of the range, x its blocks: several together, a part of the range apart, where
+// nothing else fetches from several places.
 template <int PLANES, int T, Groups G>
-inline void few_tokens_i8(const LinearI8Args& args, const Range& range) {
+inline void few_tokens_i8(const LinearI8Args& args, const Ahead& ahead, const Range& range) {
   constexpr int B = tile_blocks(PLANES, T), ROWS = block_rows(PLANES);
   RowFactors factors[B];
-  const int64_t apart = (range.block_end - range.block_begin) / B;
+  const int64_t count = range.block_end - range.block_begin;
+  const int64_t apart = ahead.to == Prefetch::l1 ? count / B : 0;
   int64_t block = range.block_begin;
   for (; block < range.block_begin + apart; ++block) {
     for (int b = 0; b < B; ++b)
       load_factors(args.weight, args.out, ROWS, block + b * apart, factors[b]);
-    blocks_by_tokens<PLANES, T, G, B>(args, block, apart, range.token_begin, factors);
+    blocks_by_tokens<PLANES, T, G, B>(args, ahead, block, apart, range.token_begin, factors);
   }
   for (block += (B - 1) * apart; block < range.block_end; ++block) {
     load_factors(args.weight, args.out, ROWS, block, factors[0]);
-    blocks_by_tokens<PLANES, T, G>(args, block, 0, range.token_begin, factors);
+    blocks_by_tokens<PLANES, T, G>(args, ahead, block, 0, range.token_begin, factors);
   }
 }
 
 template <int PLANES, Groups G>
 inline void blocks_i8(const LinearI8Args& args, const Range& range) {
   constexpr int WIDE = PLANES == DENSE ? TOKENS : WIDE_TOKENS;
+  const Ahead ahead = ahead_of(args.weight, stored_bytes(PLANES), args.prefetch, range);
   const int64_t tokens = range.token_end - range.token_begin;
-  if (tokens == 1) return few_tokens_i8<PLANES, 1, G>(args, range);
-  if (tokens == 2) return few_tokens_i8<PLANES, 2, G>(args, range);
-  if (tokens == 3) return few_tokens_i8<PLANES, 3, G>(args, range);
-  if (tokens == TOKENS) return few_tokens_i8<PLANES, TOKENS, G>(args, range);
+  if (tokens == 1) return few_tokens_i8<PLANES, 1, G>(args, ahead, range);
+  if (tokens == 2) return few_tokens_i8<PLANES, 2, G>(args, ahead, range);
   RowFactors factors;
   for (int64_t block = range.block_begin; block < range.block_end; ++block) {
     load_factors(args.weight, args.out, block_rows(PLANES), block, factors);
     int64_t token = range.token_begin;
     for (; token + WIDE <= range.token_end; token += WIDE)
-      blocks_by_tokens<PLANES, WIDE, G>(args, block, 0, token, &factors);
+      blocks_by_tokens<PLANES, WIDE, G>(args, ahead, block, 0, token, &factors);
     for (; token + TOKENS <= range.token_end; token += TOKENS)
-      blocks_by_tokens<PLANES, TOKENS, G>(args, block, 0, token, &factors);
+      blocks_by_tokens<PLANES, TOKENS, G>(args, ahead, block, 0, token, &factors);
     const int64_t left = range.token_end - token;
-    if (left == 3) blocks_by_tokens<PLANES, 3, G>(args, block, 0, token, &factors);
-    if (left == 2) blocks_by_tokens<PLANES, 2, G>(args, block, 0, token, &factors);
-    if (left == 1) blocks_by_tokens<PLANES, 1, G>(args, block, 0, token, &factors);
+    if (left == 3) blocks_by_tokens<PLANES, 3, G>(args, ahead, block, 0, token, &factors);
+    if (left == 2) blocks_by_tokens<PLANES, 2, G>(args, ahead, block, 0, token, &factors);
+    if (left == 1) blocks_by_tokens<PLANES, 1, G>(args, ahead, block, 0, token, &factors);
   }
 }
 
