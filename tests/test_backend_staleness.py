@@ -113,6 +113,15 @@ def test_change_after_compile(change, x):
     assert_current(fast, model, x)
 
 
+def test_another_part_of_the_same_storage(x):
+    model, parts = Net().eval(), torch.randn(2, 96, 64)
+    model.up.weight.data = parts[0]
+    fast = torch.compile(model, backend="ternc", options=OPTIONS)
+    assert_current(fast, model, x)
+    model.up.weight.data = parts[1]
+    assert_current(fast, model, x)
+
+
 def test_untraceable_write_needs_repack(x):
     model = Net().eval()
     fast = torch.compile(model, backend="ternc", options=OPTIONS)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ternc
+from ternc.formats import layouts
 from ternc.runtime import ops
 
 EXPERTS, WIDTH, HIDDEN = 3, 64, 40
@@ -112,6 +113,19 @@ def test_experts_are_ternary_and_quantise_once(form, products, activations, norm
     assert sum(n.startswith(("ternc.linear", "ternc.grouped")) for n in names) == products
     assert not any("quantize_act." in name for name in names)
     assert {row.name for row in report.skipped} == {"router"}
+
+
+def test_stacks_are_not_dense_where_other_weights_are(monkeypatch):
+    """Blocks of the dense layout would hold parts of two experts."""
+    model, x = Experts("batched").eval(), torch.randn(2, 5, WIDTH)
+    outputs = []
+    for dense_from in (0, 1):
+        monkeypatch.setattr(layouts, "_dense_from", dense_from)
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="ternc", options={"inner": "eager", "planes": 1})
+        with torch.no_grad():
+            outputs.append(fast(x))
+    assert torch.equal(*outputs)
 
 
 def test_experts_are_trained_straight_through():

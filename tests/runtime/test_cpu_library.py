@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,16 @@ def test_fingerprint_follows_the_sources(tmp_path, monkeypatch):
     header = copy / "generic" / "linear.h"
     header.write_text(header.read_text() + "\n")
     assert build.fingerprint() != before
+
+
+@pytest.mark.parametrize("likes", [0, 1])
+def test_who_decides_on_weights_in_1_6_bits(likes, monkeypatch):
+    native = types.SimpleNamespace(ternc_likes_dense=lambda: likes)
+    monkeypatch.delenv("TERNC_DENSE", raising=False)
+    assert cpu._dense_from(native) == likes * cpu.L2_CODES
+    for wanted in (0, 1):
+        monkeypatch.setenv("TERNC_DENSE", str(wanted))
+        assert cpu._dense_from(native) == wanted
+    monkeypatch.setenv("TERNC_DENSE", "yes")
+    with pytest.raises(KernelError, match="TERNC_DENSE"):
+        cpu._dense_from(native)
