@@ -45,6 +45,7 @@ from ternc.passes.rules.rotation import RotationRule
 from ternc.passes.rules.shared_input import SharedInputRule
 from ternc.passes.rules.shared_rotation import SharedRotationRule
 from ternc.passes.rules.token import TokenActivationRule, TokenNormRule
+from ternc.passes.rules.trigonometry import TrigonometryRule
 from ternc.passes.simplify import simplify
 from ternc.passes.spellings import spell_linears
 from ternc.passes.ternary_call import read
@@ -68,7 +69,12 @@ RULES: tuple[Rule, ...] = (
     ResidualRule(),
 )
 
-LATE_RULES: tuple[Rule, ...] = (TokenNormRule(), TokenActivationRule(), AttentionRule())
+LATE_RULES: tuple[Rule, ...] = (
+    TokenNormRule(),
+    TokenActivationRule(),
+    AttentionRule(),
+    TrigonometryRule(),
+)
 """Behind the report: they change nothing that it says."""
 
 FOLDS: tuple[FoldFinder, ...] = (
