@@ -85,7 +85,7 @@ struct Passes {
   static constexpr int PARTS_A_BLOCK = fields(PLANES) / FIELDS;
   static constexpr int64_t TOKENS_AT_ONCE = TILES * TILE_ROWS;
 
-  explicit Passes(const Range& all)
+  TERNC_INLINE explicit Passes(const Range& all)
       : range(all), block(all.block_begin), token(all.token_begin), part(0) {}
 
   TERNC_INLINE bool done() const { return block == range.block_end; }
@@ -117,7 +117,7 @@ class Decoder {
   static constexpr int SLOT_BYTES =
       PLANES == INT8 ? TILE_STEPS * step_bytes(INT8) : FIELDS * TILE_SIZE;
 
-  Decoder(const LinearI8Args& args, const Range& range)
+  TERNC_INLINE Decoder(const LinearI8Args& args, const Range& range)
       : weight_(args.weight),
         steps_(args.tokens.stride / STEP_COLUMNS),
         group_steps_(GROUPS ? args.weight.group_size / STEP_COLUMNS : TILE_STEPS),

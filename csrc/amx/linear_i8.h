@@ -31,11 +31,12 @@ inline int64_t in_phase(const void* storage, const void* bytes) {
 template <int PLANES, bool ONCE>
 class NextBytes {
  public:
-  NextBytes(const uint8_t* first_block, int64_t block_bytes, int64_t steps)
+  TERNC_INLINE NextBytes(const uint8_t* first_block, int64_t block_bytes, int64_t steps)
       : block_(reinterpret_cast<uintptr_t>(first_block)),
         block_bytes_(block_bytes),
         part_(ceil_div(block_bytes, STREAMS * LINE) * LINE),
-        lines_(steps > 0 ? ceil_div(block_bytes, int64_t(LINE) * steps) : 0) {
+        lines_(lines_a_step(block_bytes, steps) / 4),
+        first_lines_(lines_a_step(block_bytes, steps) - 3 * lines_) {
     start_block();
   }
 
@@ -51,8 +52,7 @@ class NextBytes {
         }
       }
     } else {
-      const int64_t each = lines_ / 4;
-      for (int64_t i = Q == 0 ? lines_ - 3 * each : each; i > 0; --i, next_ += LINE) ask<2>(next_);
+      for (int64_t i = Q == 0 ? first_lines_ : lines_; i > 0; --i, next_ += LINE) ask<2>(next_);
     }
   }
 
@@ -67,6 +67,9 @@ class NextBytes {
   static constexpr int STREAMS = ONCE ? 4 : 1;
   static constexpr int LINES_A_QUARTER = TILE_STEPS * step_bytes(PLANES) / int(LINE) / STREAMS / 4;
 
+  static int64_t lines_a_step(int64_t block_bytes, int64_t steps) {
+    return steps > 0 ? ceil_div(block_bytes, int64_t(LINE) * steps) : 0;
+  }
   template <int LOCALITY>
   static TERNC_INLINE void ask(uintptr_t line) {
     __builtin_prefetch(reinterpret_cast<const void*>(line), 0, LOCALITY);
@@ -74,7 +77,7 @@ class NextBytes {
   TERNC_INLINE void start_block() { next_ = block_ + block_bytes_, near_ = block_ + NEAR; }
 
   uintptr_t block_, block_bytes_, part_, next_, near_;
-  int64_t lines_;  // a step, where a block is several passes
+  int64_t lines_, first_lines_;  // a quarter, the first of a step: where a block is several passes
 };
 
 // The products of all passes, a step of 64 columns at a time, AHEAD steps behind the decoder.
@@ -85,7 +88,7 @@ class Products {
   using Decoding = Decoder<PLANES, TILES, GROUPS>;
   static constexpr int FIELDS = Order::FIELDS;
 
-  Products(const LinearI8Args& args, const Range& range, int8_t* ring)
+  TERNC_INLINE Products(const LinearI8Args& args, const Range& range, int8_t* ring)
       : args_(args),
         steps_(args.tokens.stride / STEP_COLUMNS),
         count_(ceil_div(steps_, TILE_STEPS)),
