@@ -112,6 +112,21 @@ def test_linears_with_a_residual(dtype, bits):
             assert_same(torch.ops.ternc.linears1(*one), linears1.reference(*one))
 
 
+@DTYPES
+def test_floating_point_tokens_in_turn_as_integers_and_not(dtype):
+    """Each of many tokens with its own bias and residual, in whichever way it is multiplied."""
+    x, residual = torch.randn(40, 1024).to(dtype), torch.randn(40, 129).to(dtype)
+    x[[3, 20], 5], x[30] = 1000.0, 0.0
+    arguments = linears_arguments(x, None, WEIGHTS[:1], 1024, 0, dtype)
+    alone = run(arguments)[0]
+    assert_same(torch.ops.ternc.linears1(*single(arguments, residual)), alone + residual)
+    for token in (0, 3, 4, 19, 20, 29, 30, 39):
+        one = (x[token : token + 1], *arguments[1:])
+        assert_same(run(one)[0], alone[token : token + 1])
+    low = linears.reference(*arguments)[0]
+    torch.testing.assert_close(alone, low, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-2)
+
+
 def test_linears_of_strided_tokens():
     x, residual = torch.randn(2, 129, 3).transpose(1, 2), torch.randn(129, 3, 2).permute(2, 1, 0)
     one = single(linears_arguments(x, None, WEIGHTS[:1], 129, 8, x.dtype), residual)
