@@ -140,6 +140,7 @@ def _ahead(module: Any, inputs: Any, backend: str | None, options: Any) -> Calla
 
 
 AHEAD = "ternc.export.compile_step"
+DEFAULT = "ternc, default on a float model"
 _FP32, _BF16 = torch.float32, torch.bfloat16
 WAYS: dict[str, tuple[torch.dtype, bool, str | None, dict[str, Any]]] = {
     "eager fp32": (_FP32, False, None, {}),
@@ -167,7 +168,7 @@ WAYS: dict[str, tuple[torch.dtype, bool, str | None, dict[str, Any]]] = {
         },
     ),
     "ternc, ahead of time": (_BF16, True, AHEAD, {}),
-    "ternc, default on a float model": (_FP32, False, "ternc", {}),
+    DEFAULT: (_FP32, False, "ternc", {}),
 }
 """Name -> dtype it is built in, weights ternary by value, backend, options."""
 PACKED = (
