@@ -131,7 +131,10 @@ def load_package(path: Path) -> tuple[Program, dict[str, Any]]:
     try:
         return torch._inductor.aoti_load_package(str(path)).loader.boxed_run, facts
     except RuntimeError as error:
-        raise KernelError(f"{path} is damaged; compile it anew: {error}") from error
+        raise KernelError(
+            f"{path} cannot be loaded; compile it anew, by a compiler ($CXX) that does not link "
+            f"its own C++ library into it, since torch has another: {error}"
+        ) from error
 
 
 def _on_cpu(inputs: list[Any]) -> bool:
