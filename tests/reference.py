@@ -21,6 +21,11 @@ def assert_as_good_as(
     assert error <= 2 * own + atol, f"error {error:.3g}, torch's own {own:.3g}"
 
 
+def spread_out(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in every other place of memory."""
+    return torch.stack((tensor, tensor), -1)[..., 0]
+
+
 def random_codes(rows: int, columns: int, planes: int) -> torch.Tensor:
     """int8 [rows, columns], uniform over every code of `planes` planes, or of INT8."""
     most = LARGEST_CODE[planes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference import spread_out
 
 from ternc.runtime.ops import activate_quantize, hadamard, norm_quantize
 
@@ -135,6 +136,17 @@ def test_norm_of_a_large_mean():
     y = torch.ops.ternc.norm_quantize(x, None, None, "layer", 1e-5, 0.0, False, None, 0, 8, True)[0]
     exact = torch.nn.functional.layer_norm(x.double(), (4096,), eps=1e-5)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [128, 130])
+def test_norm_with_operands_that_are_not_dense(width):
+    (x, gain, bias), signs = torch.randn(3, 5, width), random_signs(width)
+    rest = ("layer", 1e-5, 0.0, False)
+    block = 2
+    expected = torch.ops.ternc.norm_quantize(x, gain[0], bias[0], *rest, signs, block, 8, True)
+    spread = (spread_out(t) for t in (x, gain[0], bias[0]))
+    seen = torch.ops.ternc.norm_quantize(*spread, *rest, spread_out(signs), block, 8, True)
+    assert all(map(torch.equal, seen, expected))
 
 
 @pytest.mark.parametrize("kind", norm_quantize.KINDS)

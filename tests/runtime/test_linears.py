@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import random_quantized
+from reference import random_quantized, spread_out
 
 from ternc.errors import KernelError
 from ternc.formats import pack
@@ -131,6 +131,14 @@ def test_linears_of_strided_tokens():
     x, residual = torch.randn(2, 129, 3).transpose(1, 2), torch.randn(129, 3, 2).permute(2, 1, 0)
     one = single(linears_arguments(x, None, WEIGHTS[:1], 129, 8, x.dtype), residual)
     assert_same(torch.ops.ternc.linears1(*one), linears1.reference(*one))
+
+
+def test_linears_of_operands_that_are_not_dense():
+    q, sx = torch.ops.ternc.quantize_act(torch.randn(5, 260), 8)
+    arguments = single(linears_arguments(q, sx, WEIGHTS[:1], 260, 8, torch.float32))
+    spread = [spread_out(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    assert sum(isinstance(a, torch.Tensor) for a in spread) == 6
+    assert_same(torch.ops.ternc.linears1(*spread), torch.ops.ternc.linears1(*arguments))
 
 
 def test_linears_record_every_weight(every_isa):
