@@ -15,8 +15,10 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,9 +39,11 @@ FAST_TILE_SECONDS = 10e-9
 """Machines with AMX have a state in which four tile loads and products take 25 to 30 ns each
 instead of 7: rows with AMX compare only where the probe is below this."""
 TILE_OPERATIONS = 2 * 16 * 16 * 64
+WAKE_SECONDS = 500e-6
+"""Of products in front of the timed ones: a core that has slept starts slowly."""
 CANDIDATES = 6
 """Cores, the fastest one by one, of which those that are fastest together are taken."""
-PROBES = 5
+PROBES = 3
 """Probes of a core, or of several cores together, of which the median counts."""
 
 
@@ -157,7 +161,12 @@ class Limits:
         first = -(-self._bytes.data_ptr() // 4096) * 4096 + self._offset
         self._offset += part * self.threads
         read = self._native.read_all
-        seconds = self._together(lambda i, t: read(first + i * part, part, t), self._settled)[0]
+
+        def run(i: int, times: Any) -> int:
+            return read(first + i * part, part, ctypes.byref(times))
+
+        times, _ = self._together(run, self._settled)
+        seconds = max(t.end for t in times) - min(t.begin for t in times)
         return part * self.threads / seconds
 
     def _multiply(self, unit: str) -> float | None:
@@ -167,15 +176,26 @@ class Limits:
         return operations / seconds
 
     def _run(self, unit: str, cores: Sequence[int]) -> tuple[float, int]:
+        """Seconds of the slowest thread, operations of all: of the last of several runs, for a core
+        that has slept, and its tile unit, start slowly.
+        """
         rounds, multiply = self._rounds[unit], self._native.multiply
-        seconds, done = self._together(lambda _, t: multiply(unit.encode(), rounds, t), cores)
-        return seconds, sum(done)
+
+        def run(times: Any) -> int:
+            awake = time.perf_counter() + WAKE_SECONDS
+            while True:
+                done = multiply(unit.encode(), rounds, ctypes.byref(times))
+                if time.perf_counter() >= awake:
+                    return done
+
+        times, done = self._together(lambda _, times: run(times), cores)
+        return max(t.end - t.begin for t in times), sum(done)
 
     def _together(
-        self, call: Callable[[int, ctypes.c_void_p], int], cores: Sequence[int]
-    ) -> tuple[float, list[int]]:
+        self, call: Callable[[int, Any], int], cores: Sequence[int]
+    ) -> tuple[Sequence[Any], list[int]]:
         """call(thread, times) on a thread of each core at once, or on all threads wherever they are
-        -> seconds from first to last, results.
+        -> their times, their results.
         """
         count = len(cores) or self.threads
         times = (_Times * count)()
@@ -183,11 +203,11 @@ class Limits:
         def run(i: int) -> int:
             if cores:
                 _pin(0, cores[i : i + 1])  # this thread: two on one core would take turns
-            return call(i, ctypes.byref(times[i]))
+            return call(i, times[i])
 
         self._native.close_gate(count)
         done = list(self._pool.map(run, range(count)))
-        return max(t.end for t in times) - min(t.begin for t in times), done
+        return times, done
 
     def _calibrate(self, unit: str) -> int:
         """Rounds that take `MULTIPLY_SECONDS`; 0: not here, or not to be tried here."""
