@@ -102,6 +102,10 @@ TERNC_INLINE i32 max_i32(i32 a, i32 b) { return _mm256_max_epi32(a, b); }
 TERNC_INLINE i32 magnitude_bits(f32 a) {
   return _mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7fffffff));
 }
+TERNC_INLINE f32 larger_magnitude(f32 a, f32 b) {  // of magnitudes
+  return _mm256_castsi256_ps(max_i32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+}
+constexpr bool TAKES_MAGNITUDES = false;
 // Nearest integer, half to even.
 TERNC_INLINE i32 round_i32(f32 a) { return _mm256_cvtps_epi32(a); }
 // Four vectors of integers that fit int8, one after the other.

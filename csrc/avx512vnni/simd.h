@@ -101,6 +101,9 @@ TERNC_INLINE i32 max_i32(i32 a, i32 b) { return _mm512_max_epi32(a, b); }
 TERNC_INLINE i32 magnitude_bits(f32 a) {
   return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7fffffff));
 }
+// The larger of two magnitudes; NaN beside a number is lost.
+TERNC_INLINE f32 larger_magnitude(f32 a, f32 b) { return _mm512_range_ps(a, b, 0x0b); }
+constexpr bool TAKES_MAGNITUDES = true;  // larger_magnitude() does, of any values
 // Nearest integer, half to even.
 TERNC_INLINE i32 round_i32(f32 a) { return _mm512_cvtps_epi32(a); }
 // Four vectors of integers that fit int8, one after the other.
@@ -140,8 +143,7 @@ TERNC_INLINE f32 select_less(f32 a, f32 b, f32 x, f32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
 // Lanes i and i + H -> their sum and their difference, for every i without bit H. One rounding:
-// the product with +-1 is exact. From H = 4 on the permutation keeps those units busy that multiply
-// (Zen 5), so a change of sign and a sum take the product's place.
+// the product with +-1 is exact.
 template <int H>
 TERNC_INLINE f32 butterfly_lanes(f32 a) {
   f32 other = _mm512_shuffle_f32x4(a, a, 0x4e);
@@ -152,7 +154,5 @@ TERNC_INLINE f32 butterfly_lanes(f32 a) {
   constexpr float C = H == 4 ? -1.0f : 1.0f, D = H == 8 ? -1.0f : 1.0f;
   const f32 sign = _mm512_setr_ps(1, A, B, A * B, C, A * C, B * C, A * B * C, D, A * D, B * D,
                                   A * B * D, C * D, A * C * D, B * C * D, A * B * C * D);
-  if constexpr (H < 4) return _mm512_fmadd_ps(a, sign, other);
-  const f32 flip = _mm512_and_ps(sign, _mm512_set1_ps(-0.0f));
-  return _mm512_add_ps(_mm512_xor_ps(a, flip), other);
+  return _mm512_fmadd_ps(a, sign, other);
 }

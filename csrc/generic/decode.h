@@ -9,7 +9,7 @@ constexpr int PART_BYTES = STEP_COLUMNS * LANES;
 constexpr int64_t L1_AHEAD = 4096;
 // The next WINDOW comes from PLACES places of it in turn, since prefetchers of the core follow a
 // page each.
-constexpr uintptr_t WINDOW = 65536, PLACES = 4;
+constexpr uintptr_t WINDOW = 32768, PLACES = 4;
 constexpr int WINDOW_STEPS = 4;  // from one fetch to the next
 
 constexpr int fields(int planes) { return block_rows(planes) / FIELD_ROWS; }

@@ -45,7 +45,7 @@ TERNC_INLINE void vector_stages(f32 (&v)[R]) {
 struct HadamardRow {
   const int8_t* signs;
   int64_t begin, end;
-  float factor;  // 1 / sqrt(block)
+  float factor;  // what the last pass multiplies by
   bool last;     // this pass is the last one: it applies the factor, and finds the largest
   bool wanted;   // the largest
   float* out;
@@ -59,29 +59,30 @@ struct PlainValues {
   TERNC_INLINE void finish() const {}
 };
 
-// The largest of R vectors and of `largest`, by pairs: a chain of maxima would wait for each.
+// The largest of R vectors and of `largest`, by pairs: a chain of maxima would wait for each. The
+// stages before have mixed the vectors: where a lane of one is NaN or infinite, so is that of all.
 template <int R>
 TERNC_INLINE i32 larger(const f32 (&v)[R], i32 largest) {
-  i32 top[R];
+  f32 top[R];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i) top[i] = magnitude_bits(v[i]);
+  for (int i = 0; i < R; ++i) top[i] = TAKES_MAGNITUDES ? v[i] : abs_f32(v[i]);
 #pragma GCC unroll 4
   for (int half = R / 2; half > 0; half /= 2)
 #pragma GCC unroll 16
-    for (int i = 0; i < half; ++i) top[i] = max_i32(top[i], top[i + half]);
-  return max_i32(largest, top[0]);
+    for (int i = 0; i < half; ++i) top[i] = larger_magnitude(top[i], top[i + half]);
+  return max_i32(largest, magnitude_bits(top[0]));
 }
 
 // Results of one pass at out, out + distance, ...; those of the last are scaled.
 template <int R>
 TERNC_INLINE void store_pass(const HadamardRow& row, f32 (&v)[R], float* out, int64_t distance,
                              i32& largest) {
-  if (row.last) {
+  if (row.last && row.factor != 1.0f) {
     const f32 factor = splat_f32(row.factor);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) v[i] = mul_f32(v[i], factor);
-    if (row.wanted) largest = larger(v, largest);
   }
+  if (row.last && row.wanted) largest = larger(v, largest);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i) store_f32(out + i * distance, v[i]);
 }
@@ -160,13 +161,17 @@ inline uint32_t later_passes(HadamardRow& row, int64_t block) {
   return 0;
 }
 
-// values [padded(columns)] -> out [padded(columns)]; what is past `columns` has no meaning. Returns
-// the largest |value| of out, as bits that order like integers, where it is `wanted`.
+inline float rotation_factor(const Rotation& rotation) {
+  return float(1.0 / __builtin_sqrt(double(rotation.block)));
+}
+
+// values [padded(columns)] -> out [padded(columns)], rotated and multiplied by `factor` in place of
+// that of the rotation; what is past `columns` has no meaning. Returns the largest |value| of out,
+// as bits that order like integers, where it is `wanted`.
 template <class Values>
-inline uint32_t rotate_row(const Values& values, const Rotation& rotation, int64_t columns,
-                           float* out, bool wanted = true) {
+inline uint32_t rotate_row(const Values& values, const Rotation& rotation, float factor,
+                           int64_t columns, float* out, bool wanted = true) {
   const int64_t block = rotation.block, near = LANES * RADIX;
-  const float factor = float(1.0 / __builtin_sqrt(double(block)));
   uint32_t largest = 0;
   // As many columns as go through all passes in L1: whole blocks.
   for (int64_t begin = 0; begin < columns; begin += MAX_HADAMARD) {
@@ -220,7 +225,8 @@ inline void hadamard(const HadamardArgs& args, int64_t token_begin, int64_t toke
     const int64_t begin = token * args.columns;
     const float* x = float_row(args.x, token, args.columns, scratch);
     float* out = direct ? static_cast<float*>(args.y) + begin : scratch;
-    rotate_row(PlainValues{x}, args.rotation, args.columns, out, false);
+    rotate_row(PlainValues{x}, args.rotation, rotation_factor(args.rotation), args.columns, out,
+               false);
     if (!direct) store_values(out, args.columns, args.x.dtype, args.y, begin);
   }
 }

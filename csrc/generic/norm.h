@@ -177,7 +177,8 @@ inline void quantize_known(const float* row, int64_t columns, uint32_t top,
 inline void quantize_rotated(float* row, int64_t columns, const Rotation& rotation, Dtype dtype,
                              const QuantizedRows& out, int64_t token) {
   if (rotation.block > 0) {
-    const uint32_t top = rotate_row(PlainValues{row}, rotation, columns, row);
+    const uint32_t top =
+        rotate_row(PlainValues{row}, rotation, rotation_factor(rotation), columns, row);
     if (dtype == Dtype::f32 && columns % LANES == 0)
       return quantize_known(row, columns, top, out, token);
     round_values(row, columns, dtype);
@@ -246,21 +247,24 @@ inline AtOnce rotate_normed(const NormArgs& args, const Affine& affine, const Ro
                             const float* x, const float* next, const Moments& moments, float* row) {
   using Values = AffineValues<LAYER, true, LAYER>;
   const ThenNext<Values> values = {{x, affine, moments}, next};
-  return {rotate_row(values, rotation, args.columns, row), 1.0f};
+  return {rotate_row(values, rotation, rotation_factor(rotation), args.columns, row), 1.0f};
 }
 
-// RMS alone: its factor scales the step and leaves the integers, so it may come last. Not where
-// values are so large or small without it that sums of them might not be finite, or exact.
+// RMS alone: its factor scales the step and leaves the integers, so it may come last. So may that
+// of blocks of 4^n columns, a power of two. Not where values are so large or small without them
+// that sums of them might not be finite, or exact.
 inline AtOnce rotate_squared(const NormArgs& args, const Affine& affine, const Rotation& rotation,
                              const float* x, const float* next, float* row) {
   constexpr float LARGE = 0x1p60f, SMALL = 0x1p-60f;
+  const float factor = rotation_factor(rotation);
+  const bool last = (bits_of(factor) & 0x7fffffu) == 0;
   double square = 0.0;
   const ThenNext<SquaredValues> values = {{x, affine.gain, &square}, next};
-  const uint32_t top = rotate_row(values, rotation, args.columns, row);
+  const uint32_t top = rotate_row(values, rotation, last ? 1.0f : factor, args.columns, row);
   const float mean = float(square / double(args.columns)) + args.eps, size = float_of(top);
   if (!(mean < LARGE && mean > SMALL && size < LARGE && size > SMALL))
     return rotate_normed<false>(args, affine, rotation, x, next, moments_of(args, x, nullptr), row);
-  return {top, 1.0f / __builtin_sqrtf(mean)};
+  return {top, (last ? factor : 1.0f) * (1.0f / __builtin_sqrtf(mean))};
 }
 
 // Columns from which on it is faster to add up squares in the rotation than before it.

@@ -91,6 +91,10 @@ TERNC_INLINE f32 round_f16(f32 a) { return vcvt_f32_f16(vcvt_f16_f32(a)); }
 
 TERNC_INLINE i32 max_i32(i32 a, i32 b) { return vmaxq_s32(a, b); }
 TERNC_INLINE i32 magnitude_bits(f32 a) { return vreinterpretq_s32_f32(vabsq_f32(a)); }
+TERNC_INLINE f32 larger_magnitude(f32 a, f32 b) {  // of magnitudes
+  return vreinterpretq_f32_s32(vmaxq_s32(vreinterpretq_s32_f32(a), vreinterpretq_s32_f32(b)));
+}
+constexpr bool TAKES_MAGNITUDES = false;
 // Nearest integer, half to even.
 TERNC_INLINE i32 round_i32(f32 a) { return vcvtnq_s32_f32(a); }
 // Four vectors of integers that fit int8, one after the other.

@@ -86,6 +86,10 @@ TERNC_INLINE f32 round_f16(f32 a) { return half_to_float(float_to_half(a)); }
 
 TERNC_INLINE i32 max_i32(i32 a, i32 b) { return int32_t(a) > int32_t(b) ? a : b; }
 TERNC_INLINE i32 magnitude_bits(f32 a) { return bits_of(a) & 0x7fffffffu; }
+TERNC_INLINE f32 larger_magnitude(f32 a, f32 b) {  // of magnitudes
+  return bits_of(a) > bits_of(b) ? a : b;
+}
+constexpr bool TAKES_MAGNITUDES = false;
 // Nearest integer, half to even, for |a| < 2^22: the adder rounds.
 TERNC_INLINE i32 round_i32(f32 a) { return bits_of(a + 0x1.8p23f) - bits_of(0x1.8p23f); }
 // Four integers that fit int8, one after the other.

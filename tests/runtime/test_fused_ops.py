@@ -150,17 +150,29 @@ def test_norm_with_operands_that_are_not_dense(width):
 
 
 @pytest.mark.parametrize("kind", norm_quantize.KINDS)
-@pytest.mark.parametrize("block", [0, 64])
-def test_norm_rows_that_are_not_finite(kind, block):
-    x = torch.randn(6, 192)
-    arguments = (None, None, kind, 1e-5, 0.0, False, None, block, 8, False)
+@pytest.mark.parametrize("width, block", [(192, 0), (192, 64), (4096, 4096)])
+def test_norm_rows_that_are_not_finite(kind, width, block):
+    x, gain = torch.randn(6, width), torch.rand(width) if block > 64 else None
+    arguments = (
+        gain,
+        gain if kind == "layer" else None,
+        kind,
+        1e-5,
+        0.0,
+        False,
+        None,
+        block,
+        8,
+        False,
+    )
     _, q_before, sx_before = torch.ops.ternc.norm_quantize(x, *arguments)
     x[1, 100], x[3, 0], x[4] = torch.nan, torch.inf, 0.0
     _, q, sx = torch.ops.ternc.norm_quantize(x, *arguments)
     assert sx[[1, 3]].isnan().all()
     assert (q[[1, 3]] == 0).all()
-    assert (q[4] == 0).all()
-    assert (sx[4] == 0).all()
+    if arguments[1] is None:
+        assert (q[4] == 0).all()
+        assert (sx[4] == 0).all()
     assert torch.equal(q[[0, 2, 5]], q_before[[0, 2, 5]])
     assert torch.equal(sx[[0, 2, 5]], sx_before[[0, 2, 5]])
 
