@@ -122,6 +122,8 @@ TERNC_INLINE void sum_steps(i32 (&sum)[B][FN][PN][T], CursorI8& at, int64_t coun
 #pragma GCC unroll 32
     for (int i = 0; i < B * BLOCK; ++i)
       acc[set][i / BLOCK][i % BLOCK / (PN * T)][i / T % PN][i % T] = splat_i32(0);
+  [[maybe_unused]] const int64_t near =
+      T > 1 && B == 1 && ahead.to == Prefetch::l1 ? L1_FURTHER_AHEAD : L1_AHEAD;
   int64_t s = 0;
   for (; s + SETS <= count; s += SETS) {
     if constexpr (PLANES != EXPANDED) prefetch_window<PLANES>(at.step, s, ahead);
@@ -129,7 +131,7 @@ TERNC_INLINE void sum_steps(i32 (&sum)[B][FN][PN][T], CursorI8& at, int64_t coun
     for (int set = 0; set < SETS; ++set) {
       if constexpr (PLANES != EXPANDED)
 #pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) prefetch_step<PLANES>(at.step + b * at.apart);
+        for (int b = 0; b < B; ++b) prefetch_step<PLANES>(at.step + b * at.apart, near);
       add_steps<PLANES, T, F0, FN, PN, B>(acc[set], at, stride, part);
     }
   }
