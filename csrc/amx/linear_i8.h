@@ -84,7 +84,7 @@ class NextBytes {
 template <int PLANES, int TILES, bool GROUPS>
 class Products {
  public:
-  using Order = Passes<PLANES, TILES>;
+  using Order = Passes<PLANES, TILES, GROUPS>;
   using Decoding = Decoder<PLANES, TILES, GROUPS>;
   static constexpr int FIELDS = Order::FIELDS;
 
@@ -100,13 +100,13 @@ class Products {
     for (; made_ < AHEAD; ++made_) decoder_.step(slot(made_));
   }
 
-  // The tiles of sums of one pass.
+  // Adds one pass to the tiles of sums.
   TERNC_INLINE void multiply(const Order& pass) {
-    tokens_ = args_.tokens.tiles + pass.token / TILE_ROWS * next_tokens();
-    packed_ = args_.weight.bytes + pass.block * block_bytes();
-    zero_sums();
-    for (k_ = 0; k_ < count_;) {
-      const int64_t whole = decoder_.whole_steps(), left = count_ - k_;
+    k_ = pass.step / TILE_STEPS;
+    tokens_ = args_.tokens.tiles + pass.token / TILE_ROWS * next_tokens() + k_ * TILE_SIZE;
+    packed_ = args_.weight.bytes + pass.block * block_bytes() + pass.step * step_bytes(PLANES);
+    for (const int64_t end = k_ + ceil_div(pass.count(), TILE_STEPS); k_ < end;) {
+      const int64_t whole = decoder_.whole_steps(), left = end - k_;
       if (whole > 0)
         run(pass.part, whole < left ? whole : left);
       else
@@ -193,15 +193,19 @@ class Products {
 // All blocks of the range x all its tokens.
 template <int PLANES, int TILES, bool GROUPS>
 TERNC_NOINLINE void multiply_passes(const LinearI8Args& args, const Range& range) {
-  using Order = Passes<PLANES, TILES>;
+  using Order = Passes<PLANES, TILES, GROUPS>;
   alignas(64) int8_t ring[SLOTS * Decoder<PLANES, TILES, GROUPS>::SLOT_BYTES + PAGE];
-  alignas(64) Sums sums;
+  alignas(64) Sums sums[Order::CHUNKS ? Order::PARTS_A_BLOCK : 1];
   Outputs<PLANES, TILES, GROUPS> outputs(args);
   Products<PLANES, TILES, GROUPS> products(args, range, ring + in_phase(ring, args.weight.bytes));
-  for (Order pass(range); !pass.done(); pass.next()) {
+  for (Order pass(range, args.tokens.stride / STEP_COLUMNS); !pass.done(); pass.next()) {
+    Sums& own = sums[Order::CHUNKS ? pass.part : 0];
+    if (pass.begins()) zero_sums();
+    if (!pass.begins() && !pass.goes_on()) load_sums(own);
     products.multiply(pass);
-    store_sums(sums);
-    outputs.write(pass, sums, range.token_end);
+    if (pass.stays()) continue;
+    store_sums(own);
+    if (pass.ends()) outputs.write(pass, own, range.token_end);
   }
 }
 

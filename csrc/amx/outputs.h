@@ -52,6 +52,8 @@ TERNC_INLINE void stream_vector(void* values, int64_t i, f32 y) {
 template <int PLANES, int TILES, bool GROUPS>
 class Outputs {
  public:
+  using Order = Passes<PLANES, TILES, GROUPS>;
+
   explicit Outputs(const LinearI8Args& args) : args_(args), streamed_(is_streamed(args)) {}
   Outputs(const Outputs&) = delete;
   Outputs& operator=(const Outputs&) = delete;
@@ -60,11 +62,11 @@ class Outputs {
   }
 
   // Tokens from that of the pass up to `end`.
-  void write(const Passes<PLANES, TILES>& pass, const Sums& sums, int64_t end) {
+  void write(const Order& pass, const Sums& sums, int64_t end) {
     if (pass.block != block_)
       load_factors(args_.weight, args_.out, block_rows(PLANES), pass.block, factors_);
     block_ = pass.block;
-    const int64_t next = pass.token + Passes<PLANES, TILES>::TOKENS_AT_ONCE;
+    const int64_t next = pass.token + Order::TOKENS_AT_ONCE;
     const PassTokens tokens = {sums, pass.token, end < next ? end : next};
     if (args_.out.dtype == Dtype::f32) choose<Dtype::f32>(tokens, pass.part);
     if (args_.out.dtype == Dtype::bf16) choose<Dtype::bf16>(tokens, pass.part);

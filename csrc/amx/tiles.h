@@ -45,6 +45,14 @@ TERNC_INLINE void zero_sums() {
   _tile_zero(3);
 }
 
+TERNC_INLINE void load_sums(const Sums& sums) {
+  order_memory();
+  _tile_loadd(0, sums[0], TILE_BYTES);
+  _tile_loadd(1, sums[1], TILE_BYTES);
+  _tile_loadd(2, sums[2], TILE_BYTES);
+  _tile_loadd(3, sums[3], TILE_BYTES);
+}
+
 TERNC_INLINE void store_sums(Sums& sums) {
   _tile_stored(0, sums[0], TILE_BYTES);
   _tile_stored(1, sums[1], TILE_BYTES);
