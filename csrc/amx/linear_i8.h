@@ -1,14 +1,16 @@
 // q in tiles, packed weight -> y: int8 tile products, weights decoded on the way.
 //
 //   for tokens that fit L2 together
-//     for each block, for each 32 (up to 16) tokens, for each 2 (4) of its fields: a pass
-//       for each 64 columns    decode AHEAD steps on; multiply
+//     for each block, for each 32 (up to 16) tokens
+//       for each chunk of columns, for each 2 (4) fields of the block: a pass
+//         for each 64 columns    decode AHEAD steps on; multiply
 //       write outputs
 //
 // Decoding goes on over the ends of passes, and the next block comes from memory evenly over the
-// steps of this one: nothing waits between passes. What was slower (64 and 256 tokens, 4096 ->
-// 4096, one Sapphire Rapids core): decoded panels shared by all tokens 1.7 to 1.2 times; pieces of
-// 512 columns that stay in L1, their sums kept aside, 1.0 to 1.05 times.
+// steps of this one: nothing waits between passes. What was slower (64 and 256 tokens, 2048 and
+// 4096 columns, one core of a Xeon): decoded panels shared by all tokens 1.2 to 1.7 times; outputs
+// spread over the steps of the next pass 1.02 to 1.1, or in its first steps, without decoding
+// there 1.03 to 1.1; the first blocks multiplied while later tokens are read 1.0 to 1.04 times.
 constexpr int64_t L2_TOKEN_BYTES = 1 << 20;
 // A tile load that meets lines still on their way to L1 waits for them: two or three steps ahead
 // are level, one takes a fifth longer. So do eight slots, which do not stay in L1.
