@@ -1,4 +1,4 @@
-// Kernels for AMX: int8 tile products for four tokens and more; everything else is AVX-512 VNNI's.
+// Kernels for AMX: int8 tile products for five tokens and more; everything else is AVX-512 VNNI's.
 #include "../target.h"
 
 #if defined(TERNC_HAS_AMX)

@@ -9,8 +9,8 @@
 // Decoding goes on over the ends of passes, and the next block comes from memory evenly over the
 // steps of this one: nothing waits between passes. What was slower (64 and 256 tokens, 2048 and
 // 4096 columns, one core of a Xeon): decoded panels shared by all tokens 1.2 to 1.7 times; outputs
-// spread over the steps of the next pass 1.02 to 1.1, or in its first steps, without decoding
-// there 1.03 to 1.1; the first blocks multiplied while later tokens are read 1.0 to 1.04 times.
+// spread over the steps of the next pass 1.0 to 1.17, or in its first steps, without decoding
+// there 1.02 to 1.15; the first blocks multiplied while later tokens are read 1.01 to 1.06 times.
 constexpr int64_t L2_TOKEN_BYTES = 1 << 20;
 // A tile load that meets lines still on their way to L1 waits for them: two or three steps ahead
 // are level, one takes a fifth longer. So do eight slots, which do not stay in L1.
