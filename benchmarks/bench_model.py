@@ -238,9 +238,12 @@ def sample(way: Way, work: str, limits: Limits) -> None:
 
 
 def compare(ways: list[Way]) -> None:
-    """Logits with those of the first row of the same weights; a row that is far off is no row."""
+    """Logits with those of the first row of the same weights; a row that is far off is no row.
+
+    The default on a float model is compared last: others are not measured by what it loses.
+    """
     first: dict[bool, torch.Tensor] = {}
-    for way in ways:
+    for way in sorted(ways, key=lambda way: way.name == DEFAULT):
         way.cosine = way.facts.get("cosine")
         if logits := way.facts.get("logits"):
             mine = torch.tensor(logits)
