@@ -216,9 +216,9 @@ void check_digits(const Kernels& kernels, const TernaryWeight& weight, int64_t c
   const Epilogue epilogue(random, dtype, count, w.rows, variant);
   const JoinArgs join{static_cast<const float*>(parts.data()), digits, w.rows, epilogue.into(y)};
   on_threads([&](int i) { kernels.join(join, piece_begin(count, i), piece_begin(count, i + 1)); });
-  double largest = 0.0;
-  for (int64_t i = 0; i < count * stride; ++i) largest = std::fmax(largest, std::fabs(wide[i]));
-  check_close(y, weight, wide, stride, epilogue, "digits", error_of(digits) * largest);
+  float largest = 0.0f;
+  for (int64_t i = 0; i < count * stride; ++i) largest = std::max(largest, std::fabs(wide[i]));
+  check_close(y, weight, wide, stride, epilogue, "digits", error_of(digits) * double(largest));
 }
 
 // x[k] = sum over d of q[d][k] * s[d], to error_of(digits) of the largest; exact for integers over
