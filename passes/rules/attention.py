@@ -103,13 +103,14 @@ def _unrepeated(k: fx.Node, v: fx.Node, user: fx.Node) -> tuple[fx.Node, fx.Node
     """The keys and values that were repeated for heads that share them; as given if they were not,
     or if they are written to before `user` reads them.
     """
-    bare = _before_repeat(k), _before_repeat(v)
-    for copy, source in zip((k, v), bare, strict=True):
-        if source is None or written_between(source, copy, user):
-            return k, v
-    if example_value(bare[0]).shape[1] != example_value(bare[1]).shape[1]:
+    bare_k, bare_v = _before_repeat(k), _before_repeat(v)
+    if bare_k is None or bare_v is None:
         return k, v
-    return bare  # type: ignore[return-value]
+    if written_between(bare_k, k, user) or written_between(bare_v, v, user):
+        return k, v
+    if example_value(bare_k).shape[1] != example_value(bare_v).shape[1]:
+        return k, v
+    return bare_k, bare_v
 
 
 def _before_repeat(repeated: fx.Node) -> fx.Node | None:

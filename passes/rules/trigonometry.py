@@ -33,7 +33,7 @@ class TrigonometryRule:
 
     def match(self, node: fx.Node) -> Match | None:
         called = node.op in ("call_function", "call_method") and name_of(node) in FUNCTIONS
-        return Match(node, {}) if called and is_tensor(node) else None
+        return Match(node, {}) if called and is_tensor(node) and "out" not in node.kwargs else None
 
     def check(self, match: Match, context: Context) -> Skip | None:
         value = example_value(match.root)

@@ -44,3 +44,14 @@ def test_leaves_training_other_types_and_numbers():
     assert rewrite(rotary, x, x, grad_enabled=True)[1] == 0
     assert rewrite(rotary, x.double(), x.double())[1] == 0
     assert rewrite(rotary, x, torch.tensor(0.5))[1] == 0
+
+
+def test_leaves_what_is_written_into_a_tensor_that_is_given():
+    def write(x, y):
+        torch.cos(x, out=y).add_(1)
+        return y + 0
+
+    x = torch.randn(3, 8)
+    seen, copies = rewrite(write, x, torch.zeros(3, 8))
+    assert copies == 0
+    torch.testing.assert_close(seen, x.cos() + 1)

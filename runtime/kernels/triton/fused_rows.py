@@ -4,8 +4,7 @@ A row is held in registers as tiles [rows, 64] (rotate.py): statistics, normalis
 activation, Hadamard transform and integers need no second read. Arithmetic and roundings are those
 of the references; sums are taken in another order, which moves q by 1 in few elements. PRECISE,
 for few rows: in so few that a row of its own differs in less than 0.1 % of q. Norms of values over
-1e19, or under 1e-19 with an eps of 0, are zeros or NaN: their squares leave the range of fp32.
-Scaling such rows first made norms of many rows up to a quarter slower (H200).
+1e19, or under 1e-19 with eps 0, are zeros or NaN; scaled first, many rows take a quarter more.
 """
 
 from __future__ import annotations
