@@ -6,11 +6,9 @@ Gaussian, as a float model's. Nothing is downloaded.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -47,14 +45,17 @@ SHAPES: dict[str, Callable[[], nn.Module]] = {
 
 def build(shape: str, dtype: torch.dtype, ternary: bool) -> nn.Module:
     """The model in `dtype`, evaluation mode, without gradients; made in place, no second copy."""
+    from transformers.initialization import no_init_weights
+
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with _no_initialisation():
+        with no_init_weights():  # every weight is written afterwards
             model = SHAPES[shape]()
     finally:
         torch.set_default_dtype(before)
+    model.tie_weights()  # type: ignore[operator]
     return fill(model, ternary)
 
 
@@ -93,15 +94,3 @@ def product_sizes(model: nn.Module) -> tuple[int, int]:
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     layers = [m.weight for m in model.modules() if is_product(m) and m is not head]
     return sum(math.prod(weight.shape) for weight in layers), math.prod(head.weight.shape)
-
-
-@contextlib.contextmanager
-def _no_initialisation() -> Iterator[None]:
-    """Every weight is written afterwards: torch's initialisations only cost time."""
-
-    def untouched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return tensor
-
-    names = ("kaiming_uniform_", "normal_", "uniform_", "zeros_", "ones_", "trunc_normal_")
-    with mock.patch.multiple("torch.nn.init", **dict.fromkeys(names, untouched)):
-        yield

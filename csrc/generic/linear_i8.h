@@ -5,6 +5,9 @@
 // * 131072 < 2^31); the shift is exact, and bias * sum(q) is subtracted then. A tile walks over all
 // groups of its span, so that they cost a few instructions each and no call.
 //
+// The last field of a byte need not be masked: its sum is that of whole bytes less those of the
+// other fields (which may wrap on the way, and wraps back).
+//
 // INT8 weights are signed bytes: dot_signed() multiplies them, and its own bias is INT8_BIAS
 // (their sums may wrap on the way, and wrap back: they carry nothing).
 #pragma once
@@ -37,13 +40,24 @@ struct SpanI8 {
   int64_t token, begin, end;
 };
 
+// The tile has all fields of a byte, each where it lies, and dot() takes whole bytes. One token of
+// one plane in L2 takes 12 % less time on a Xeon, where masks and products share two ports. With
+// four tokens a mask is one instruction in five, and the subtractions of a group cost 4 % on Zen 5.
+template <int PLANES, int T, int F0, int FN>
+constexpr bool sums_whole_bytes() {
+  if (T > 2 || PLANES > 2 || F0 != 0 || FN != fields(PLANES) || MAX_FIELD < 255) return false;
+  return carry(PLANES, FN - 1) == field_bit(PLANES, FN - 1);
+}
+
 template <int PLANES, int T, int F0, int FN, int PN, int F = 0>
 TERNC_INLINE void add_step(i32 (&acc)[FN][PN][T], const uint8_t* step, const bytes (&q)[T],
                            int part) {
   if constexpr (F < FN) {
 #pragma GCC unroll 16
     for (int p = 0; p < PN; ++p) {
-      const bytes field = decode<PLANES, F0 + F>(step, part + p);
+      constexpr bool WHOLE = sums_whole_bytes<PLANES, T, F0, FN>() && F == FN - 1;
+      const bytes field = WHOLE ? load_bytes(step + (part + p) * PART_BYTES)
+                                : decode<PLANES, F0 + F>(step, part + p);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
         if constexpr (PLANES == INT8)
@@ -143,6 +157,10 @@ TERNC_INLINE void sum_steps(i32 (&sum)[B][FN][PN][T], CursorI8& at, int64_t coun
     i32 whole = acc[0][b][f][p][t];
 #pragma GCC unroll 8
     for (int set = 1; set < SETS; ++set) whole = add_i32(whole, acc[set][b][f][p][t]);
+    if constexpr (sums_whole_bytes<PLANES, T, F0, FN>())
+      if (f == FN - 1)
+#pragma GCC unroll 4
+        for (int other = 0; other < FN - 1; ++other) whole = sub_i32(whole, sum[b][other][p][t]);
     sum[b][f][p][t] = whole;
   }
 }
