@@ -54,7 +54,7 @@ struct Few {
   size_t count = 0;
 
   void push_back(const T& item) {
-    STD_TORCH_CHECK(count < MAX_WEIGHTS, "ternc: more than ", MAX_WEIGHTS, " weights in a call");
+    TERNC_CHECK(count < MAX_WEIGHTS, "ternc: more than ", MAX_WEIGHTS, " weights in a call");
     items[count++] = item;
   }
   size_t size() const { return count; }
@@ -66,26 +66,34 @@ struct Few {
 inline const Isa& isa() {
   const char* error = nullptr;
   const Isa* active = active_isa(&error);
-  STD_TORCH_CHECK(active != nullptr, error);
+  TERNC_CHECK(active != nullptr, error);
   return *active;
 }
 
 inline Dtype dtype_of(ScalarType type, const char* op, const char* name) {
   if (type == ScalarType::Float) return Dtype::f32;
   if (type == ScalarType::BFloat16) return Dtype::bf16;
-  STD_TORCH_CHECK(type == ScalarType::Half, "ternc::", op, ": ", name, " is ",
-                  torch::headeronly::toString(type), ", not float32, bfloat16 or float16");
+  TERNC_CHECK(type == ScalarType::Half, "ternc::", op, ": ", name, " is ",
+              torch::headeronly::toString(type), ", not float32, bfloat16 or float16");
   return Dtype::f16;
 }
 
-inline int64_t tokens_of(const Tensor& x) {
-  int64_t count = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) count *= x.size(d);
-  return count;
+[[gnu::cold, gnu::noinline]] inline Tensor dense_copy(const Tensor& t) {
+  return Tensor::another(torch::stable::contiguous(t.stable()));
 }
 
-inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : Tensor(torch::stable::contiguous(t.stable()));
+// `t`, which outlives the result, if it is dense; else a copy.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t.borrow() : dense_copy(t); }
+
+[[gnu::cold, gnu::noinline]] inline Tensor converted(const Tensor& t, ScalarType type) {
+  return Tensor::another(torch::stable::to(t.stable(), type));
+}
+
+// body(begin, end) over the threads, `grain` at least in each; here where that is all.
+template <class Body>
+void parallel_for(int64_t count, int64_t grain, const Body& body) {
+  if (count > grain) return torch::stable::parallel_for(0, count, grain, body);
+  if (count > 0) body(int64_t(0), count);
 }
 
 // A new tensor on the CPU, straight from the allocator: new_empty() of the stable ABI looks its
@@ -93,30 +101,33 @@ inline Tensor dense(const Tensor& t) {
 inline Tensor allocate(int64_t dims, const int64_t* sizes, const int64_t* strides,
                        ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STD_TORCH_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
-                                           aoti_torch_device_type_cpu(), 0, &handle) == 0,
-                  "ternc: a tensor could not be allocated");
-  return Tensor(handle);
+  TERNC_CHECK(aoti_torch_empty_strided(dims, sizes, strides, code_of(type),
+                                       aoti_torch_device_type_cpu(), 0, &handle) == 0,
+              "ternc: a tensor could not be allocated");
+  return Tensor::owned(handle);
 }
 
 // Of the shape of `x`, its last dimension `last` long; dense.
-inline Tensor empty(const Tensor& x, int64_t last, ScalarType type) {
-  const int64_t dims = x.dim();
+inline Tensor empty(const Shape& x, int64_t last, ScalarType type) {
+  const int64_t dims = x.dims;
   int64_t sizes[MAX_DIMS], strides[MAX_DIMS], count = 1;
-  STD_TORCH_CHECK(dims >= 1 && dims <= MAX_DIMS, "ternc: a tensor of ", dims, " dimensions");
+  TERNC_CHECK(dims >= 1 && dims <= MAX_DIMS, "ternc: a tensor of ", dims, " dimensions");
   for (int64_t d = dims - 1; d >= 0; --d) {
-    sizes[d] = d == dims - 1 ? last : x.size(d);
+    sizes[d] = d == dims - 1 ? last : x.sizes[d];
     strides[d] = count;
     count *= sizes[d] > 1 ? sizes[d] : 1;
   }
   return allocate(dims, sizes, strides, type);
 }
 
-// [0]: an output that is not wanted.
-inline Tensor no_values(ScalarType type) {
-  const int64_t size = 0, stride = 1;
+inline Tensor vector(int64_t size, ScalarType type) {
+  const int64_t stride = 1;
   return allocate(1, &size, &stride, type);
+}
+
+inline Tensor matrix(int64_t rows, int64_t columns, ScalarType type) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns > 1 ? columns : 1, 1};
+  return allocate(2, sizes, strides, type);
 }
 
 // Tokens a thread takes at least, of `columns` values each.
@@ -124,8 +135,7 @@ inline int64_t token_grain(int64_t columns) { return VALUES_PER_THREAD / (column
 
 // A packed weight as an op receives it; keeps contiguous copies alive.
 struct WeightTensors {
-  Tensor bytes, scale;
-  std::optional<Tensor> multiplier;
+  Tensor bytes, scale, multiplier;
   Weight weight;
   int planes;
 };
@@ -135,49 +145,50 @@ inline WeightTensors read_weight(const char* op, const Tensor& bytes, const Tens
                                  int64_t columns, int64_t group_size, int64_t layout) {
   const bool at_rest = layout < 10;
   const int planes = int(layout % 10);
-  STD_TORCH_CHECK(
-      layout >= 1 && layout < 20 &&
-          (planes == INT8 || (planes >= 1 && planes <= MAX_PLANES) || layout == 10 + DENSE),
-      "ternc::", op, ": layout ", layout,
-      " is unknown; layouts are 1..3 and 8 (rows), 11..14 and 18 (lanes)");
-  STD_TORCH_CHECK(columns <= MAX_COLUMNS, "ternc::", op, ": in_features=", columns,
-                  " is over 131,072: the integer sum of a row would not fit 32 bits");
-  STD_TORCH_CHECK(group_size >= 0 && (at_rest || group_size % STEP_COLUMNS == 0), "ternc::", op,
-                  ": group_size=", group_size, " is not a multiple of 4 (layout ", layout, ")");
+  TERNC_CHECK(layout >= 1 && layout < 20 &&
+                  (planes == INT8 || (planes >= 1 && planes <= MAX_PLANES) || layout == 10 + DENSE),
+              "ternc::", op, ": layout ", layout,
+              " is unknown; layouts are 1..3 and 8 (rows), 11..14 and 18 (lanes)");
+  TERNC_CHECK(columns <= MAX_COLUMNS, "ternc::", op, ": in_features=", columns,
+              " is over 131,072: the integer sum of a row would not fit 32 bits");
+  TERNC_CHECK(group_size >= 0 && (at_rest || group_size % STEP_COLUMNS == 0), "ternc::", op,
+              ": group_size=", group_size, " is not a multiple of 4 (layout ", layout, ")");
   const int64_t groups = group_size == 0 ? 1 : ceil_div(columns, group_size);
   const int64_t blocks = at_rest ? rows : ceil_div(rows, block_rows(planes));
   const int64_t block_groups = groups * (at_rest ? 1 : block_rows(planes));
   const int64_t row_bytes = planes == INT8 ? columns : planes * ceil_div(columns, 5);
   const int64_t block_bytes =
       at_rest ? row_bytes : ceil_div(columns, STEP_COLUMNS) * step_bytes(planes);
-  STD_TORCH_CHECK(bytes.scalar_type() == ScalarType::Byte && bytes.numel() == blocks * block_bytes,
-                  "ternc::", op, ": weight holds ", bytes.numel(), " elements; layout ", layout,
-                  " of [", rows, ", ", columns, "] is ", blocks * block_bytes, " uint8");
-  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "ternc::", op,
-                  ": scale is not float32");
-  const bool free_scales = scale.dim() == 2;
-  STD_TORCH_CHECK(free_scales ? scale.size(0) == rows && scale.size(1) == groups &&
-                                    group_size > 0 && !multiplier.has_value()
-                              : scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == rows),
-                  "ternc::", op, ": scale has ", scale.numel(), " elements; wanted [1], [", rows,
-                  "], or [", rows, ", ", groups, "] without multiplier and with group_size");
-  STD_TORCH_CHECK(!free_scales || planes != DENSE, "ternc::", op,
-                  ": layout 14 (dense) takes no free scales; pack the weight as layout 11");
-  WeightTensors held{dense(bytes), dense(scale), std::nullopt, {}, planes};
+  const int64_t stored = bytes.shape().numel();
+  TERNC_CHECK(bytes.scalar_type() == ScalarType::Byte && stored == blocks * block_bytes,
+              "ternc::", op, ": weight holds ", stored, " elements; layout ", layout, " of [", rows,
+              ", ", columns, "] is ", blocks * block_bytes, " uint8");
+  TERNC_CHECK(scale.scalar_type() == ScalarType::Float, "ternc::", op, ": scale is not float32");
+  const Shape scales = scale.shape();
+  const bool free_scales = scales.dims == 2;
+  const int64_t scale_count = scales.numel();
+  TERNC_CHECK(free_scales ? scales.sizes[0] == rows && scales.sizes[1] == groups &&
+                                group_size > 0 && !multiplier.has_value()
+                          : scales.dims == 1 && (scale_count == 1 || scale_count == rows),
+              "ternc::", op, ": scale has ", scale_count, " elements; wanted [1], [", rows,
+              "], or [", rows, ", ", groups, "] without multiplier and with group_size");
+  TERNC_CHECK(!free_scales || planes != DENSE, "ternc::", op,
+              ": layout 14 (dense) takes no free scales; pack the weight as layout 11");
+  WeightTensors held{dense(bytes), dense(scale), {}, {}, planes};
   if (multiplier.has_value()) {
-    STD_TORCH_CHECK(multiplier->scalar_type() == ScalarType::Byte && group_size > 0 &&
-                        multiplier->numel() == blocks * block_groups,
-                    "ternc::", op, ": multiplier holds ", multiplier->numel(), " elements; wanted ",
-                    blocks * block_groups, " uint8 and group_size > 0");
+    const int64_t count = multiplier->shape().numel();
+    TERNC_CHECK(multiplier->scalar_type() == ScalarType::Byte && group_size > 0 &&
+                    count == blocks * block_groups,
+                "ternc::", op, ": multiplier holds ", count, " elements; wanted ",
+                blocks * block_groups, " uint8 and group_size > 0");
     held.multiplier = dense(*multiplier);
+    held.weight.multiplier = static_cast<const uint8_t*>(held.multiplier.const_data_ptr());
   }
   held.weight.bytes = static_cast<const uint8_t*>(held.bytes.const_data_ptr());
   held.weight.scale = static_cast<const float*>(held.scale.const_data_ptr());
-  held.weight.multiplier =
-      held.multiplier ? static_cast<const uint8_t*>(held.multiplier->const_data_ptr()) : nullptr;
-  held.weight.scale_kind = free_scales                       ? ScaleKind::group
-                           : scale.numel() == 1 && rows != 1 ? ScaleKind::tensor
-                                                             : ScaleKind::row;
+  held.weight.scale_kind = free_scales                     ? ScaleKind::group
+                           : scale_count == 1 && rows != 1 ? ScaleKind::tensor
+                                                           : ScaleKind::row;
   held.weight.rows = rows;
   held.weight.columns = columns;
   held.weight.group_size = group_size == 0 ? columns : group_size;

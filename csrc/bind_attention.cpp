@@ -10,8 +10,8 @@ constexpr int64_t MAX_ROW_QUERIES = 4;
 
 // A dense [B, heads, L, D] of fp32 that a kernel reads.
 Tensor heads_of(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, "ternc::attention: ", name,
-                  " is not float32 [B, heads, L, D]");
+  TERNC_CHECK(t.dim() == 4 && t.scalar_type() == ScalarType::Float, "ternc::attention: ", name,
+              " is not float32 [B, heads, L, D]");
   return dense(t);
 }
 
@@ -26,13 +26,15 @@ Tensor side_by_side(int64_t batch, int64_t heads, int64_t queries, int64_t colum
 void read_mask(const Tensor& mask, AttentionArgs& args, int64_t batch) {
   const int64_t sizes[] = {batch, args.heads, args.queries, args.keys};
   int64_t* strides[] = {&args.mask_batch, &args.mask_head, &args.mask_query, &args.mask_key};
-  const int64_t missing = 4 - mask.dim();
-  STD_TORCH_CHECK(missing >= 0 && missing <= 2 && mask.scalar_type() == ScalarType::Bool,
-                  "ternc::attention: mask is not bool of 2 to 4 dimensions");
+  const Shape shape = mask.shape();
+  const int64_t* mask_strides = mask.strides();
+  const int64_t missing = 4 - shape.dims;
+  TERNC_CHECK(missing >= 0 && missing <= 2 && mask.scalar_type() == ScalarType::Bool,
+              "ternc::attention: mask is not bool of 2 to 4 dimensions");
   for (int64_t i = missing; i < 4; ++i) {
-    const int64_t size = mask.size(i - missing);
-    STD_TORCH_CHECK(size == sizes[i] || size == 1, "ternc::attention: mask does not fit q and k");
-    *strides[i] = size == 1 ? 0 : mask.stride(i - missing);
+    const int64_t size = shape.sizes[i - missing];
+    TERNC_CHECK(size == sizes[i] || size == 1, "ternc::attention: mask does not fit q and k");
+    *strides[i] = size == 1 ? 0 : mask_strides[i - missing];
   }
   args.mask = static_cast<const uint8_t*>(mask.const_data_ptr());
 }
@@ -42,7 +44,7 @@ void run_attention(const AttentionArgs& args, int64_t batch) {
   const Kernels& kernels = *isa().kernels;
   if (args.mask == nullptr && args.queries > MAX_ROW_QUERIES) {
     const int64_t blocks = ceil_div(args.queries, kernels.query_rows);
-    torch::stable::parallel_for(0, batch * args.heads * blocks, 1, [&](int64_t i, int64_t end) {
+    parallel_for(batch * args.heads * blocks, 1, [&](int64_t i, int64_t end) {
       const Scratch<float> scratch(attention_floats(args.columns, args.value_columns));
       kernels.attention(args, i, end, scratch.get());
     });
@@ -51,32 +53,31 @@ void run_attention(const AttentionArgs& args, int64_t batch) {
   const int64_t pairs = ceil_div(args.heads / args.key_heads * args.queries, QUERY_PAIR);
   const int64_t values = args.keys * (args.columns + args.value_columns);
   const int64_t grain = ceil_div(VALUES_PER_THREAD, values + 1);
-  torch::stable::parallel_for(0, batch * args.key_heads * pairs, grain,
-                              [&](int64_t i, int64_t end) {
-                                const Scratch<float> scratch(attention_row_floats(args.keys));
-                                kernels.attention_rows(args, i, end, scratch.get());
-                              });
+  parallel_for(batch * args.key_heads * pairs, grain, [&](int64_t i, int64_t end) {
+    const Scratch<float> scratch(attention_row_floats(args.keys));
+    kernels.attention_rows(args, i, end, scratch.get());
+  });
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale, bool causal,
                  const std::optional<Tensor>& mask) {
   const Tensor queries = heads_of("q", q), keys = heads_of("k", k), values = heads_of("v", v);
-  const int64_t batch = q.size(0), heads = q.size(1), groups = k.size(1);
-  STD_TORCH_CHECK(k.size(0) == batch && v.size(0) == batch && k.size(3) == q.size(3) &&
-                      v.size(1) == groups && v.size(2) == k.size(2) && k.size(2) > 0 &&
-                      groups > 0 && heads % groups == 0,
-                  "ternc::attention: q, k and v do not fit together");
-  const Tensor y = side_by_side(batch, heads, q.size(2), v.size(3));
+  const int64_t *of_q = q.shape().sizes, *of_k = k.shape().sizes, *of_v = v.shape().sizes;
+  const int64_t batch = of_q[0], heads = of_q[1], groups = of_k[1];
+  TERNC_CHECK(of_k[0] == batch && of_v[0] == batch && of_k[3] == of_q[3] && of_v[1] == groups &&
+                  of_v[2] == of_k[2] && of_k[2] > 0 && groups > 0 && heads % groups == 0,
+              "ternc::attention: q, k and v do not fit together");
+  Tensor y = side_by_side(batch, heads, of_q[2], of_v[3]);
   AttentionArgs args{static_cast<const float*>(queries.const_data_ptr()),
                      static_cast<const float*>(keys.const_data_ptr()),
                      static_cast<const float*>(values.const_data_ptr()),
                      static_cast<float*>(y.mutable_data_ptr()),
                      heads,
                      groups,
-                     q.size(2),
-                     k.size(2),
-                     q.size(3),
-                     v.size(3),
+                     of_q[2],
+                     of_k[2],
+                     of_q[3],
+                     of_v[3],
                      float(scale),
                      causal};
   if (mask) read_mask(*mask, args, batch);
@@ -89,4 +90,4 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, double scale
 
 TERNC_ENTRY(attention, &ternc::attention)
 
-STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) { m.impl("attention", TORCH_BOX(&ternc::attention)); }
+STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) { m.impl("attention", ternc::boxed<ternc::attention>); }

@@ -9,8 +9,7 @@ namespace ternc {
 // One weight of a call: what the kernels read, where its result goes, and what keeps that alive.
 struct HeldProduct {
   WeightTensors held;
-  Tensor y;
-  std::optional<Tensor> bias, residual;
+  Tensor y, bias, residual;
   Output out;
 };
 
@@ -20,13 +19,13 @@ struct PackedLists {
   const std::vector<int64_t>&out_features, &group_sizes, &layouts;
 };
 
-void check_input(const char* op, const Tensor& x, int64_t activation_bits);
+void check_input(const char* op, const Shape& x, int64_t activation_bits);
 
 // The weights of an op that takes `count` of them, each with a new y like x in `type`.
-std::vector<HeldProduct> read_products(const char* op, const Tensor& x, size_t count,
+std::vector<HeldProduct> read_products(const char* op, const Shape& x, size_t count,
                                        const PackedLists& lists, ScalarType type);
 
-void multiply(const Input& x, int64_t activation_bits, const std::vector<HeldProduct>& held);
+void multiply(const Input& x, int64_t activation_bits, const HeldProduct* held, size_t count);
 
 template <size_t>
 using OneTensor = Tensor;

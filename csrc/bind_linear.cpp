@@ -4,90 +4,89 @@
 
 namespace ternc {
 
-void multiply(const Input& x, int64_t activation_bits, const std::vector<HeldProduct>& held) {
+void multiply(const Input& x, int64_t activation_bits, const HeldProduct* held, size_t count) {
   Few<Product> products;
-  for (const HeldProduct& product : held) products.push_back({&product.held, product.out});
+  for (size_t i = 0; i < count; ++i) products.push_back({&held[i].held, held[i].out});
   multiply(x, activation_bits, products);
 }
 
-void check_input(const char* op, const Tensor& x, int64_t activation_bits) {
-  STD_TORCH_CHECK(x.dim() >= 1, "ternc::", op, ": x is a scalar; it needs a dimension of features");
-  STD_TORCH_CHECK(activation_bits == 8 || activation_bits == 4 || activation_bits == 0,
-                  "ternc::", op, ": activation_bits=", activation_bits, ", not 8, 4 or 0");
+void check_input(const char* op, const Shape& x, int64_t activation_bits) {
+  TERNC_CHECK(x.dims >= 1, "ternc::", op, ": x is a scalar; it needs a dimension of features");
+  TERNC_CHECK(activation_bits == 8 || activation_bits == 4 || activation_bits == 0, "ternc::", op,
+              ": activation_bits=", activation_bits, ", not 8, 4 or 0");
 }
 
 namespace {
 
 // The weight as it is read, a new y for it, and its bias.
-HeldProduct product_of(const char* op, const Tensor& x, ScalarType type, WeightTensors held,
-                       std::optional<Tensor> bias) {
+HeldProduct product_of(const char* op, const Shape& x, ScalarType type, WeightTensors held,
+                       const std::optional<Tensor>& bias) {
   const int64_t rows = held.weight.rows;
-  Tensor y = empty(x, rows, type);
-  HeldProduct product{std::move(held), y, std::nullopt, std::nullopt, {}};
-  product.out = {y.mutable_data_ptr(), dtype_of(type, op, "x"), nullptr, Dtype::f32, nullptr};
+  HeldProduct product{std::move(held), empty(x, rows, type), {}, {}, {}};
+  product.out = {product.y.mutable_data_ptr(), dtype_of(type, op, "x"), nullptr, Dtype::f32,
+                 nullptr};
   if (bias.has_value()) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->numel() == rows, "ternc::", op, ": bias has ",
-                    bias->numel(), " elements, wanted [", rows, "]");
+    const Shape shape = bias->shape();
+    TERNC_CHECK(shape.dims == 1 && shape.sizes[0] == rows, "ternc::", op, ": bias has ",
+                shape.numel(), " elements, wanted [", rows, "]");
     product.bias = dense(*bias);
-    product.out.bias = product.bias->const_data_ptr();
+    product.out.bias = product.bias.const_data_ptr();
     product.out.bias_dtype = dtype_of(bias->scalar_type(), op, "bias");
   }
   return product;
 }
 
 void check_layout(const char* op, int64_t layout) {
-  STD_TORCH_CHECK(layout > 10, "ternc::", op, ": layout ", layout,
-                  " (rows) is the form at rest and is not computed on by CPU kernels; "
-                  "pack the weight for \"cpu\" (layouts 11 to 14 and 18)");
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
-              const std::optional<Tensor>& multiplier, const std::optional<Tensor>& bias,
-              int64_t out_features, int64_t group_size, int64_t activation_bits, int64_t layout) {
-  check_input("linear", x, activation_bits);
-  check_layout("linear", layout);
-  const int64_t columns = x.size(x.dim() - 1);
-  const Dtype dtype = dtype_of(x.scalar_type(), "linear", "x");
-  const Tensor input = dense(x);
-  std::vector<HeldProduct> products;
-  products.push_back(product_of(
-      "linear", x, x.scalar_type(),
-      read_weight("linear", weight, scale, multiplier, out_features, columns, group_size, layout),
-      bias));
-  multiply({input.const_data_ptr(), dtype, nullptr, tokens_of(x), columns}, activation_bits,
-           products);
-  return products[0].y;
+  TERNC_CHECK(layout > 10, "ternc::", op, ": layout ", layout,
+              " (rows) is the form at rest and is not computed on by CPU kernels; "
+              "pack the weight for \"cpu\" (layouts 11 to 14 and 18)");
 }
 
 // An empty tensor in a list stands for none.
 std::optional<Tensor> given(const Tensor& tensor) {
-  return tensor.numel() == 0 ? std::nullopt : std::optional<Tensor>(tensor);
+  return tensor.shape().numel() == 0 ? std::nullopt : std::optional<Tensor>(tensor.borrow());
 }
 
 // x as floating point, or integers q with their scales; keeps contiguous copies alive.
 struct HeldInput {
-  Tensor x;
-  std::optional<Tensor> scale;
+  Shape shape;
+  Tensor x, scale;
   Input input;
 };
 
 HeldInput read_input(const char* op, const Tensor& x, const std::optional<Tensor>& sx,
                      int64_t activation_bits, ScalarType dtype) {
-  check_input(op, x, activation_bits);
-  const int64_t columns = x.size(x.dim() - 1), tokens = tokens_of(x);
-  HeldInput held{dense(x), std::nullopt, {nullptr, Dtype::f32, nullptr, tokens, columns}};
+  const Shape shape = x.shape();
+  check_input(op, shape, activation_bits);
+  const int64_t tokens = shape.tokens();
+  const ScalarType type = x.scalar_type();
+  HeldInput held{shape, dense(x), {}, {nullptr, Dtype::f32, nullptr, tokens, shape.columns()}};
   held.input.values = held.x.const_data_ptr();
   if (sx.has_value()) {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && activation_bits != 0 &&
-                        sx->scalar_type() == ScalarType::Float && sx->numel() == tokens,
-                    "ternc::", op, ": q and its scales are not int8 [..., K] and float32 [..., 1]");
+    TERNC_CHECK(type == ScalarType::Char && activation_bits != 0 &&
+                    sx->scalar_type() == ScalarType::Float && sx->shape().numel() == tokens,
+                "ternc::", op, ": q and its scales are not int8 [..., K] and float32 [..., 1]");
     held.scale = dense(*sx);
-    held.input.scale = static_cast<const float*>(held.scale->const_data_ptr());
+    held.input.scale = static_cast<const float*>(held.scale.const_data_ptr());
   } else {
-    held.input.dtype = dtype_of(x.scalar_type(), op, "x");
-    STD_TORCH_CHECK(x.scalar_type() == dtype, "ternc::", op, ": x and its outputs differ in dtype");
+    held.input.dtype = dtype_of(type, op, "x");
+    TERNC_CHECK(type == dtype, "ternc::", op, ": x and its outputs differ in dtype");
   }
   return held;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& scale,
+              const std::optional<Tensor>& multiplier, const std::optional<Tensor>& bias,
+              int64_t out_features, int64_t group_size, int64_t activation_bits, int64_t layout) {
+  const ScalarType dtype = x.scalar_type();
+  const HeldInput held = read_input("linear", x, std::nullopt, activation_bits, dtype);
+  check_layout("linear", layout);
+  HeldProduct product = product_of("linear", held.shape, dtype,
+                                   read_weight("linear", weight, scale, multiplier, out_features,
+                                               held.input.columns, group_size, layout),
+                                   bias);
+  multiply(held.input, activation_bits, &product, 1);
+  return std::move(product.y);
 }
 
 Tensor linears1(const Tensor& x, const std::optional<Tensor>& sx, const Tensor& weight,
@@ -97,33 +96,32 @@ Tensor linears1(const Tensor& x, const std::optional<Tensor>& sx, const Tensor& 
                 ScalarType dtype) {
   const HeldInput held = read_input("linears1", x, sx, activation_bits, dtype);
   check_layout("linears1", layout);
-  std::vector<HeldProduct> products;
-  products.push_back(product_of("linears1", x, dtype,
-                                read_weight("linears1", weight, scale, multiplier, out_features,
-                                            held.input.columns, group_size, layout),
-                                bias));
-  HeldProduct& product = products[0];
+  HeldProduct product = product_of("linears1", held.shape, dtype,
+                                   read_weight("linears1", weight, scale, multiplier, out_features,
+                                               held.input.columns, group_size, layout),
+                                   bias);
   if (residual.has_value()) {
-    STD_TORCH_CHECK(residual->scalar_type() == dtype && residual->dim() == product.y.dim() &&
-                        residual->numel() == held.input.tokens * out_features,
-                    "ternc::linears1: the residual has not its output's shape and dtype");
+    const Shape shape = residual->shape();
+    TERNC_CHECK(residual->scalar_type() == dtype && shape.dims == held.shape.dims &&
+                    shape.numel() == held.input.tokens * out_features,
+                "ternc::linears1: the residual has not its output's shape and dtype");
     product.residual = dense(*residual);
-    product.out.residual = product.residual->const_data_ptr();
+    product.out.residual = product.residual.const_data_ptr();
   }
-  multiply(held.input, activation_bits, products);
-  return product.y;
+  multiply(held.input, activation_bits, &product, 1);
+  return std::move(product.y);
 }
 
 }  // namespace
 
-std::vector<HeldProduct> read_products(const char* op, const Tensor& x, size_t count,
+std::vector<HeldProduct> read_products(const char* op, const Shape& x, size_t count,
                                        const PackedLists& lists, ScalarType type) {
-  STD_TORCH_CHECK(lists.weights.size() == count && lists.scales.size() == count &&
-                      lists.multipliers.size() == count && lists.biases.size() == count &&
-                      lists.out_features.size() == count && lists.group_sizes.size() == count &&
-                      lists.layouts.size() == count,
-                  "ternc::", op, ": lists that are not of ", count, " entries");
-  const int64_t columns = x.size(x.dim() - 1);
+  TERNC_CHECK(lists.weights.size() == count && lists.scales.size() == count &&
+                  lists.multipliers.size() == count && lists.biases.size() == count &&
+                  lists.out_features.size() == count && lists.group_sizes.size() == count &&
+                  lists.layouts.size() == count,
+              "ternc::", op, ": lists that are not of ", count, " entries");
+  const int64_t columns = x.columns();
   std::vector<HeldProduct> products;
   products.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -149,9 +147,10 @@ std::tuple<OneTensor<I>...> linears(
     const std::vector<int64_t>& layouts, ScalarType dtype) {
   const HeldInput held = read_input("linears", x, sx, activation_bits, dtype);
   const PackedLists lists{weights, scales, multipliers, biases, out_features, group_sizes, layouts};
-  const std::vector<HeldProduct> products = read_products("linears", x, sizeof...(I), lists, dtype);
-  multiply(held.input, activation_bits, products);
-  return {products[I].y...};
+  std::vector<HeldProduct> products =
+      read_products("linears", held.shape, sizeof...(I), lists, dtype);
+  multiply(held.input, activation_bits, products.data(), products.size());
+  return {std::move(products[I].y)...};
 }
 
 constexpr auto linears2 = &linears<0, 1>;
@@ -168,9 +167,9 @@ TERNC_ENTRY(linears3, ternc::linears3)
 TERNC_ENTRY(linears4, ternc::linears4)
 
 STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
-  m.impl("linear", TORCH_BOX(&ternc::linear));
-  m.impl("linears1", TORCH_BOX(&ternc::linears1));
-  m.impl("linears2", TORCH_BOX(ternc::linears2));
-  m.impl("linears3", TORCH_BOX(ternc::linears3));
-  m.impl("linears4", TORCH_BOX(ternc::linears4));
+  m.impl("linear", ternc::boxed<ternc::linear>);
+  m.impl("linears1", ternc::boxed<ternc::linears1>);
+  m.impl("linears2", ternc::boxed<ternc::linears2>);
+  m.impl("linears3", ternc::boxed<ternc::linears3>);
+  m.impl("linears4", ternc::boxed<ternc::linears4>);
 }

@@ -26,14 +26,14 @@ struct Job {
 // tile. A block belongs to the thread that has its first unit.
 template <class Args>
 void split(const Few<Job<Args>>& jobs, int64_t tokens, int64_t stride) {
-  const int64_t threads = torch::stable::get_num_threads();
   int64_t blocks = 0, units = 0;
   for (const Job<Args>& job : jobs) blocks += job.blocks, units += job.blocks * job.units;
-  const int64_t pieces = blocks >= 4 * threads ? 1 : ceil_div(tokens, TOKENS_PER_PIECE);
-  const int64_t piece = pieces == 1 ? tokens : TOKENS_PER_PIECE;
+  const bool whole = tokens <= TOKENS_PER_PIECE || blocks >= 4 * torch::stable::get_num_threads();
+  const int64_t pieces = whole ? 1 : ceil_div(tokens, TOKENS_PER_PIECE);
+  const int64_t piece = whole ? tokens : TOKENS_PER_PIECE;
   const int64_t work = UNIT_BYTES * stride * piece;
   const int64_t grain = work > WORK_PER_THREAD ? 1 : WORK_PER_THREAD / (work > 0 ? work : 1);
-  torch::stable::parallel_for(0, units * pieces, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(units * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin / units; p * units < end; ++p) {
       const int64_t token_end = (p + 1) * piece < tokens ? (p + 1) * piece : tokens;
       int64_t start = p * units;  // of the job's first block
@@ -148,9 +148,8 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
   }
   const TokenPlan plan = {
       kernels, x, bits, stride, q, scale, tiled ? page_of(tiles.get()) : nullptr, sizes};
-  torch::stable::parallel_for(0, x.tokens, token_grain(x.columns), [&](int64_t begin, int64_t end) {
-    prepare_tokens(plan, begin, end);
-  });
+  parallel_for(x.tokens, token_grain(x.columns),
+               [&](int64_t begin, int64_t end) { prepare_tokens(plan, begin, end); });
   Few<Job<LinearI8Args>> jobs;
   for (size_t i = 0; i < products.size(); ++i) {
     const Tokens tokens = {q, scale, sizes[size_at[i]].sums, x.tokens, stride, plan.tiles};
@@ -164,7 +163,7 @@ void multiply_integers(const Kernels& kernels, const Input& x, int bits,
 void multiply_floats(const Kernels& kernels, const Input& x, const Few<Product>& products) {
   const int64_t stride = ceil_div(x.columns, STEP_COLUMNS) * STEP_COLUMNS;
   const Scratch<float, 16384> wide(x.tokens * stride);
-  torch::stable::parallel_for(0, x.tokens, token_grain(stride), [&](int64_t begin, int64_t end) {
+  parallel_for(x.tokens, token_grain(stride), [&](int64_t begin, int64_t end) {
     kernels.widen(x.values, x.dtype, x.columns, wide.get(), stride, begin, end);
   });
   Few<Job<LinearF32Args>> jobs;
@@ -186,7 +185,7 @@ void multiply_digits(const Kernels& kernels, const Input& x, int digits,
   const Scratch<int8_t, 32768> q(count * x.columns);
   float scale[SPLIT_TOKENS * MAX_DIGITS];
   const auto over_tokens = [&](int64_t values, const auto& body) {
-    torch::stable::parallel_for(0, x.tokens, token_grain(values), body);
+    parallel_for(x.tokens, token_grain(values), body);
   };
   over_tokens(digits * x.columns, [&](int64_t begin, int64_t end) {
     kernels.split({x.values, x.dtype, x.columns, digits, q.get(), scale}, begin, end);

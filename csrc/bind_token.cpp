@@ -14,19 +14,19 @@ constexpr int BITS = 8;
 
 // What is multiplied: x, or the integers of its norm; keeps either alive.
 struct TokenInput {
-  Tensor x;
+  const Tensor& x;
+  Tensor held;
   Scratch<int8_t> q;
   Scratch<float, 256> scale;
   Input input;
 
-  explicit TokenInput(const Tensor& given) : x(given) {
-    input = {nullptr, dtype_of(x.scalar_type(), OP, "x"), nullptr, tokens_of(x),
-             x.size(x.dim() - 1)};
+  TokenInput(const Tensor& given, const Shape& shape) : x(given) {
+    input = {nullptr, dtype_of(x.scalar_type(), OP, "x"), nullptr, shape.tokens(), shape.columns()};
   }
 
   void take() {
-    x = dense(x);
-    input.values = x.const_data_ptr();
+    held = dense(x);
+    input.values = held.const_data_ptr();
   }
 
   void normalise(const std::optional<Tensor>& gain, const std::optional<Tensor>& shift, Norm kind,
@@ -49,8 +49,8 @@ void activate_in_place(const std::vector<HeldProduct>& products, const char* act
                        int64_t tokens) {
   const int64_t rows = products[0].held.weight.rows;
   const bool gated = products.size() == 2;
-  STD_TORCH_CHECK(!gated || products[1].held.weight.rows == rows, "ternc::", OP, ": ", activation,
-                  " of weights that differ in rows");
+  TERNC_CHECK(!gated || products[1].held.weight.rows == rows, "ternc::", OP, ": ", activation,
+              " of weights that differ in rows");
   const Output &gate = products[0].out, &up = products[products.size() - 1].out;
   const ActivateArgs args{
       {gate.values, gate.dtype, rows},
@@ -73,58 +73,41 @@ std::tuple<OneTensor<I>...> token_linears(
     const std::vector<Tensor>& multipliers, const std::vector<Tensor>& biases,
     const std::vector<int64_t>& out_features, const std::vector<int64_t>& group_sizes,
     const std::vector<int64_t>& layouts) {
-  check_input(OP, x, BITS);
+  const Shape shape = x.shape();
+  check_input(OP, shape, BITS);
   const bool activates = *activation != '\0';
   const bool gated = activates && weights.size() == 2;
-  STD_TORCH_CHECK(!activates || sizeof...(I) == 1, "ternc::", OP, ": ", activation, " of ",
-                  weights.size(), " weights");
+  TERNC_CHECK(!activates || sizeof...(I) == 1, "ternc::", OP, ": ", activation, " of ",
+              weights.size(), " weights");
   const PackedLists lists{weights, scales, multipliers, biases, out_features, group_sizes, layouts};
-  const std::vector<HeldProduct> products =
-      read_products(OP, x, gated ? 2 : sizeof...(I), lists, x.scalar_type());
-  TokenInput held(x);
+  std::vector<HeldProduct> products =
+      read_products(OP, shape, gated ? 2 : sizeof...(I), lists, x.scalar_type());
+  TokenInput held(x, shape);
   if (*kind != '\0')
     held.normalise(gain, shift, norm_of(OP, kind), eps, gain_offset, round_first);
   else
     held.take();
-  multiply(held.input, BITS, products);
+  multiply(held.input, BITS, products.data(), products.size());
   if (activates) activate_in_place(products, activation, held.input.tokens);
-  return {products[I].y...};
+  return {std::move(products[I].y)...};
 }
 
-// The same, for the dispatcher.
-template <size_t... I>
-std::tuple<OneTensor<I>...> token_linears_boxed(
-    const Tensor& x, const std::optional<Tensor>& gain, const std::optional<Tensor>& shift,
-    StringHandle kind, double eps, double gain_offset, bool round_first, StringHandle activation,
-    const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
-    const std::vector<Tensor>& multipliers, const std::vector<Tensor>& biases,
-    const std::vector<int64_t>& out_features, const std::vector<int64_t>& group_sizes,
-    const std::vector<int64_t>& layouts) {
-  return token_linears<I...>(x, gain, shift, Word(kind).text(), eps, gain_offset, round_first,
-                             Word(activation).text(), weights, scales, multipliers, biases,
-                             out_features, group_sizes, layouts);
-}
-
-constexpr auto entry1 = &token_linears<0>;
-constexpr auto entry2 = &token_linears<0, 1>;
-constexpr auto entry3 = &token_linears<0, 1, 2>;
-constexpr auto entry4 = &token_linears<0, 1, 2, 3>;
-constexpr auto boxed1 = &token_linears_boxed<0>;
-constexpr auto boxed2 = &token_linears_boxed<0, 1>;
-constexpr auto boxed3 = &token_linears_boxed<0, 1, 2>;
-constexpr auto boxed4 = &token_linears_boxed<0, 1, 2, 3>;
+constexpr auto token_linears1 = &token_linears<0>;
+constexpr auto token_linears2 = &token_linears<0, 1>;
+constexpr auto token_linears3 = &token_linears<0, 1, 2>;
+constexpr auto token_linears4 = &token_linears<0, 1, 2, 3>;
 
 }  // namespace
 }  // namespace ternc
 
-TERNC_ENTRY(token_linears1, ternc::entry1)
-TERNC_ENTRY(token_linears2, ternc::entry2)
-TERNC_ENTRY(token_linears3, ternc::entry3)
-TERNC_ENTRY(token_linears4, ternc::entry4)
+TERNC_ENTRY(token_linears1, ternc::token_linears1)
+TERNC_ENTRY(token_linears2, ternc::token_linears2)
+TERNC_ENTRY(token_linears3, ternc::token_linears3)
+TERNC_ENTRY(token_linears4, ternc::token_linears4)
 
 STABLE_TORCH_LIBRARY_IMPL(ternc, CPU, m) {
-  m.impl("token_linears1", TORCH_BOX(ternc::boxed1));
-  m.impl("token_linears2", TORCH_BOX(ternc::boxed2));
-  m.impl("token_linears3", TORCH_BOX(ternc::boxed3));
-  m.impl("token_linears4", TORCH_BOX(ternc::boxed4));
+  m.impl("token_linears1", ternc::boxed<ternc::token_linears1>);
+  m.impl("token_linears2", ternc::boxed<ternc::token_linears2>);
+  m.impl("token_linears3", ternc::boxed<ternc::token_linears3>);
+  m.impl("token_linears4", ternc::boxed<ternc::token_linears4>);
 }

@@ -1,10 +1,93 @@
-// Operators as compiled C++ calls them, past the dispatcher, which turns every argument into a
-// value of its own twice on the way. runtime/entries.py writes the callers.
+// The two ways into an operator: boxed values of the dispatcher, and what compiled C++ hands over
+// past it, which saves the dispatcher's turning every argument into a value of its own twice.
+// runtime/entries.py writes the callers.
 #pragma once
 
 #include "bind.h"
 
 namespace ternc {
+
+// An argument as the dispatcher hands it over; what that holds is freed with this object. Numbers
+// have no version, which the conversions of the stable ABI ask torch for one by one.
+template <class T>
+struct Boxed {
+  T value;
+  explicit Boxed(StableIValue given)
+      : value(torch::stable::detail::ToImpl<T>::call(given, 0, false)) {}
+};
+template <>
+struct Boxed<ScalarType> {
+  ScalarType value;
+  explicit Boxed(StableIValue given) : value(type_of(Boxed<int32_t>(given).value)) {}
+};
+template <>
+struct Boxed<Tensor> {
+  Tensor value;
+  explicit Boxed(StableIValue given) : value(Tensor::owned(Boxed<AtenTensorHandle>(given).value)) {}
+};
+template <>
+struct Boxed<std::optional<Tensor>> {
+  std::optional<Tensor> value;
+  explicit Boxed(StableIValue given) {
+    const std::unique_ptr<StableIValue> place(Boxed<StableIValue*>(given).value);
+    if (place != nullptr) value = std::move(Boxed<Tensor>(*place).value);
+  }
+};
+template <>
+struct Boxed<const char*> {
+  StringHandle handle;
+  const char* value = nullptr;
+  explicit Boxed(StableIValue given) : handle(Boxed<StringHandle>(given).value) {
+    TERNC_CHECK(torch_string_c_str(handle, &value) == 0, "ternc: a str argument has no text");
+  }
+  Boxed(const Boxed&) = delete;
+  Boxed& operator=(const Boxed&) = delete;
+  ~Boxed() { torch_delete_string(handle); }
+};
+template <class T>
+struct Boxed<std::vector<T>> {
+  std::vector<T> value;
+  explicit Boxed(StableIValue given) {
+    const auto list = Boxed<StableListHandle>(given).value;
+    size_t count = 0;
+    torch_list_size(list, &count);
+    value.reserve(count);
+    StableIValue item;
+    for (size_t i = 0; i < count && torch_list_get_item(list, i, &item) == 0; ++i)
+      value.push_back(std::move(Boxed<T>(item).value));
+    torch_delete_list(list);
+    TERNC_CHECK(value.size() == count, "ternc: a list argument has no items");
+  }
+};
+
+template <class R, class... A, size_t... I>
+R unbox(R (*op)(A...), const StableIValue* stack, std::index_sequence<I...>) {
+  const std::tuple<Boxed<std::decay_t<A>>...> arguments(stack[I]...);
+  return op(std::get<I>(arguments).value...);
+}
+template <class R, class... A>
+R unbox(R (*op)(A...), const StableIValue* stack) {
+  return unbox(op, stack, std::index_sequence_for<A...>());
+}
+
+// Calls take(result), for each of what an operator returned.
+template <class Take>
+void each_result(Tensor& result, const Take& take) {
+  take(result);
+}
+template <class Take, class... T>
+void each_result(std::tuple<T...>& results, const Take& take) {
+  std::apply([&](T&... result) { (take(result), ...); }, results);
+}
+
+// An operator as the dispatcher calls it: results take the place of the arguments.
+template <auto op>
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  auto results = unbox(op, stack);
+  each_result(results, [&](Tensor& result) {
+    *stack++ = torch::stable::detail::FromImpl<AtenTensorHandle>::call(result.give(), 0, false);
+  });
+}
 
 // One argument of an entry point after another, each behind a pointer: a tensor by its handle, an
 // optional one by the place of its handle or null, text as it is, a list by its place and length.
@@ -51,19 +134,14 @@ inline std::vector<int64_t> read<std::vector<int64_t>>(Slots& next) {
   return std::vector<int64_t>(values, values + read<int64_t>(next));
 }
 
-inline void give(Tensor& result, Slots& next) {
-  *static_cast<AtenTensorHandle*>(const_cast<void*>(*next++)) = result.give();
-}
-
 // Calls an operator with what the slots hold, and leaves its results in the places that follow.
 template <class R, class... A>
 void call(R (*op)(A...), Slots next) {
   std::tuple<std::decay_t<A>...> arguments{read<std::decay_t<A>>(next)...};
   auto results = std::apply(op, arguments);
-  if constexpr (std::is_same_v<std::decay_t<R>, Tensor>)
-    give(results, next);
-  else
-    std::apply([&](auto&... result) { (give(result, next), ...); }, results);
+  each_result(results, [&](Tensor& result) {
+    *static_cast<AtenTensorHandle*>(const_cast<void*>(*next++)) = result.give();
+  });
 }
 
 }  // namespace ternc
