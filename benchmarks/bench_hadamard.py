@@ -66,13 +66,14 @@ def contenders(width: int, options: argparse.Namespace) -> list[common.Contender
 
     def normed(x: torch.Tensor, kind: str, block: int) -> torch.Tensor:
         signs_of = signs if block else None
-        return library.norm_quantize(
+        return library.norm_quantize.default(
             x, gain, None, kind, 1e-5, 0.0, False, signs_of, block, 8, False
         )[1]
 
     def gated(i: int, name: str, block: int) -> torch.Tensor:
         up = xs[(i + copies // 2) % copies]
-        return library.activate_quantize(xs[i], up, name, signs if block else None, block, 8)[0]
+        signs_of = signs if block else None
+        return library.activate_quantize.default(xs[i], up, name, signs_of, block, 8)[0]
 
     kept: list[torch.Tensor | None] = [None] * copies
 
@@ -85,8 +86,8 @@ def contenders(width: int, options: argparse.Namespace) -> list[common.Contender
     runs: dict[str, Callable[[int], torch.Tensor]] = {
         "copy_": lambda i: targets[i].copy_(xs[i]),
         "clone": lambda i: keep(i, xs[i].clone),
-        "int8": lambda i: library.quantize_act(xs[i], 8)[0],
-        "hadamard": lambda i: keep(i, lambda: library.hadamard(xs[i], signs, block)),
+        "int8": lambda i: library.quantize_act.default(xs[i], 8)[0],
+        "hadamard": lambda i: keep(i, lambda: library.hadamard.default(xs[i], signs, block)),
         "rms + int8": lambda i: normed(xs[i], "rms", 0),
         "layer + int8": lambda i: normed(xs[i], "layer", 0),
         "rms + hadamard + int8": lambda i: normed(xs[i], "rms", block),

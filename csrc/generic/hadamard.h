@@ -54,7 +54,8 @@ struct HadamardRow {
 // The values that the first pass starts from, as they lie or computed on the way: of a call with
 // column k and the vector's number in its pass, which is known to the compiler.
 struct PlainValues {
-  const float* in;  // may be the row's `out`
+  static constexpr bool SCALED = true;  // by the row's factor, else that is 1
+  const float* in;                      // may be the row's `out`
   TERNC_INLINE f32 operator()(int64_t k, int) const { return load_f32(in + k); }
   TERNC_INLINE void finish() const {}
 };
@@ -74,10 +75,10 @@ TERNC_INLINE i32 larger(const f32 (&v)[R], i32 largest) {
 }
 
 // Results of one pass at out, out + distance, ...; those of the last are scaled.
-template <int R>
+template <int R, bool SCALED>
 TERNC_INLINE void store_pass(const HadamardRow& row, f32 (&v)[R], float* out, int64_t distance,
                              i32& largest) {
-  if (row.last && row.factor != 1.0f) {
+  if (SCALED && row.last && row.factor != 1.0f) {
     const f32 factor = splat_f32(row.factor);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) v[i] = mul_f32(v[i], factor);
@@ -102,7 +103,7 @@ TERNC_NOINLINE uint32_t first_pass(const HadamardRow row, Values values) {
     }
     lane_stages<WIDTH>(v);
     vector_stages<R>(v);
-    store_pass<R>(row, v, row.out + k, LANES, largest);
+    store_pass<R, Values::SCALED>(row, v, row.out + k, LANES, largest);
   }
   values.finish();
   return uint32_t(max_lanes(largest));
@@ -119,7 +120,7 @@ TERNC_NOINLINE uint32_t later_pass(const HadamardRow row) {
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) v[i] = load_f32(out + i * DISTANCE);
       vector_stages<R>(v);
-      store_pass<R>(row, v, out, DISTANCE, largest);
+      store_pass<R, true>(row, v, out, DISTANCE, largest);
     }
   return uint32_t(max_lanes(largest));
 }

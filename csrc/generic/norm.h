@@ -206,6 +206,7 @@ inline const float* with_signs(const float* vector, const int8_t* signs, int64_t
 // The same values of the row that is prefetched, when this one is read.
 template <class Values>
 struct ThenNext {
+  static constexpr bool SCALED = false;
   Values values;
   const float* next;
 
@@ -242,29 +243,37 @@ struct AtOnce {
   float factor;  // what the rotated values still lack
 };
 
-template <bool LAYER>
-inline AtOnce rotate_normed(const NormArgs& args, const Affine& affine, const Rotation& rotation,
-                            const float* x, const float* next, const Moments& moments, float* row) {
-  using Values = AffineValues<LAYER, true, LAYER>;
-  const ThenNext<Values> values = {{x, affine, moments}, next};
-  return {rotate_row(values, rotation, rotation_factor(rotation), args.columns, row), 1.0f};
+// A factor of all values scales the step and leaves the integers, so it may come last. Not where
+// values are so large or small without it that sums of them might not be finite, or exact.
+inline bool scales_last(float size) {
+  constexpr float LARGE = 0x1p60f, SMALL = 0x1p-60f;
+  return size < LARGE && size > SMALL;
 }
 
-// RMS alone: its factor scales the step and leaves the integers, so it may come last. So may that
-// of blocks of 4^n columns, a power of two. Not where values are so large or small without them
-// that sums of them might not be finite, or exact.
+// factor: of the rotation.
+template <bool LAYER>
+inline AtOnce rotate_normed(const NormArgs& args, const Affine& affine, const Rotation& rotation,
+                            float factor, const float* x, const float* next, const Moments& moments,
+                            float* row) {
+  using Values = AffineValues<LAYER, true, LAYER>;
+  const ThenNext<Values> values = {{x, affine, moments}, next};
+  const uint32_t top = rotate_row(values, rotation, 1.0f, args.columns, row);
+  if (scales_last(float_of(top))) return {top, factor};
+  for (int64_t k = 0; k < args.columns; ++k) row[k] *= factor;
+  return {largest_as<Dtype::f32>(row, 0, args.columns), 1.0f};
+}
+
+// RMS alone, whose factor comes last too.
 inline AtOnce rotate_squared(const NormArgs& args, const Affine& affine, const Rotation& rotation,
-                             const float* x, const float* next, float* row) {
-  constexpr float LARGE = 0x1p60f, SMALL = 0x1p-60f;
-  const float factor = rotation_factor(rotation);
-  const bool last = (bits_of(factor) & 0x7fffffu) == 0;
+                             float factor, const float* x, const float* next, float* row) {
   double square = 0.0;
   const ThenNext<SquaredValues> values = {{x, affine.gain, &square}, next};
-  const uint32_t top = rotate_row(values, rotation, last ? 1.0f : factor, args.columns, row);
-  const float mean = float(square / double(args.columns)) + args.eps, size = float_of(top);
-  if (!(mean < LARGE && mean > SMALL && size < LARGE && size > SMALL))
-    return rotate_normed<false>(args, affine, rotation, x, next, moments_of(args, x, nullptr), row);
-  return {top, (last ? factor : 1.0f) * (1.0f / __builtin_sqrtf(mean))};
+  const uint32_t top = rotate_row(values, rotation, 1.0f, args.columns, row);
+  const float mean = float(square / double(args.columns)) + args.eps;
+  if (scales_last(mean) && scales_last(float_of(top)))
+    return {top, factor * (1.0f / __builtin_sqrtf(mean))};
+  const Moments moments = moments_of(args, x, nullptr);
+  return rotate_normed<false>(args, affine, rotation, factor, x, next, moments, row);
 }
 
 // Columns from which on it is faster to add up squares in the rotation than before it.
@@ -278,6 +287,7 @@ inline void norm_at_once(const NormArgs& args, const Affine& affine, const Rotat
   const int64_t columns = args.columns, stride = args.x.stride;
   const float* x = static_cast<const float*>(args.x.values) + token * stride;
   const bool squares = !LAYER && columns >= MIN_SQUARED_COLUMNS;
+  const float factor = rotation_factor(rotation);
   Moments moments[GROUP_TOKENS];
   AtOnce rows[GROUP_TOKENS];
   for (int64_t i = 0; i < count && !squares; ++i)
@@ -285,8 +295,9 @@ inline void norm_at_once(const NormArgs& args, const Affine& affine, const Rotat
   for (int64_t i = 0; i < count; ++i) {
     const float *at = x + i * stride, *next = at + count * stride;
     float* row = scratch + i * columns;
-    rows[i] = squares ? rotate_squared(args, affine, rotation, at, next, row)
-                      : rotate_normed<LAYER>(args, affine, rotation, at, next, moments[i], row);
+    rows[i] = squares
+                  ? rotate_squared(args, affine, rotation, factor, at, next, row)
+                  : rotate_normed<LAYER>(args, affine, rotation, factor, at, next, moments[i], row);
   }
   for (int64_t i = 0; i < count; ++i) {
     quantize_known(scratch + i * columns, columns, rows[i].top, args.out, token + i);

@@ -178,12 +178,15 @@ def test_norm_rows_that_are_not_finite(kind, width, block):
 
 
 @pytest.mark.parametrize("kind", norm_quantize.KINDS)
-@pytest.mark.parametrize(("width", "block"), [(129, 0), (192, 64), (2048, 64)])
-def test_norm_of_very_large_and_very_small_rows(kind, width, block):
+@pytest.mark.parametrize(
+    ("width", "block", "gain"),
+    [(129, 0, 1.0), (192, 64, 1.0), (192, 64, 3e-38), (2048, 64, 1.0)],
+)
+def test_norm_of_very_large_and_very_small_rows(kind, width, block, gain):
     sizes = torch.tensor([1.0, 1e18, 1e25, 1e30, 1e36, 1e37, 1e-18, 1e-25])
     x = (torch.randn(8, width) + 0.5) * sizes[:, None]
-    bias = torch.randn(width) if kind == "layer" else None
-    rest = (torch.randn(width), bias, kind, 0.0, 0.0, False, None, block, 8, False)
+    bias = torch.randn(width) * gain if kind == "layer" else None
+    rest = (torch.randn(width) * gain, bias, kind, 0.0, 0.0, False, None, block, 8, False)
     differences = Differences()
     seen, expected = (
         f(x, *rest)[1:] for f in (torch.ops.ternc.norm_quantize, norm_quantize.reference)
