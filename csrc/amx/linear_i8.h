@@ -65,12 +65,12 @@ class NextBytes {
   }
 
  private:
-  static constexpr uintptr_t LINE = 64, NEAR = 4096;
+  static constexpr uintptr_t NEAR = 4096;
   static constexpr int STREAMS = ONCE ? 4 : 1;
   static constexpr int LINES_A_QUARTER = TILE_STEPS * step_bytes(PLANES) / int(LINE) / STREAMS / 4;
 
   static int64_t lines_a_step(int64_t block_bytes, int64_t steps) {
-    return steps > 0 ? ceil_div(block_bytes, int64_t(LINE) * steps) : 0;
+    return steps > 0 ? ceil_div(block_bytes, LINE * steps) : 0;
   }
   template <int LOCALITY>
   static TERNC_INLINE void ask(uintptr_t line) {

@@ -3,13 +3,19 @@
 // Stores go to memory in order. One of y that misses the caches holds up the decoded weights behind
 // it, and with them the tiles: large outputs are streamed past the caches (64 and 256 tokens, 4096
 // -> 4096, one Sapphire Rapids core: 5 and 10 % faster than written while the next pass multiplies,
-// their lines asked for before).
-constexpr int64_t STREAMED_BYTES = 1 << 20;
+// their lines asked for before). Of fp32 that lies across lines the whole ones are streamed.
+constexpr int64_t STREAMED_BYTES = 1 << 20, LINE = 64;
 
-inline bool is_streamed(const LinearI8Args& args) {
-  const int64_t row_bytes = args.weight.rows * size_of(args.out.dtype), line = 64;
-  return !args.out.read_at_once && args.tokens.count * row_bytes >= STREAMED_BYTES &&
-         row_bytes % line == 0 && reinterpret_cast<uintptr_t>(args.out.values) % line == 0;
+enum class Stores { cached, streamed, streamed_across };
+
+inline Stores stores_of(const LinearI8Args& args) {
+  const int64_t row_bytes = args.weight.rows * size_of(args.out.dtype);
+  if (args.out.read_at_once || args.tokens.count * row_bytes < STREAMED_BYTES)
+    return Stores::cached;
+  const auto first = reinterpret_cast<uintptr_t>(args.out.values);
+  if (row_bytes % LINE == 0 && first % LINE == 0) return Stores::streamed;
+  const bool whole_values = args.out.dtype == Dtype::f32 && first % sizeof(float) == 0;
+  return whole_values ? Stores::streamed_across : Stores::cached;
 }
 
 // sum: of a field whose codes are unsigned and carry 2^CARRY. bias_sum: bias of the codes times sum
@@ -49,16 +55,30 @@ TERNC_INLINE void stream_vector(void* values, int64_t i, f32 y) {
                       *reinterpret_cast<const __m256i*>(halves));
 }
 
+// Vectors one after the other: values of the first line, whole lines past the caches, the rest.
+template <int COUNT>
+TERNC_INLINE void stream_across(float* values, const f32 (&y)[COUNT]) {
+  const int before = int((-reinterpret_cast<uintptr_t>(values)) % LINE / sizeof(float));
+  const auto head = __mmask16((1u << before) - 1);
+  const i32 order = add_i32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                            splat_i32(before));
+  _mm512_mask_storeu_ps(values, head, y[0]);
+#pragma GCC unroll 4
+  for (int f = 0; f + 1 < COUNT; ++f)
+    _mm512_stream_ps(values + before + f * LANES, _mm512_permutex2var_ps(y[f], order, y[f + 1]));
+  _mm512_mask_storeu_ps(values + (COUNT - 1) * LANES, __mmask16(~head), y[COUNT - 1]);
+}
+
 template <int PLANES, int TILES, bool GROUPS>
 class Outputs {
  public:
   using Order = Passes<PLANES, TILES, GROUPS>;
 
-  explicit Outputs(const LinearI8Args& args) : args_(args), streamed_(is_streamed(args)) {}
+  explicit Outputs(const LinearI8Args& args) : args_(args), stores_(stores_of(args)) {}
   Outputs(const Outputs&) = delete;
   Outputs& operator=(const Outputs&) = delete;
   ~Outputs() {
-    if (streamed_) _mm_sfence();
+    if (stores_ != Stores::cached) _mm_sfence();
   }
 
   // Tokens from that of the pass up to `end`.
@@ -85,28 +105,30 @@ class Outputs {
   void choose(const PassTokens& tokens, int part) {
     if constexpr (PART * FIELDS < fields(PLANES)) {
       if (part != PART) return choose<D, PART + 1>(tokens, part);
-      streamed_ ? write_tokens<D, PART * FIELDS, true>(tokens)
-                : write_tokens<D, PART * FIELDS, false>(tokens);
+      constexpr int F0 = PART * FIELDS;
+      if (stores_ == Stores::cached) return write_tokens<D, F0, Stores::cached>(tokens);
+      if (stores_ == Stores::streamed) return write_tokens<D, F0, Stores::streamed>(tokens);
+      if constexpr (D == Dtype::f32) write_tokens<D, F0, Stores::streamed_across>(tokens);
     }
   }
 
-  template <Dtype D, int F0, bool STREAMED>
+  template <Dtype D, int F0, Stores S>
   void write_tokens(const PassTokens& tokens) {
     const bool whole = factors_.count >= (F0 + FIELDS) * FIELD_ROWS;
     if (whole && factors_.bias == nullptr && args_.out.residual == nullptr)
-      return write_whole<D, F0, STREAMED>(tokens);
+      return write_whole<D, F0, S>(tokens);
     for (int64_t token = tokens.begin; token < tokens.end; ++token)
-      write_fields<D, F0, STREAMED>(tokens.sums, token, token - tokens.begin);
+      write_fields<D, F0, S>(tokens.sums, token, token - tokens.begin, whole);
   }
 
   // All rows of all fields, nothing added: what no token changes is read once.
-  template <Dtype D, int F0, bool STREAMED>
+  template <Dtype D, int F0, Stores S>
   void write_whole(const PassTokens& tokens) {
     const float* const scale = args_.tokens.scale;
     const int32_t* const sum_of_q = args_.tokens.sums;
     void* const values = args_.out.values;
     const int64_t rows = args_.weight.rows;
-    f32 row_scale[FIELDS];
+    f32 row_scale[FIELDS], y[FIELDS];
     for (int f = 0; f < FIELDS; ++f)
       row_scale[f] = load_f32(factors_.scale + (F0 + f) * FIELD_ROWS);
     int64_t i = tokens.begin * rows + factors_.first + F0 * FIELD_ROWS;
@@ -117,8 +139,8 @@ class Outputs {
       const f32 step = splat_f32(scale[token]);
 #pragma GCC unroll 4
       for (int f = 0; f < FIELDS; ++f)
-        write_vector<D, STREAMED>(values, i + f * FIELD_ROWS,
-                                  mul_f32(mul_f32(to_f32(totals[f]), step), row_scale[f]));
+        y[f] = mul_f32(mul_f32(to_f32(totals[f]), step), row_scale[f]);
+      write_vectors<D, S>(values, i, y);
     }
   }
 
@@ -134,32 +156,44 @@ class Outputs {
     }
   }
 
-  template <Dtype D, bool STREAMED>
-  TERNC_INLINE static void write_vector(void* values, int64_t i, f32 y) {
-    STREAMED ? stream_vector<D>(values, i, y) : store_vector<D>(values, i, y);
+  template <Dtype D, Stores S>
+  TERNC_INLINE static void write_vectors(void* values, int64_t i, const f32 (&y)[FIELDS]) {
+    if constexpr (S == Stores::streamed_across) {
+      stream_across(static_cast<float*>(values) + i, y);
+      return;
+    }
+#pragma GCC unroll 4
+    for (int f = 0; f < FIELDS; ++f)
+      if constexpr (S == Stores::streamed)
+        stream_vector<D>(values, i + f * FIELD_ROWS, y[f]);
+      else
+        store_vector<D>(values, i + f * FIELD_ROWS, y[f]);
   }
 
   // `at`: of the token among those of the pass.
-  template <Dtype D, int F0, bool STREAMED>
-  TERNC_INLINE void write_fields(const Sums& sums, int64_t token, int64_t at) {
+  template <Dtype D, int F0, Stores S>
+  TERNC_INLINE void write_fields(const Sums& sums, int64_t token, int64_t at, bool whole) {
     const Output& out = args_.out;
+    const int64_t first = token * args_.weight.rows + factors_.first;
     i32 totals[FIELDS];
+    f32 y[FIELDS];
     totals_of<F0>(sums[0][0] + at * FIELD_ROWS, BIASED ? args_.tokens.sums[token] : 0, totals);
     const f32 step = splat_f32(args_.tokens.scale[token]);
     for (int f = 0; f < FIELDS; ++f) {
       const int64_t row = (F0 + f) * FIELD_ROWS, count = factors_.count - row;
       if (count <= 0) return;
-      f32 y = mul_f32(mul_f32(to_f32(totals[f]), step), load_f32(factors_.scale + row));
-      if (factors_.bias != nullptr) y = add_f32(y, load_f32(factors_.bias + row));
-      const int64_t i = token * args_.weight.rows + factors_.first + row;
-      if (count < FIELD_ROWS) return store_ragged<D>(y, out, i, count);
-      if (out.residual != nullptr) y = add_f32(rounded<D>(y), load_vector<D>(out.residual, i));
-      write_vector<D, STREAMED>(out.values, i, y);
+      y[f] = mul_f32(mul_f32(to_f32(totals[f]), step), load_f32(factors_.scale + row));
+      if (factors_.bias != nullptr) y[f] = add_f32(y[f], load_f32(factors_.bias + row));
+      if (count < FIELD_ROWS) return store_ragged<D>(y[f], out, first + row, count);
+      if (out.residual != nullptr)
+        y[f] = add_f32(rounded<D>(y[f]), load_vector<D>(out.residual, first + row));
+      if (!whole) store_vector<D>(out.values, first + row, y[f]);
     }
+    if (whole) write_vectors<D, S>(out.values, first + F0 * FIELD_ROWS, y);
   }
 
   const LinearI8Args& args_;
-  const bool streamed_;
+  const Stores stores_;
   int64_t block_ = -1;
   RowFactors factors_;
 };

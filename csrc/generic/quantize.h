@@ -46,15 +46,17 @@ inline Grid token_grid(const void* x, int64_t begin, int64_t columns, int bits, 
   return {multiply, wide ? -127.0f : -8.0f, wide ? 127.0f : 7.0f, size / numerator};
 }
 
-// x[begin, begin + columns) * multiply, rounded and clamped. 8 bits need no clamping: |x| * (127 /
-// max|x|) rounds to 127 at most.
+// x[begin, begin + columns) * multiply, rounded and clamped; the last columns once more where they
+// fill no vectors. 8 bits need no clamping: |x| * (127 / max|x|) rounds to 127 at most.
 template <Dtype D, bool CLAMP>
 TERNC_NOINLINE void round_row(const void* x, int64_t begin, int64_t columns, const Grid& grid,
                               int8_t* q) {
   const f32 multiply = splat_f32(grid.multiply), low = splat_f32(grid.low);
   const f32 high = splat_f32(grid.high);
-  int64_t k = 0;
-  for (; k + 4 * LANES <= columns; k += 4 * LANES) {
+  constexpr int64_t COUNT = 4 * LANES;
+  const int64_t last = columns - COUNT;
+  for (int64_t at = 0; last >= 0 && at < columns; at += COUNT) {
+    const int64_t k = at < last ? at : last;
     i32 codes[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -64,7 +66,7 @@ TERNC_NOINLINE void round_row(const void* x, int64_t begin, int64_t columns, con
     }
     store_i8(q + k, codes);
   }
-  for (; k < columns; ++k)
+  for (int64_t k = 0; last < 0 && k < columns; ++k)
     q[k] =
         int8_t(round_even(clamp(load_value<D>(x, begin + k) * grid.multiply, grid.low, grid.high)));
 }

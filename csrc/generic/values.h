@@ -76,19 +76,23 @@ TERNC_NOINLINE void round_values(float* values, int64_t count, Dtype dtype) {
   widen_values(halves, dtype, 0, count - i, values + i);
 }
 
-// Largest |value| as the bits of a float, which order like integers; NaN and infinity on top.
+// Largest |value| as the bits of a float, which order like integers; NaN and infinity on top. The
+// last values are looked at once more where they fill no vectors.
 template <Dtype D>
 inline uint32_t largest_as(const void* values, int64_t begin, int64_t count) {
   constexpr int MAXIMA = 4;
+  constexpr int64_t COUNT = MAXIMA * LANES;
   i32 top[MAXIMA];
   for (int j = 0; j < MAXIMA; ++j) top[j] = splat_i32(0);
-  int64_t i = 0;
-  for (; i + MAXIMA * LANES <= count; i += MAXIMA * LANES)
+  const int64_t last = count - COUNT;
+  for (int64_t at = 0; last >= 0 && at < count; at += COUNT) {
+    const int64_t i = at < last ? at : last;
 #pragma GCC unroll 4
     for (int j = 0; j < MAXIMA; ++j)
       top[j] = max_i32(top[j], magnitude_bits(load_vector<D>(values, begin + i + j * LANES)));
+  }
   int32_t largest = max_lanes(max_i32(max_i32(top[0], top[1]), max_i32(top[2], top[3])));
-  for (; i < count; ++i) {
+  for (int64_t i = 0; last < 0 && i < count; ++i) {
     const int32_t magnitude = int32_t(bits_of(load_value<D>(values, begin + i)) & 0x7fffffffu);
     largest = magnitude > largest ? magnitude : largest;
   }

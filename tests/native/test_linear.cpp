@@ -126,8 +126,10 @@ void check_largest_sums(const Kernels& kernels, int planes, int64_t group_size) 
 void check_large_outputs(const Kernels& kernels) {
   if (kernels.tile_token == nullptr) return;
   Random random(6);
-  const TernaryWeight weight({8192, 8, 0, ScaleKind::row}, 1, random);
-  for (const int64_t variant : {0, 1, 2, 3, 4, 5}) check_i8(kernels, weight, 64, variant, random);
+  for (const int64_t rows : {8192, 8179}) {
+    const TernaryWeight weight({rows, 8, 0, ScaleKind::row}, 1, random);
+    for (const int64_t variant : {0, 1, 2, 3, 4, 5}) check_i8(kernels, weight, 64, variant, random);
+  }
 }
 
 // Sum over columns of x * m * c * s, and of its terms' sizes.

@@ -117,11 +117,12 @@ def test_bit_for_bit(library, weight, planes):
             assert torch.equal(tile_linear(library, x, packed, bias, halves), expected)
 
 
-@pytest.mark.parametrize("rows", [4096, 4100])
-def test_large_outputs(library, rows):
-    """Streamed past the caches where their rows are whole lines."""
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows", [4096, 4100, 4113])
+def test_large_outputs(library, rows, biased):
+    """Streamed past the caches, also where rows begin and end within lines."""
     packed = pack(random_quantized(rows, 68, 1, 0), "cpu")
-    x, bias = torch.randn(70, 68), torch.randn(rows)
+    x, bias = torch.randn(70, 68), torch.randn(rows) if biased else None
     expected = linear.reference(*linear_arguments(x, packed, bias, 8))
     assert expected.nbytes >= 1 << 20
     assert torch.equal(tile_linear(library, x, packed, bias, [(0, 32), (32, 70)]), expected)
