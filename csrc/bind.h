@@ -6,7 +6,6 @@
 #include <new>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "tensor.h"
 #include "ternc.h"
@@ -53,11 +52,12 @@ struct Few {
   T items[MAX_WEIGHTS];
   size_t count = 0;
 
-  void push_back(const T& item) {
+  void push_back(T item) {
     TERNC_CHECK(count < MAX_WEIGHTS, "ternc: more than ", MAX_WEIGHTS, " weights in a call");
-    items[count++] = item;
+    items[count++] = std::move(item);
   }
   size_t size() const { return count; }
+  T& operator[](size_t i) { return items[i]; }
   const T& operator[](size_t i) const { return items[i]; }
   const T* begin() const { return items; }
   const T* end() const { return items + count; }

@@ -15,15 +15,15 @@ struct HeldProduct {
 
 // Packed weights as an op with several receives them: a list of each part.
 struct PackedLists {
-  const std::vector<Tensor>&weights, &scales, &multipliers, &biases;
-  const std::vector<int64_t>&out_features, &group_sizes, &layouts;
+  const Few<Tensor>&weights, &scales, &multipliers, &biases;
+  const Few<int64_t>&out_features, &group_sizes, &layouts;
 };
 
 void check_input(const char* op, const Shape& x, int64_t activation_bits);
 
 // The weights of an op that takes `count` of them, each with a new y like x in `type`.
-std::vector<HeldProduct> read_products(const char* op, const Shape& x, size_t count,
-                                       const PackedLists& lists, ScalarType type);
+Few<HeldProduct> read_products(const char* op, const Shape& x, size_t count,
+                               const PackedLists& lists, ScalarType type);
 
 void multiply(const Input& x, int64_t activation_bits, const HeldProduct* held, size_t count);
 

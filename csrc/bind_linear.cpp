@@ -114,16 +114,15 @@ Tensor linears1(const Tensor& x, const std::optional<Tensor>& sx, const Tensor& 
 
 }  // namespace
 
-std::vector<HeldProduct> read_products(const char* op, const Shape& x, size_t count,
-                                       const PackedLists& lists, ScalarType type) {
+Few<HeldProduct> read_products(const char* op, const Shape& x, size_t count,
+                               const PackedLists& lists, ScalarType type) {
   TERNC_CHECK(lists.weights.size() == count && lists.scales.size() == count &&
                   lists.multipliers.size() == count && lists.biases.size() == count &&
                   lists.out_features.size() == count && lists.group_sizes.size() == count &&
                   lists.layouts.size() == count,
               "ternc::", op, ": lists that are not of ", count, " entries");
   const int64_t columns = x.columns();
-  std::vector<HeldProduct> products;
-  products.reserve(count);
+  Few<HeldProduct> products;
   for (size_t i = 0; i < count; ++i) {
     check_layout(op, lists.layouts[i]);
     products.push_back(product_of(
@@ -139,17 +138,16 @@ namespace {
 
 // ternc::linears<N>: a tuple of as many tensors as there are entries in I.
 template <size_t... I>
-std::tuple<OneTensor<I>...> linears(
-    const Tensor& x, const std::optional<Tensor>& sx, const std::vector<Tensor>& weights,
-    const std::vector<Tensor>& scales, const std::vector<Tensor>& multipliers,
-    const std::vector<Tensor>& biases, const std::vector<int64_t>& out_features,
-    const std::vector<int64_t>& group_sizes, int64_t activation_bits,
-    const std::vector<int64_t>& layouts, ScalarType dtype) {
+std::tuple<OneTensor<I>...> linears(const Tensor& x, const std::optional<Tensor>& sx,
+                                    const Few<Tensor>& weights, const Few<Tensor>& scales,
+                                    const Few<Tensor>& multipliers, const Few<Tensor>& biases,
+                                    const Few<int64_t>& out_features,
+                                    const Few<int64_t>& group_sizes, int64_t activation_bits,
+                                    const Few<int64_t>& layouts, ScalarType dtype) {
   const HeldInput held = read_input("linears", x, sx, activation_bits, dtype);
   const PackedLists lists{weights, scales, multipliers, biases, out_features, group_sizes, layouts};
-  std::vector<HeldProduct> products =
-      read_products("linears", held.shape, sizeof...(I), lists, dtype);
-  multiply(held.input, activation_bits, products.data(), products.size());
+  Few<HeldProduct> products = read_products("linears", held.shape, sizeof...(I), lists, dtype);
+  multiply(held.input, activation_bits, products.begin(), products.size());
   return {std::move(products[I].y)...};
 }
 

@@ -45,8 +45,7 @@ struct TokenInput {
   }
 };
 
-void activate_in_place(const std::vector<HeldProduct>& products, const char* activation,
-                       int64_t tokens) {
+void activate_in_place(const Few<HeldProduct>& products, const char* activation, int64_t tokens) {
   const int64_t rows = products[0].held.weight.rows;
   const bool gated = products.size() == 2;
   TERNC_CHECK(!gated || products[1].held.weight.rows == rows, "ternc::", OP, ": ", activation,
@@ -69,10 +68,9 @@ template <size_t... I>
 std::tuple<OneTensor<I>...> token_linears(
     const Tensor& x, const std::optional<Tensor>& gain, const std::optional<Tensor>& shift,
     const char* kind, double eps, double gain_offset, bool round_first, const char* activation,
-    const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
-    const std::vector<Tensor>& multipliers, const std::vector<Tensor>& biases,
-    const std::vector<int64_t>& out_features, const std::vector<int64_t>& group_sizes,
-    const std::vector<int64_t>& layouts) {
+    const Few<Tensor>& weights, const Few<Tensor>& scales, const Few<Tensor>& multipliers,
+    const Few<Tensor>& biases, const Few<int64_t>& out_features, const Few<int64_t>& group_sizes,
+    const Few<int64_t>& layouts) {
   const Shape shape = x.shape();
   check_input(OP, shape, BITS);
   const bool activates = *activation != '\0';
@@ -80,14 +78,14 @@ std::tuple<OneTensor<I>...> token_linears(
   TERNC_CHECK(!activates || sizeof...(I) == 1, "ternc::", OP, ": ", activation, " of ",
               weights.size(), " weights");
   const PackedLists lists{weights, scales, multipliers, biases, out_features, group_sizes, layouts};
-  std::vector<HeldProduct> products =
+  Few<HeldProduct> products =
       read_products(OP, shape, gated ? 2 : sizeof...(I), lists, x.scalar_type());
   TokenInput held(x, shape);
   if (*kind != '\0')
     held.normalise(gain, shift, norm_of(OP, kind), eps, gain_offset, round_first);
   else
     held.take();
-  multiply(held.input, BITS, products.data(), products.size());
+  multiply(held.input, BITS, products.begin(), products.size());
   if (activates) activate_in_place(products, activation, held.input.tokens);
   return {std::move(products[I].y)...};
 }

@@ -45,18 +45,20 @@ struct Boxed<const char*> {
   ~Boxed() { torch_delete_string(handle); }
 };
 template <class T>
-struct Boxed<std::vector<T>> {
-  std::vector<T> value;
+struct Boxed<Few<T>> {
+  Few<T> value;
   explicit Boxed(StableIValue given) {
     const auto list = Boxed<StableListHandle>(given).value;
     size_t count = 0;
     torch_list_size(list, &count);
-    value.reserve(count);
     StableIValue item;
-    for (size_t i = 0; i < count && torch_list_get_item(list, i, &item) == 0; ++i)
-      value.push_back(std::move(Boxed<T>(item).value));
+    for (size_t i = 0; i < count && torch_list_get_item(list, i, &item) == 0; ++i) {
+      Boxed<T> taken(item);
+      if (i < MAX_WEIGHTS) value.push_back(std::move(taken.value));
+    }
     torch_delete_list(list);
-    TERNC_CHECK(value.size() == count, "ternc: a list argument has no items");
+    TERNC_CHECK(value.size() == count, "ternc: a list of ", count, " for at most ", MAX_WEIGHTS,
+                " weights");
   }
 };
 
@@ -120,18 +122,20 @@ inline std::optional<Tensor> read<std::optional<Tensor>>(Slots& next) {
   return Tensor::borrowed(*static_cast<const AtenTensorHandle*>(place));
 }
 template <>
-inline std::vector<Tensor> read<std::vector<Tensor>>(Slots& next) {
+inline Few<Tensor> read<Few<Tensor>>(Slots& next) {
   const auto* handles = static_cast<const AtenTensorHandle*>(*next++);
   const int64_t count = read<int64_t>(next);
-  std::vector<Tensor> list;
-  list.reserve(size_t(count));
+  Few<Tensor> list;
   for (int64_t i = 0; i < count; ++i) list.push_back(Tensor::borrowed(handles[i]));
   return list;
 }
 template <>
-inline std::vector<int64_t> read<std::vector<int64_t>>(Slots& next) {
+inline Few<int64_t> read<Few<int64_t>>(Slots& next) {
   const auto* values = static_cast<const int64_t*>(*next++);
-  return std::vector<int64_t>(values, values + read<int64_t>(next));
+  const int64_t count = read<int64_t>(next);
+  Few<int64_t> list;
+  for (int64_t i = 0; i < count; ++i) list.push_back(values[i]);
+  return list;
 }
 
 // Calls an operator with what the slots hold, and leaves its results in the places that follow.

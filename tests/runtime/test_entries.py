@@ -132,6 +132,16 @@ def test_an_entry_gives_what_the_dispatcher_gives(name):
         assert actual.dtype == wanted.dtype and torch.equal(actual, wanted)
 
 
+def test_a_list_of_more_weights_than_a_call_takes_is_refused_and_freed():
+    given = arguments("linears4")
+    held = given[2][0]
+    given[2] = [held] * 5
+    count = held._use_count()
+    with pytest.raises(RuntimeError, match="a list of 5 for at most 4 weights"):
+        torch.ops.ternc.linears4(*given)
+    assert held._use_count() == count
+
+
 def test_every_entry_is_declared_once_with_a_type_for_each_argument():
     texts = entries.inductor_settings()["aot_inductor.custom_ops_to_c_shims"]
     assert {op._schema.name for op in texts} == {f"ternc::{name}" for name in cpu.ENTRIES}
