@@ -7,8 +7,9 @@
 
 namespace ternc {
 
-// An argument as the dispatcher hands it over; what that holds is freed with this object. Numbers
-// have no version, which the conversions of the stable ABI ask torch for one by one.
+// An argument as the dispatcher hands it over; what that holds is freed with this object, which
+// therefore takes whatever it is given: check() refuses once all of a call are taken. Numbers have
+// no version, which the conversions of the stable ABI ask torch for one by one.
 template <class T>
 struct Boxed {
   T value;
@@ -47,9 +48,9 @@ struct Boxed<const char*> {
 template <class T>
 struct Boxed<Few<T>> {
   Few<T> value;
+  size_t count = 0;
   explicit Boxed(StableIValue given) {
     const auto list = Boxed<StableListHandle>(given).value;
-    size_t count = 0;
     torch_list_size(list, &count);
     StableIValue item;
     for (size_t i = 0; i < count && torch_list_get_item(list, i, &item) == 0; ++i) {
@@ -57,14 +58,21 @@ struct Boxed<Few<T>> {
       if (i < MAX_WEIGHTS) value.push_back(std::move(taken.value));
     }
     torch_delete_list(list);
-    TERNC_CHECK(value.size() == count, "ternc: a list of ", count, " for at most ", MAX_WEIGHTS,
-                " weights");
   }
 };
+
+template <class T>
+void check(const Boxed<T>&) {}
+template <class T>
+void check(const Boxed<Few<T>>& list) {
+  TERNC_CHECK(list.value.size() == list.count, "ternc: a list of ", list.count, " for at most ",
+              MAX_WEIGHTS, " weights");
+}
 
 template <class R, class... A, size_t... I>
 R unbox(R (*op)(A...), const StableIValue* stack, std::index_sequence<I...>) {
   const std::tuple<Boxed<std::decay_t<A>>...> arguments(stack[I]...);
+  (check(std::get<I>(arguments)), ...);
   return op(std::get<I>(arguments).value...);
 }
 template <class R, class... A>
