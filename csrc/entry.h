@@ -7,9 +7,8 @@
 
 namespace ternc {
 
-// An argument as the dispatcher hands it over; what that holds is freed with this object, which
-// therefore takes whatever it is given: check() refuses once all of a call are taken. Numbers have
-// no version, which the conversions of the stable ABI ask torch for one by one.
+// An argument as the dispatcher hands it over; what that holds is freed with this object. Numbers
+// have no version, which the conversions of the stable ABI ask torch for one by one.
 template <class T>
 struct Boxed {
   T value;
@@ -61,6 +60,7 @@ struct Boxed<Few<T>> {
   }
 };
 
+// Refuses lists that are too long: once all arguments of a call are held, so that all are freed.
 template <class T>
 void check(const Boxed<T>&) {}
 template <class T>
