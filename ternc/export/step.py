@@ -229,7 +229,10 @@ def _traced(
             f"{type(module).__name__}: its step cannot be traced: {error}"
         ) from error
     if not graphs:
-        raise UnsupportedModelError(f"{type(module).__name__} computes nothing from these inputs")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} computes nothing from these inputs, or Dynamo has given up "
+            "its code earlier in this process: torch._dynamo.reset() lets it try again"
+        )
     gm, given = graphs.pop()  # Dynamo keeps `record`, which is to keep no tensor of the module
     places, facts = _places(module, gm, given, inputs)
     return gm, places, facts | {"returned": _returned(module, returned, outputs)}
