@@ -25,7 +25,8 @@ from ternc.runtime import cpu, ops  # noqa: E402
 from ternc.runtime.ops import activate_quantize, hadamard, norm_quantize  # noqa: E402
 
 WIDTHS = [768, 1024, 2560, 4096, 6912, 8192]
-CHECKED_TOKENS = 2
+CHECKED_TOKENS = 4
+"""From the first to the last: a kernel takes several short ones together."""
 
 
 def parse() -> argparse.Namespace:
@@ -40,16 +41,17 @@ def parse() -> argparse.Namespace:
 
 
 def check(x: torch.Tensor, signs: torch.Tensor, block: int) -> None:
-    """The ops agree with their references on a few tokens before they may run."""
-    few = x[:CHECKED_TOKENS]
-    rotated = torch.ops.ternc.hadamard(few, signs, block)
+    """Some tokens of a call of all agree with their references before the ops may run."""
+    checked = torch.linspace(0, len(x) - 1, min(len(x), CHECKED_TOKENS)).long()
+    library, few = torch.ops.ternc, x[checked]
+    rotated = library.hadamard(x, signs, block)[checked]
     assert torch.equal(rotated, hadamard.reference(few, signs, block))
-    normed = (few, None, None, "rms", 1e-5, 0.0, False, signs, block, 8, False)
-    q, expected = torch.ops.ternc.norm_quantize(*normed)[1], norm_quantize.reference(*normed)[1]
-    assert (q - expected).abs().max() <= 1
-    gated = (few, few, "silu", signs, block, 8)
-    q, expected = torch.ops.ternc.activate_quantize(*gated)[0], activate_quantize.reference(*gated)
-    assert (q - expected[0]).abs().max() <= 1
+    normed = (None, None, "rms", 1e-5, 0.0, False, signs, block, 8, False)
+    q = library.norm_quantize(x, *normed)[1][checked]
+    assert (q - norm_quantize.reference(few, *normed)[1]).abs().max() <= 1
+    gated = ("silu", signs, block, 8)
+    q = library.activate_quantize(x, x, *gated)[0][checked]
+    assert (q - activate_quantize.reference(few, few, *gated)[0]).abs().max() <= 1
 
 
 def contenders(width: int, options: argparse.Namespace) -> list[common.Contender]:
